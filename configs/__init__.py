@@ -1,0 +1,1 @@
+"""Run configurations: `default` names every field once, the others override a few."""

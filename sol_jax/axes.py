@@ -1,0 +1,329 @@
+"""The efficiency axes: each a small object that says what an action costs and what it does to a step.
+
+An axis has levels, a cost per level (the unit budgets are stated in), a penalty weight, and effects on
+one decode step of one schedule.  Effects default to "none", so a new axis overrides only what it
+changes; neither the trainer nor the rollout names an axis.
+
+Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
+heads of each.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.prune import keep_channels
+from pallas_kernels.quantize import MAX_BITS, fake_quantize
+from pallas_kernels.quest import PageBounds, page_bounds, page_scores
+from pallas_kernels.topk import at_least_kth
+
+
+class Keys(NamedTuple):
+    """The keys a decode step may attend to: the shared prefix, then the schedule's own, the current last.
+
+    `prefix_HxSxd` may be longer than `prefix_len`; `suffix_HxTxd` is filled up to and including `step`.
+    """
+
+    prefix_HxSxd: jax.Array
+    suffix_HxTxd: jax.Array
+    prefix_len: jax.Array
+    step: jax.Array
+
+    @property
+    def kv_len(self) -> jax.Array:
+        """Keys in reach, the current token's own included."""
+        return self.prefix_len + self.step + 1
+
+    @property
+    def positions(self) -> tuple[jax.Array, jax.Array]:
+        """Position in the text of each prefix and suffix entry: [S], [T]."""
+        S, T = self.prefix_HxSxd.shape[1], self.suffix_HxTxd.shape[1]
+        return jnp.arange(S), self.prefix_len + jnp.arange(T)
+
+    @property
+    def valid(self) -> "Selection":
+        """Every key in reach: masks [1, 1, S] and [1, 1, T]."""
+        S, T = self.prefix_HxSxd.shape[1], self.suffix_HxTxd.shape[1]
+        prefix_S, suffix_T = jnp.arange(S) < self.prefix_len, jnp.arange(T) <= self.step
+        return Selection(prefix_S[None, None], suffix_T[None, None])
+
+
+class Selection(NamedTuple):
+    """Which keys a step attends to: masks that broadcast to [H, G, S] and [H, G, T]."""
+
+    prefix: jax.Array
+    suffix: jax.Array
+
+    def __and__(self, other: "Selection") -> "Selection":  # type: ignore[override]
+        return Selection(self.prefix & other.prefix, self.suffix & other.suffix)
+
+    def __or__(self, other: "Selection") -> "Selection":
+        return Selection(self.prefix | other.prefix, self.suffix | other.suffix)
+
+
+def float32_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
+    """`ceil(f32(fraction) * f32(count))` as int32: the budget arithmetic of sol.md section 2."""
+    return jnp.ceil(jnp.float32(fraction) * jnp.asarray(count).astype(jnp.float32)).astype(jnp.int32)
+
+
+def exact_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
+    """`ceil(f32(fraction) * count)` without rounding the product, for fraction in [2**-6, 1], count < 2**17.
+
+    The authors' recency mask multiplies in Python, in double precision, so 0.1 * 10 is a little above 1
+    there.  No float64 on accelerators: the product is taken in integers, in units of 2**-29.
+    """
+    unit = (jnp.float32(fraction) * 2.0**29).astype(jnp.uint32)  # exact: a power of two scales without rounding
+    high, low = unit >> 15, unit & 0x7FFF
+    count = jnp.asarray(count).astype(jnp.uint32)
+    low_product = low * count
+    quotient = high * count + (low_product >> 15)
+    remainder = (quotient & 0x3FFF) | (low_product & 0x7FFF)
+    return ((quotient >> 14) + (remainder > 0)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One efficiency axis: `levels` ascending, the last the most expensive.
+
+    Training draws the requested mean cost from the range `budget`, or from `budget_choices` if there are
+    any; both are in units of `cost`.  All `value`s below are one of the levels, as a traced float32 scalar.
+    """
+
+    levels: tuple[float, ...]
+    budget: tuple[float, float]
+    penalty: float
+    budget_choices: tuple[float, ...] = ()
+    name: str = dataclasses.field(default="", init=False)
+
+    @property
+    def penalty_weight(self) -> float:
+        """alpha of the paper; an axis without a choice cannot miss its budget (sol.md section 5)."""
+        return self.penalty if len(self.levels) > 1 else 0.0
+
+    def cost(self, level: float) -> float:
+        """Cost of a level as a share of the full one."""
+        return level
+
+    def index_prefix(self, k_HxSxd: jax.Array) -> Any:
+        """What to remember of a prefix' keys (one layer), computed once for all schedules."""
+        return ()
+
+    def index_suffix(self, prefix_index: Any, keys: Keys) -> Any:
+        """The same for a schedule's own keys, before its first step (`keys.suffix_HxTxd` unused)."""
+        return ()
+
+    def index_token(self, suffix_index: Any, k_Hxd: jax.Array, keys: Keys) -> Any:
+        """`suffix_index` once the current token's key is there."""
+        return suffix_index
+
+    def select(
+        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+    ) -> Selection | None:
+        """The keys that attention reads; None means all."""
+        return None
+
+    def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
+        """Acts on the MLP's (normed) input."""
+        return x_D
+
+    def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
+        """Acts on the MLP's output, before the residual add."""
+        return y_D
+
+
+@dataclasses.dataclass(frozen=True)
+class Quest(Axis):
+    """kappa by Quest: the pages of the KV cache whose best possible logit is highest, per query head.
+
+    Pages are `page_size` consecutive positions from 0.  Whole pages of the prefix are bounded once;
+    the page in which the prefix ends and those after it are the schedule's own (its *trailing* pages).
+    `protect` keeps the sinks and the recent window whatever their score.
+    """
+
+    page_size: int = 8
+    protect: bool = False
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def index_prefix(self, k_HxSxd: jax.Array) -> PageBounds:
+        return page_bounds(k_HxSxd, jnp.ones(k_HxSxd.shape[1], bool), self.page_size)
+
+    def index_suffix(self, prefix_index: PageBounds, keys: Keys) -> PageBounds:
+        (H, _, d), T = keys.prefix_HxSxd.shape, keys.suffix_HxTxd.shape[1]
+        pages = (self.page_size + T - 2) // self.page_size + 1  # if the prefix ends one key short of a page
+        empty_HxPxd = jnp.zeros((H, pages, d), keys.prefix_HxSxd.dtype)
+        position_S = keys.positions[0]
+        partial_S = (position_S >= self._boundary(keys)) & (position_S < keys.prefix_len)
+        first_HxSxd = jnp.where(partial_S[:, None], keys.prefix_HxSxd, -jnp.inf)
+        last_HxSxd = jnp.where(partial_S[:, None], keys.prefix_HxSxd, jnp.inf)
+        return PageBounds(
+            high=(empty_HxPxd - jnp.inf).at[:, 0].set(jnp.max(first_HxSxd, 1)),
+            low=(empty_HxPxd + jnp.inf).at[:, 0].set(jnp.min(last_HxSxd, 1)),
+        )
+
+    def index_token(self, suffix_index: PageBounds, k_Hxd: jax.Array, keys: Keys) -> PageBounds:
+        P = suffix_index.high.shape[1]
+        here_Px1 = (jnp.arange(P) == self._slot(keys, keys.step))[:, None]
+        k_Hx1xd = k_Hxd[:, None]
+        return PageBounds(
+            high=jnp.where(here_Px1, jnp.maximum(suffix_index.high, k_Hx1xd), suffix_index.high),
+            low=jnp.where(here_Px1, jnp.minimum(suffix_index.low, k_Hx1xd), suffix_index.low),
+        )
+
+    def _boundary(self, keys: Keys) -> jax.Array:
+        """Position at which the trailing pages start."""
+        return keys.prefix_len // self.page_size * self.page_size
+
+    def _slot(self, keys: Keys, step: jax.Array) -> jax.Array:
+        """Trailing page of the suffix entry `step`."""
+        return (keys.prefix_len % self.page_size + step) // self.page_size
+
+    def keep_pages(
+        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: PageBounds, suffix_index: PageBounds
+    ) -> tuple[jax.Array, jax.Array]:
+        """Masks of the attended pages: whole prefix pages [H, G, P] and trailing pages."""
+        P = prefix_index.high.shape[1]
+        whole_P = jnp.arange(P) < keys.prefix_len // self.page_size
+        prefix_score = jnp.where(whole_P, page_scores(q_HxGxd, prefix_index), -jnp.inf)
+        score = jnp.concatenate([prefix_score, page_scores(q_HxGxd, suffix_index)], -1)
+        tokens = jnp.clip(float32_ceil(value, keys.kv_len), 1, keys.kv_len)
+        pages = (tokens + self.page_size - 1) // self.page_size
+        keep = at_least_kth(score, jnp.broadcast_to(pages, score.shape[:-1]))
+        return keep[..., :P], keep[..., P:]
+
+    def select(
+        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: PageBounds, suffix_index: PageBounds
+    ) -> Selection:
+        whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index)
+        S, T = keys.prefix_HxSxd.shape[1], keys.suffix_HxTxd.shape[1]
+        by_token = jnp.repeat(whole_HxGxP, self.page_size, -1)[..., :S]
+        keep = Selection(
+            prefix=jnp.where(jnp.arange(S) < self._boundary(keys), by_token, trailing_HxGxP[..., :1]),
+            suffix=jnp.take(trailing_HxGxP, self._slot(keys, jnp.arange(T)), -1, mode="clip"),
+        )
+        return keep | _always(keys, self.sinks, self.window + 1) if self.protect else keep
+
+
+def _always(keys: Keys, sinks: int, recent: int) -> Selection:
+    """The first `sinks` and the last `recent` keys in reach."""
+    prefix_S, suffix_T = ((p < sinks) | (p >= keys.kv_len - recent) for p in keys.positions)
+    return Selection(prefix_S[None, None], suffix_T[None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Recency(Axis):
+    """kappa by recency: `sinks` first tokens, the last `window + 1`, and the most recent of the rest."""
+
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def select(
+        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+    ) -> Selection:
+        fixed = self.sinks + self.window + 1
+        rest = jnp.maximum(keys.kv_len - fixed, 0)
+        # Up to `fixed` keys the two ends meet or overlap, and all are kept.
+        recent = jnp.where(rest == 0, keys.kv_len, self.window + 1 + exact_ceil(value, rest))
+        return _always(keys, self.sinks, recent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relevancy(Axis):
+    """kappa by relevancy, an oracle: per head the keys with the highest attention logits.
+
+    `sinks` first and `window + 2` last tokens are always kept (one more than by recency, as in the
+    authors' code); keep fraction 0 still keeps the best of the rest.
+    """
+
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def select(
+        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+    ) -> Selection:
+        always = _always(keys, self.sinks, self.window + 2)
+        rest = jnp.maximum(keys.kv_len - self.sinks - self.window - 2, 0)
+        logit = Selection(
+            *(
+                jnp.where(
+                    valid & ~kept,
+                    jnp.einsum("hgd,hnd->hgn", q_HxGxd, k_HxNxd, preferred_element_type=jnp.float32),
+                    -jnp.inf,
+                )
+                for k_HxNxd, valid, kept in zip(
+                    (keys.prefix_HxSxd, keys.suffix_HxTxd), keys.valid, always, strict=True
+                )
+            )
+        )
+        both = jnp.concatenate(logit, -1)
+        count = jnp.maximum(float32_ceil(value, rest), 1)
+        best = at_least_kth(both, jnp.broadcast_to(count, both.shape[:-1]))
+        S = keys.prefix_HxSxd.shape[1]
+        return Selection(best[..., :S], best[..., S:]) | always
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelPruning(Axis):
+    """rho: the largest channels of the MLP's input survive."""
+
+    name: str = dataclasses.field(default="rho", init=False)
+
+    def cost(self, level: float) -> float:
+        return level / max(self.levels)
+
+    def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
+        return keep_channels(x_D, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputQuantization(Axis):
+    """q: the MLP's output is rounded to q bits; its cost is eta = q / 16."""
+
+    name: str = dataclasses.field(default="eta", init=False)
+
+    def cost(self, level: float) -> float:
+        return level / MAX_BITS
+
+    def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
+        return fake_quantize(y_D, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionSpace:
+    """The joint actions: every combination of the axes' levels, the last axis varying fastest."""
+
+    axes: tuple[Axis, ...]
+
+    @functools.cached_property
+    def values_AxX(self) -> np.ndarray:
+        """Level of each axis in each action, float32."""
+        return np.array(list(itertools.product(*(axis.levels for axis in self.axes))), np.float32)
+
+    @functools.cached_property
+    def costs_AxX(self) -> np.ndarray:
+        """Cost of each axis in each action, float32."""
+        costs = ([axis.cost(level) for level in axis.levels] for axis in self.axes)
+        return np.array(list(itertools.product(*costs)), np.float32)
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.values_AxX)
+
+    @property
+    def dense(self) -> int:
+        """The action with every axis at its top level: what steps that may not be controlled take."""
+        return self.num_actions - 1
+
+    def join(self, level_X: jax.Array) -> jax.Array:
+        """Action of the given level index per axis ([..., X] -> [...])."""
+        sizes = [len(axis.levels) for axis in self.axes]
+        strides = np.cumprod([1, *sizes[:0:-1]])[::-1]
+        return jnp.sum(jnp.asarray(level_X) * jnp.asarray(strides.copy()), -1)

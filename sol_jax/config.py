@@ -1,0 +1,186 @@
+"""From a run's `ConfigDict` to the frozen dataclasses that the code below the entry points takes.
+
+`check` refuses impossible values before anything heavy starts; every message names the field.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.errors import UserError
+from sol_jax.llama import LlamaConfig
+from sol_jax.policy import PolicyConfig
+from sol_jax.rollout import EpisodeConfig
+from sol_jax.update import GrpoConfig, Memory, OptimConfig, Setup
+
+RULES = ("quest", "recency", "relevancy")
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "axes.kappa.rule": RULES,
+    "grpo.returns": ("sum", "max", "none"),
+    "grpo.level": ("process", "outcome"),
+    "grpo.norm": ("center", "zscore"),
+}
+# Smallest value of each number; an open bound is a strict one.
+AT_LEAST = {
+    "episode.prefix_len": 1, "episode.horizon": 1, "episode.episodes_per_prefix": 1,
+    "episode.sinks": 0, "episode.window": 0, "axes.kappa.page_size": 1,
+    "axes.kappa.penalty": 0, "axes.rho.penalty": 0, "axes.eta.penalty": 0,
+    "policy.d_model": 1, "policy.num_heads": 1, "policy.num_layers": 1,
+    "grpo.batch_size": 1, "grpo.num_schedules": 2, "grpo.entropy_coef": 0, "grpo.dead_zone": 0,
+    "grpo.reference_kl_coef": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.decay_steps": 0,
+    "optim.minibatch_steps": 1, "optim.accumulate": 1, "train.num_updates": 0, "train.log_every": 1,
+    "train.checkpoint_every": 1, "train.keep": 1, "eval.every": 0, "eval.num_blocks": 1,
+    "eval.num_test_blocks": 0, "eval.batch_size": 1, "eval.num_random": 0,
+    "memory.prefill_batch": 1, "memory.head_rows": 1,
+}  # fmt: skip
+ABOVE = {
+    "policy.mlp_ratio": 0, "grpo.temperature": 0, "grpo.clip": 0, "optim.learning_rate": 0,
+    "optim.clip_norm": 0,
+}  # fmt: skip
+SHARES = ("grpo.gamma", "grpo.divergence_weight", "data.validation_fraction", "data.test_fraction")
+
+
+def field(config: ConfigDict, path: str) -> Any:
+    """The value at a dotted path."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` naming the first field with an impossible value."""
+    for path, allowed in CHOICES.items():
+        if field(config, path) not in allowed:
+            raise _wrong(config, path, f"one of {', '.join(allowed)}")
+    for path, low in AT_LEAST.items():
+        if not low <= field(config, path) < math.inf:
+            raise _wrong(config, path, f"at least {low}")
+    for path, low in ABOVE.items():
+        if not low < field(config, path) < math.inf:
+            raise _wrong(config, path, f"above {low}")
+    for path in SHARES:
+        if not 0 <= field(config, path) <= 1:
+            raise _wrong(config, path, "between 0 and 1")
+    if config.policy.d_model % config.policy.num_heads:
+        raise _wrong(config, "policy.d_model", f"a multiple of policy.num_heads = {config.policy.num_heads}")
+    _check_axes(config)
+
+
+def _wrong(config: ConfigDict, path: str, right: str) -> UserError:
+    return UserError(f"config.{path} is {field(config, path)!r}; it must be {right}")
+
+
+def _check_axes(config: ConfigDict) -> None:
+    for name in ("kappa", "rho", "eta"):
+        levels = tuple(config.axes[name].levels)
+        if not levels:
+            raise _wrong(config, f"axes.{name}.levels", "a list of at least one level")
+        if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+            raise _wrong(config, f"axes.{name}.levels", "strictly ascending")
+        if name == "eta" and not all(2 <= bits <= 16 and int(bits) == bits for bits in levels):
+            raise _wrong(config, "axes.eta.levels", "whole numbers of bits from 2 to 16")
+        if name != "eta" and not all(0 < level <= 1 for level in levels):
+            raise _wrong(config, f"axes.{name}.levels", "fractions in (0, 1]")
+        # Below 2**-6 the exact recency arithmetic (axes.exact_ceil) does not reach.
+        if name == "kappa" and config.axes.kappa.rule == "recency" and levels[0] < 2**-6:
+            raise _wrong(config, "axes.kappa.levels", "at least 1/64 under the recency rule")
+    for axis in build_axes(config):
+        check_budgets(axis, axis.budget, f"config.axes.{axis.name}.budget")
+        check_budgets(axis, axis.budget_choices, f"config.axes.{axis.name}.budget_choices")
+        if len(axis.budget) != 2 or axis.budget[0] > axis.budget[1]:
+            raise _wrong(config, f"axes.{axis.name}.budget", "a range (low, high)")
+    axes = build_axes(config)
+    for budget in config.eval.budgets:
+        if len(budget) != len(axes):
+            raise _wrong(config, "eval.budgets", f"tuples of {len(axes)} costs, one per axis")
+        for axis, cost in zip(axes, budget, strict=True):
+            if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
+                check_budgets(axis, (cost,), "config.eval.budgets")
+
+
+def check_budgets(axis: Axis, budgets: tuple[float, ...], source: str) -> None:
+    """Raises `UserError` unless every budget lies between the costs of the axis' ends."""
+    low, high = axis.cost(axis.levels[0]), axis.cost(axis.levels[-1])
+    for budget in budgets:
+        if not low - 1e-6 <= budget <= high + 1e-6:
+            raise UserError(
+                f"{source}: {axis.name} = {budget} cannot be met; the axis' levels cost {low:g} to {high:g}"
+            )
+
+
+def build_axes(config: ConfigDict) -> tuple[Axis, ...]:
+    """The three axes; one with a single level asks for that level's cost, whatever its budget says."""
+    kappa, rho, eta = config.axes.kappa, config.axes.rho, config.axes.eta
+    ends = {"sinks": config.episode.sinks, "window": config.episode.window}
+    rules = {
+        "quest": lambda common: Quest(**common, **ends, page_size=kappa.page_size, protect=kappa.protect),
+        "recency": lambda common: Recency(**common, **ends),
+        "relevancy": lambda common: Relevancy(**common, **ends),
+    }
+    axes = (
+        rules[kappa.rule](_common(kappa)),
+        ChannelPruning(**_common(rho)),
+        OutputQuantization(**_common(eta)),
+    )
+    return tuple(
+        dataclasses.replace(a, budget=(a.cost(a.levels[0]),) * 2, budget_choices=()) if len(a.levels) == 1 else a
+        for a in axes
+    )
+
+
+def _common(axis: ConfigDict) -> dict[str, Any]:
+    return {
+        "levels": tuple(float(level) for level in axis.levels),
+        "budget": tuple(axis.budget),
+        "penalty": axis.penalty,
+        "budget_choices": tuple(axis.budget_choices),
+    }
+
+
+def build_episode(config: ConfigDict) -> EpisodeConfig:
+    """The shape of an episode."""
+    e = config.episode
+    return EpisodeConfig(e.prefix_len, e.horizon, e.episodes_per_prefix, e.sinks + e.window + 1)
+
+
+def build(config: ConfigDict, model: LlamaConfig) -> Setup:
+    """Everything static about a run; raises `UserError` if the model is too small for its episodes."""
+    episode = build_episode(config)
+    if episode.block_length - 1 > model.max_position:
+        raise UserError(
+            f"config.episode: prefix_len + episodes_per_prefix * horizon = {episode.block_length - 1} tokens "
+            f"exceed the model's context of {model.max_position}"
+        )
+    space = ActionSpace(build_axes(config))
+    policy = PolicyConfig(
+        model.hidden_size, space.num_actions, episode.horizon, len(space.axes), **config.policy.to_dict()
+    )
+    grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
+    return Setup(
+        model,
+        space,
+        episode,
+        policy,
+        GrpoConfig(**grpo),
+        OptimConfig(**config.optim.to_dict()),
+        Memory(**config.memory.to_dict()),
+    )
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value, lists and tuples alike as lists (what JSON gives back)."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _listed(value)
+    return flat
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,153 @@
+"""GRPO: group advantages and the clipped loss (paper section 5).
+
+Array -> array functions.  `group_advantage` takes the K schedules of one sequence (batch it with `jax.vmap`),
+`whiten` a whole rollout batch, `clipped_loss` the N steps of a minibatch.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+_STD_FLOOR = 1e-6
+
+
+def group_advantage(
+    x_KxT: jax.Array,
+    level: Literal["process", "outcome"] = "process",
+    norm: Literal["center", "zscore"] = "center",
+) -> jax.Array:
+    """`advantage_KxT`: how much better a schedule did than its group of K, all on the same sequence.
+
+    `level`: "process" compares the `X_t` of the same step; "outcome" compares their sums over T and gives
+    every step of a schedule that one number.  `norm`: "center" subtracts the group's mean, "zscore" also
+    divides by its biased standard deviation, at least 1e-6.
+    """
+    _check_rank(2, x_KxT=x_KxT)
+    if level not in ("process", "outcome"):
+        raise ValueError(f'level must be "process" or "outcome", not {level!r}')
+    if norm not in ("center", "zscore"):
+        raise ValueError(f'norm must be "center" or "zscore", not {norm!r}')
+    score_KxT = x_KxT if level == "process" else x_KxT.sum(axis=1, keepdims=True)
+    advantage_KxT = score_KxT - score_KxT.mean(axis=0)
+    if norm == "zscore":
+        advantage_KxT = advantage_KxT / _floored_rms(advantage_KxT, axis=0)
+    return jnp.broadcast_to(advantage_KxT, x_KxT.shape)
+
+
+def whiten(advantage: jax.Array) -> jax.Array:
+    """Shifts and scales a rollout batch of advantages, of any shape, to mean 0 and standard deviation 1.
+
+    The deviation is biased and at least 1e-6.  Steps that are not controllable count like the others, as in
+    the authors' code.
+    """
+    centred = advantage - advantage.mean()
+    return centred / _floored_rms(centred, axis=None)
+
+
+def action_logp(logits_A: jax.Array, action: jax.Array) -> jax.Array:
+    """Log-probability of one action; NaN for an action that does not exist."""
+    _check_rank(1, logits_A=logits_A)
+    _check_rank(0, action=action)
+    return jax.nn.log_softmax(logits_A).at[action].get(mode="fill", fill_value=jnp.nan)
+
+
+def entropy(logits_A: jax.Array) -> jax.Array:
+    """Entropy of the action distribution, in nats."""
+    _check_rank(1, logits_A=logits_A)
+    logp_A = jax.nn.log_softmax(logits_A)
+    return -(jnp.exp(logp_A) * logp_A).sum()
+
+
+def kl_divergence(logits_A: jax.Array, reference_logits_A: jax.Array) -> jax.Array:
+    """KL(policy || reference), exact over the actions."""
+    _check_rank(1, logits_A=logits_A, reference_logits_A=reference_logits_A)
+    logp_A = jax.nn.log_softmax(logits_A)
+    return (jnp.exp(logp_A) * (logp_A - jax.nn.log_softmax(reference_logits_A))).sum()
+
+
+def clipped_loss(
+    logits_NxA: jax.Array,
+    actions_N: jax.Array,
+    logp_old_N: jax.Array,
+    adv_N: jax.Array,
+    *,
+    clip: float,
+    entropy_coef: float,
+    reference_logits_NxA: jax.Array | None = None,
+    reference_kl_coef: float = 0.0,
+    weight_N: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of N steps, and what to log about them.
+
+    `-mean(min(rho A, clip(rho, 1 - eps, 1 + eps) A)) - c_H mean(H) + c_KL mean(KL(pi || pi_ref))` with
+    `rho = pi(a) / pi_old(a)`.  `clip` is eps (0.2), `entropy_coef` c_H (0.05), `reference_kl_coef` c_KL (0,
+    off).  All logits are already divided by the temperature.  `weight_N` weighs the means (0 for padding);
+    without it every step counts, controllable or not.  `actions_N` are the sampled actions.
+    """
+    _check_rank(2, logits_NxA=logits_NxA)
+    _check_rank(1, actions_N=actions_N, logp_old_N=logp_old_N, adv_N=adv_N)
+    if not logits_NxA.shape[0] == actions_N.size == logp_old_N.size == adv_N.size:
+        raise ValueError("logits_NxA, actions_N, logp_old_N and adv_N differ in N")
+    weight_N = jnp.ones_like(adv_N) if weight_N is None else weight_N
+    share_N = jax.lax.stop_gradient(weight_N / weight_N.sum())
+    adv_N, logp_old_N = jax.lax.stop_gradient((adv_N, logp_old_N))
+
+    def mean(value_N):
+        # Not a dot product: those lose digits on accelerators.
+        return (share_N * value_N).sum()
+
+    logp_N = jax.vmap(action_logp)(logits_NxA, actions_N)
+    # Cannot overflow for a sampled action: rho <= 1 / pi_old(a).
+    ratio_N = jnp.exp(logp_N - logp_old_N)
+    clipped_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
+    policy_loss = -mean(jnp.minimum(ratio_N * adv_N, clipped_N * adv_N))
+    mean_entropy = mean(jax.vmap(entropy)(logits_NxA))
+    kl = mean(_reference_kl(logits_NxA, reference_logits_NxA, reference_kl_coef))
+    loss = policy_loss - entropy_coef * mean_entropy + reference_kl_coef * kl
+    metrics = {
+        "loss": loss,
+        "policy_loss": policy_loss,
+        "entropy": mean_entropy,
+        "kl": kl,
+        "kl_old": mean(logp_old_N - logp_N),
+        "clip_share": mean(jnp.abs(ratio_N - 1.0) > clip),
+        "nonzero_adv_share": mean(adv_N != 0.0),
+        **_ratio_quantiles(ratio_N, share_N),
+    }
+    return loss, metrics
+
+
+def _reference_kl(logits_NxA, reference_logits_NxA, reference_kl_coef):
+    if reference_logits_NxA is None:
+        if reference_kl_coef != 0.0:
+            raise ValueError("reference_kl_coef is set, but there are no reference_logits_NxA")
+        return jnp.zeros(logits_NxA.shape[0])
+    if reference_logits_NxA.shape != logits_NxA.shape:
+        raise ValueError("reference_logits_NxA and logits_NxA differ in shape")
+    return jax.vmap(kl_divergence)(logits_NxA, jax.lax.stop_gradient(reference_logits_NxA))
+
+
+def _ratio_quantiles(ratio_N, share_N) -> dict[str, jax.Array]:
+    """Weighted quantiles: the smallest ratio with at least that share of the weight at or below it."""
+    counted_N = share_N > 0
+    order_N = jnp.lexsort((ratio_N, ~counted_N))  # padding last, whatever its ratio
+    below_N = jnp.cumsum(share_N[order_N])
+    quantile = {q: ratio_N[order_N[jnp.searchsorted(below_N, q / 100)]] for q in (5, 50, 95)}
+    return {
+        "ratio_min": jnp.where(counted_N, ratio_N, jnp.inf).min(),
+        **{f"ratio_p{q:02d}": value for q, value in quantile.items()},
+        "ratio_max": jnp.where(counted_N, ratio_N, -jnp.inf).max(),
+    }
+
+
+def _floored_rms(centred, axis):
+    # The floor is inside the root, whose derivative at 0 is infinite.
+    variance = jnp.square(centred).mean(axis=axis)
+    return jnp.sqrt(jnp.maximum(variance, _STD_FLOOR**2))
+
+
+def _check_rank(rank: int, **arrays) -> None:
+    for name, array in arrays.items():
+        if jnp.ndim(array) != rank:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}, expected {rank} axes")

@@ -1,0 +1,325 @@
+"""The frozen Llama as pure functions: one sequence, one schedule; batch with `jax.vmap`.
+
+Two ways through the same layers.  `prefill` runs a whole sequence densely and returns its KV cache;
+`decode_step` runs one token against that cache (the *prefix*, shared by every schedule of the
+sequence) and the schedule's own later entries (the *suffix*), letting the efficiency axes act.
+
+Matrix products take operands of `cfg.dtype` and accumulate in float32; the residual stream, norms,
+rotary embedding and softmax are float32 always.
+
+Source: Llama 3 (arXiv 2407.21783); numerics follow `transformers`' `LlamaForCausalLM`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.decode import split_attention
+from pallas_kernels.prefill import causal_attention
+from sol_jax.axes import Axis, Keys
+
+Weights = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary wavelengths (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Everything about the architecture that the maths depends on; sizes in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    dtype: str = "float32"  # of weights, caches and matmul operands; sums are float32
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class ParamSpec(NamedTuple):
+    """One weight: its shape, a logical name for each dimension (for sharding) and its initial scale."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: float  # 0 marks a norm's gain, which starts at 1
+
+
+def weight_specs(cfg: LlamaConfig) -> Weights:
+    """The abstract tree that shapes, init, loading and sharding all follow; layers are stacked on axis 0."""
+    L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
+    H, Hkv, d = cfg.num_heads, cfg.num_kv_heads, cfg.head_size
+    into, ffn = D**-0.5, F**-0.5
+    specs: Weights = {
+        "embed": ParamSpec((V, D), ("vocab", "hidden"), into),
+        "layers": {
+            "attn_norm": ParamSpec((L, D), ("layer", None), 0.0),
+            "q": ParamSpec((L, D, H, d), ("layer", "hidden", "heads", None), into),
+            "k": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
+            "v": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
+            "o": ParamSpec((L, H, d, D), ("layer", "heads", None, "hidden"), (H * d) ** -0.5),
+            "mlp_norm": ParamSpec((L, D), ("layer", None), 0.0),
+            "gate": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
+            "up": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
+            "down": ParamSpec((L, F, D), ("layer", "ffn", "hidden"), ffn),
+        },
+        "final_norm": ParamSpec((D,), (None,), 0.0),
+    }
+    if not cfg.tie_embeddings:
+        specs["lm_head"] = ParamSpec((D, V), ("hidden", "vocab"), into)
+    return specs
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def abstract_weights(cfg: LlamaConfig) -> Weights:
+    """`weight_specs` as `jax.ShapeDtypeStruct`s: enough to lower a program without any weights."""
+    shaped = lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(cfg.dtype))  # noqa: E731
+    return jax.tree.map(shaped, weight_specs(cfg), is_leaf=_is_spec)
+
+
+def init_weights(key: jax.Array, cfg: LlamaConfig) -> Weights:
+    """Random weights (normal, fan-in scaled; gains 1), for tests and benchmarks."""
+    specs, treedef = jax.tree.flatten(weight_specs(cfg), is_leaf=_is_spec)
+    keys = jax.random.split(key, len(specs))
+
+    def init(key: jax.Array, spec: ParamSpec) -> jax.Array:
+        if spec.stddev == 0.0:
+            return jnp.ones(spec.shape, cfg.dtype)
+        return (spec.stddev * jax.random.normal(key, spec.shape)).astype(cfg.dtype)
+
+    return treedef.unflatten([init(k, s) for k, s in zip(keys, specs, strict=True)])
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of one sequence or one schedule: [L, Hkv, N, d] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Prefix(NamedTuple):
+    """What all schedules of an episode read and none writes.
+
+    `cache` may hold more than `length` entries (prompts of several lengths in one batch, or episodes
+    that share a prefill): the rest is masked.  `index` is what each axis keeps about the keys, with a
+    leading layer axis (Quest's page bounds).
+    """
+
+    cache: KVCache
+    index: tuple[Any, ...]
+    length: jax.Array  # int32 scalar
+
+
+class Suffix(NamedTuple):
+    """What one schedule wrote so far: its cache entries and each axis' summary of them, per layer."""
+
+    cache: KVCache
+    index: tuple[Any, ...]
+
+
+def dot(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
+    """`x [..., n] . w [n, ...]` over `contract` dimensions: operands of w's dtype, float32 result."""
+    return jnp.tensordot(x.astype(w.dtype), w, contract, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis, in float32."""
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * gain_D.astype(jnp.float32)
+
+
+def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
+    """Angular frequencies [d/2] in radians per position, stretched as `cfg.rope_scaling` says."""
+    exponent = np.arange(0, cfg.head_size, 2, dtype=np.float32) / np.float32(cfg.head_size)
+    freq = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponent
+    if cfg.rope_scaling is None:
+        return freq
+    s = cfg.rope_scaling
+    wavelength = 2 * np.pi / freq
+    # Share of the original frequency: 1 for short waves, 0 (fully stretched) for long ones.
+    span = s.high_freq_factor - s.low_freq_factor
+    keep = np.clip((s.original_max_position / wavelength - s.low_freq_factor) / span, 0.0, 1.0)
+    return ((1 - keep) * freq / s.factor + keep * freq).astype(np.float32)
+
+
+def rotate(x: jax.Array, position: jax.Array, freq: np.ndarray) -> jax.Array:
+    """Rotary embedding of x [..., heads, d] at `position` (the shape of x without its last two axes)."""
+    angle = position[..., None].astype(jnp.float32) * freq
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def embed(weights: Weights, token: jax.Array) -> jax.Array:
+    """Input embeddings in float32."""
+    return weights["embed"][token].astype(jnp.float32)
+
+
+def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
+    """Next-token logits [..., V] from final-norm hidden states [..., D]."""
+    if "lm_head" in weights:
+        return dot(hidden, weights["lm_head"])
+    table_VxD = weights["embed"]
+    last = ((hidden.ndim - 1,), (1,))
+    return lax.dot_general(
+        hidden.astype(table_VxD.dtype), table_VxD, (last, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _qkv(layer: Weights, x: jax.Array, position: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
+    """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
+    freq = rope_frequencies(cfg)
+    q = rotate(dot(x, layer["q"]), position, freq)
+    k = rotate(dot(x, layer["k"]), position, freq)
+    return q.astype(cfg.dtype), k.astype(cfg.dtype), dot(x, layer["v"]).astype(cfg.dtype)
+
+
+def _mlp(layer: Weights, x: jax.Array) -> jax.Array:
+    """The gated MLP of normed inputs x [..., D]."""
+    return dot(jax.nn.silu(dot(x, layer["gate"])) * dot(x, layer["up"]), layer["down"])
+
+
+def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, KVCache]:
+    """One dense causal pass over a sequence.
+
+    Returns the final-norm hidden states [S, D] (float32) and the cache [L, Hkv, S, d].
+    """
+    position_S = jnp.arange(tokens_S.shape[0])
+
+    def block(x_SxD: jax.Array, layer: Weights) -> tuple[jax.Array, KVCache]:
+        with jax.named_scope("attention"):
+            normed_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
+            q_SxHxd, k_SxHxd, v_SxHxd = _qkv(layer, normed_SxD, position_S, cfg)
+            k_HxSxd, v_HxSxd = k_SxHxd.swapaxes(0, 1), v_SxHxd.swapaxes(0, 1)
+            mixed_SxHxd = causal_attention(q_SxHxd, k_HxSxd, v_HxSxd)
+            x_SxD = x_SxD + dot(mixed_SxHxd, layer["o"], 2)
+        with jax.named_scope("mlp"):
+            x_SxD = x_SxD + _mlp(layer, rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps))
+        return x_SxD, KVCache(k_HxSxd, v_HxSxd)
+
+    x_SxD, cache = lax.scan(block, embed(weights, tokens_S), weights["layers"])
+    return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
+
+
+def make_prefix(cache: KVCache, length: jax.Array, axes: tuple[Axis, ...]) -> Prefix:
+    """The first `length` entries of a dense cache as a prefix that schedules decode against."""
+    index = tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in axes)
+    return Prefix(cache, index, jnp.asarray(length, jnp.int32))
+
+
+def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suffix:
+    """Room for `num_steps` entries after `prefix`."""
+    L, Hkv, _, d = prefix.cache.k.shape
+    blank = jnp.zeros((L, Hkv, num_steps, d), prefix.cache.k.dtype)
+
+    def index(axis: Axis, prefix_index: Any) -> Any:
+        def of_layer(layer_index: Any, k_HxSxd: jax.Array, k_HxTxd: jax.Array) -> Any:
+            return axis.index_suffix(layer_index, Keys(k_HxSxd, k_HxTxd, prefix.length, jnp.int32(0)))
+
+        return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
+
+    return Suffix(KVCache(blank, blank), tuple(map(index, axes, prefix.index)))
+
+
+def decode_step(
+    weights: Weights,
+    prefix: Prefix,
+    suffix: Suffix,
+    token: jax.Array,
+    step: jax.Array,
+    action_X: jax.Array,
+    axes: tuple[Axis, ...],
+    cfg: LlamaConfig,
+) -> tuple[jax.Array, Suffix]:
+    """Consumes `token` at position `prefix.length + step` under the levels `action_X` (one per axis).
+
+    Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
+    those of the *compressed* step: later steps see them (sol.md section 3).
+    """
+    position = prefix.length + step
+
+    def block(carry: tuple[jax.Array, Suffix], inputs: tuple[Weights, jax.Array]) -> tuple[tuple, None]:
+        (x_D, suffix), (layer, i) = carry, inputs
+        with jax.named_scope("attention"):
+            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), position, cfg)
+            q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
+            suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
+            prefix_kv, prefix_index = _at(prefix.cache, i), _at(prefix.index, i)
+            suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.index, i)
+            keys = Keys(prefix_kv.k, suffix_kv.k, prefix.length, step)
+            keep = keys.valid
+            for axis, value, *index in zip(axes, action_X, prefix_index, suffix_index, strict=True):
+                chosen = axis.select(value, q_HxGxd, keys, *index)
+                keep = keep if chosen is None else keep & chosen
+            mixed_HxGxd = split_attention(q_HxGxd, prefix_kv, suffix_kv, *keep)
+            x_D = x_D + dot(mixed_HxGxd.reshape(cfg.num_heads, cfg.head_size), layer["o"], 2)
+        with jax.named_scope("mlp"):
+            y_D = rms_norm(x_D, layer["mlp_norm"], cfg.norm_eps)
+            for axis, value in zip(axes, action_X, strict=True):
+                y_D = axis.mlp_input(value, y_D)
+            y_D = _mlp(layer, y_D)
+            for axis, value in zip(axes, action_X, strict=True):
+                y_D = axis.mlp_output(value, y_D)
+        return (x_D + y_D, suffix), None
+
+    layers = (weights["layers"], jnp.arange(cfg.num_layers))
+    (x_D, suffix), _ = lax.scan(block, (embed(weights, token), suffix), layers)
+    return rms_norm(x_D, weights["final_norm"], cfg.norm_eps), suffix
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    """Layer `i` of stacked arrays.
+
+    Caches are read and written so, by index inside the loop over layers, rather than scanned: scanned
+    arrays must lead with the layer, and vmap leads with the batch, so every step would transpose them.
+    """
+    return jax.tree.map(lambda stacked: lax.dynamic_index_in_dim(stacked, i, 0, keepdims=False), tree)
+
+
+def _append(
+    suffix: Suffix,
+    k_Hxd: jax.Array,
+    v_Hxd: jax.Array,
+    prefix: Prefix,
+    i: jax.Array,
+    step: jax.Array,
+    axes: tuple[Axis, ...],
+) -> Suffix:
+    """`suffix` with the current token's entry of layer `i` written in place, and the axes told."""
+    new = (kv[None, :, None] for kv in (k_Hxd, v_Hxd))
+    at = (i, 0, step, 0)
+    cache = KVCache(*(lax.dynamic_update_slice(old, kv, at) for old, kv in zip(suffix.cache, new, strict=True)))
+    keys = Keys(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
+    index = tuple(
+        jax.tree.map(
+            lambda old, layer: lax.dynamic_update_index_in_dim(old, layer, i, 0),
+            stacked,
+            axis.index_token(_at(stacked, i), k_Hxd, keys),
+        )
+        for axis, stacked in zip(axes, suffix.index, strict=True)
+    )
+    return Suffix(cache, index)

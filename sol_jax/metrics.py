@@ -1,0 +1,187 @@
+"""Scalars of a run as `metrics.jsonl`, and for TensorBoard where tensorflow is installed; console progress.
+
+A line of `metrics.jsonl` is `{"step": 7, "time": 1767225600.0, "reward": 0.25, ...}`.  JSON has no number for
+NaN and the infinities, and leaving them out would hide them: they are the strings "nan", "inf" and "-inf",
+so that `float(value)` reads every value.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from sol_jax.errors import UserError
+
+PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
+
+
+class Writer:
+    """Writes scalars, each line at once: after a kill at most the last line is torn.  A context manager.
+
+    A run that resumes writes the steps after its checkpoint again.  So the lines of those steps, and torn
+    lines, are dropped here; write a step's scalars before its checkpoint and no line is lost or doubled.
+    TensorBoard files, under `workdir/tensorboard`, keep what was written twice.
+
+    Args:
+      workdir: made if missing.
+      resume_step: the step of the checkpoint that the run resumes from; 0 for a new run.
+
+    Raises `UserError` if `metrics.jsonl` cannot be written.  Only the first of several processes writes.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self.summaries: Any = None  # clu.metric_writers.SummaryWriter, or None without tensorflow
+        if jax.process_index() != 0:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(self._path, resume_step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise self._failed(error) from error
+        self.summaries = _summary_writer(self._path.parent / "tensorboard")
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of numbers (arrays of one element will do); also logged, at verbosity info.
+
+        Raises `UserError` if the disk is full.
+        """
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        shown = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
+        line = json.dumps({"step": int(step), "time": round(time.time(), 3), **shown}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
+        logging.info("[%d] %s", step, ", ".join(f"{name}={x:.6g}" for name, x in numbers.items()))
+        if self.summaries is not None:
+            self.summaries.write_scalars(step, numbers)
+
+    def flush(self) -> None:
+        """Until everything is with the operating system; lines of `metrics.jsonl` always are."""
+        if self.summaries is not None:
+            self.summaries.flush()
+
+    def close(self) -> None:
+        """Ends the files."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a line whose loss `scalars` has told of
+                self._file.close()
+        if self.summaries is not None:
+            self.summaries.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self._path}: cannot be written: {(error.strerror or str(error)).lower()}")
+
+
+def _cut(path: pathlib.Path, last_step: int) -> None:
+    """Drops later and torn lines, all at once or not at all."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in text.split("\n") if line and _step(line) <= last_step)
+    if kept != text:
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(kept, encoding="utf-8")
+        unfinished.replace(path)
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _summary_writer(directory: pathlib.Path) -> Any:
+    if importlib.util.find_spec("tensorflow") is None:
+        return None
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow as tf
+        from clu import metric_writers
+    except ImportError as error:
+        logging.warning("no TensorBoard files: tensorflow is installed but unusable (%s)", error)
+        return None
+    with contextlib.suppress(RuntimeError):  # tensorflow is in use already, and keeps what it has
+        tf.config.set_visible_devices([], "GPU")  # or it takes the memory that JAX needs
+    return metric_writers.SummaryWriter(str(directory))
+
+
+def periodic_actions(writer: Writer, num_steps: int) -> list[Any]:
+    """Hooks to call with the step after every update: steps per second to TensorBoard, if there is one."""
+    if writer.summaries is None:
+        return []
+    from clu import periodic_actions as clu_actions
+
+    return [clu_actions.ReportProgress(num_train_steps=num_steps, writer=writer.summaries)]
+
+
+class Progress:
+    """How far a loop is and how long it will take: a bar on a terminal, else a line now and then.
+
+    Args:
+      total: steps of the whole run.
+      start: steps done before this process.
+      label: what is being done.
+      stream: where to; None for nowhere.
+    """
+
+    def __init__(self, total: int, start: int, label: str, stream: TextIO | None):
+        self._total, self._start, self._label, self._stream = total, start, label, stream
+        self._started = time.monotonic()
+        self._printed = -math.inf
+        self._bar = None
+        if stream is not None and stream.isatty():
+            self._bar = tqdm(
+                total=total, initial=start, desc=label, unit=" steps", file=stream, dynamic_ncols=True
+            )
+
+    def update(self, step: int, **shown: float) -> None:
+        """Sets the number of steps done, and the values to show beside it."""
+        postfix = ", ".join(f"{name}={value:.4g}" for name, value in shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._stream is not None:
+            now = time.monotonic()
+            if now - self._printed >= PLAIN_SECONDS or step >= self._total:
+                self._printed = now
+                print(self._line(step, now - self._started, postfix), file=self._stream, flush=True)
+
+    def _line(self, step: int, seconds: float, postfix: str) -> str:
+        return tqdm.format_meter(
+            step, self._total, seconds, ncols=0, prefix=self._label, unit=" steps", postfix=postfix,
+            initial=self._start,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def progress(total: int, start: int, label: str) -> Progress:
+    """Progress on stderr, of the first process only."""
+    return Progress(total, start, label, sys.stderr if jax.process_index() == 0 else None)

@@ -1,0 +1,247 @@
+"""The policy: a small causal transformer over the steps of one episode (paper section 4, appendix B).
+
+Before each decode step it reads what the frozen LLM knows so far and scores the joint actions.  It is
+written for one schedule, without batch axes, and has two faces over the same weights: `Policy.step` with a
+K/V cache for rollouts, and `Policy.__call__` on a whole episode for gradients.  Batch either with `jax.vmap`;
+divide the logits by the sampling temperature yourself.
+
+Here `T` counts the positions of the cache, `L` the policy's layers and `H`, `d` the policy's heads.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
+# tiny, so matrix products stay in true float32 on every device.
+_PRECISION = jax.lax.Precision.HIGHEST
+_LAYER_NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of the policy; the defaults are the paper's (appendix B)."""
+
+    hidden_size: int  # of the LLM (D)
+    num_actions: int  # A
+    horizon: int  # learned positions: the longest episode
+    num_axes: int = 3  # X
+    d_model: int = 512  # E
+    num_heads: int = 4
+    num_layers: int = 1
+    mlp_ratio: float = 4.0
+    action_embed_size: int = 32
+    scalar_embed_size: int = 64
+    budget_embed_size: int = 32
+    token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
+
+    def __post_init__(self):
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
+
+    @property
+    def num_scalars(self) -> int:
+        return 2 + 2 * self.num_axes
+
+    @property
+    def embed_size(self) -> int:
+        return self.hidden_size if self.token_embed_size is None else self.token_embed_size
+
+
+class Observation(NamedTuple):
+    """What the policy sees before one step; of a whole episode, every field has a leading T."""
+
+    hidden_D: jax.Array  # the LLM's final-norm hidden state of the previous token
+    embed_D: jax.Array  # the LLM's embedding of the current token
+    scalars_N: jax.Array  # see `observation_scalars`
+    prev_action: jax.Array  # int32; num_actions where there is none yet
+
+
+class PolicyCarry(NamedTuple):
+    """Keys and values of the steps taken so far, and their number."""
+
+    key_LxTxHxd: jax.Array
+    value_LxTxHxd: jax.Array
+    step: jax.Array
+
+
+def initial_carry(config: PolicyConfig) -> PolicyCarry:
+    """The carry before the first step of an episode."""
+    return _empty_carry(config, config.horizon)
+
+
+def example_observation(config: PolicyConfig) -> Observation:
+    """Zeros of the right shapes, for `Policy(cfg).init(key, example, initial_carry(cfg), method="step")`."""
+    return Observation(
+        jnp.zeros(config.hidden_size),
+        jnp.zeros(config.embed_size),
+        jnp.zeros(config.num_scalars),
+        jnp.full((), config.num_actions, jnp.int32),
+    )
+
+
+def observation_scalars(step, horizon, controllable, budget_X, cost_sum_X, num_counted) -> jax.Array:
+    """The 2 + 2X scalars of an observation (paper section 4).
+
+    In this order: progress `(step + 1) / horizon` (`step` from 0), the controllable flag, the X targets, and
+    per axis the mean cost so far minus its target.  `cost_sum_X` and `num_counted` run over the
+    *controllable* steps taken so far; before the first of them the differences are 0.
+    """
+    budget_X = jnp.asarray(budget_X, jnp.float32)
+    mean_cost_X = jnp.asarray(cost_sum_X, jnp.float32) / jnp.maximum(num_counted, 1)
+    gap_X = jnp.where(num_counted > 0, mean_cost_X - budget_X, 0.0)
+    progress = (jnp.asarray(step, jnp.float32) + 1.0) / horizon
+    head_2 = jnp.stack([progress, jnp.asarray(controllable, jnp.float32)])
+    return jnp.concatenate([head_2, budget_X, gap_X])
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; attention without biases, MLP with."""
+
+    config: PolicyConfig
+
+    def setup(self):
+        width = self.config.d_model
+        mlp_width = int(width * self.config.mlp_ratio)
+        self.norm_attention = _layer_norm()
+        self.query = _linear(width, width, bias=False)
+        self.key = _linear(width, width, bias=False)
+        self.value = _linear(width, width, bias=False)
+        self.out = _linear(width, width, bias=False)
+        self.norm_mlp = _layer_norm()
+        self.up = _linear(width, mlp_width)
+        self.down = _linear(mlp_width, width)
+
+    def __call__(self, x_NxE, key_TxHxd, value_TxHxd, start):
+        """Runs N steps from position `start`; returns their outputs and the cache with them written."""
+        attention_NxE, key_TxHxd, value_TxHxd = self._attend(
+            self.norm_attention(x_NxE), key_TxHxd, value_TxHxd, start
+        )
+        x_NxE = x_NxE + attention_NxE
+        mlp_NxE = self.down(_gelu(self.up(self.norm_mlp(x_NxE))))
+        return x_NxE + mlp_NxE, key_TxHxd, value_TxHxd
+
+    def _attend(self, x_NxE, key_TxHxd, value_TxHxd, start):
+        head_shape = (x_NxE.shape[0], *key_TxHxd.shape[1:])
+        query_NxHxd, key_NxHxd, value_NxHxd = (
+            project(x_NxE).reshape(head_shape) for project in (self.query, self.key, self.value)
+        )
+        key_TxHxd = jax.lax.dynamic_update_slice(key_TxHxd, key_NxHxd, (start, 0, 0))
+        value_TxHxd = jax.lax.dynamic_update_slice(value_TxHxd, value_NxHxd, (start, 0, 0))
+
+        score_HxNxT = jnp.einsum("nhd,thd->hnt", query_NxHxd, key_TxHxd, precision=_PRECISION)
+        score_HxNxT = score_HxNxT / jnp.sqrt(jnp.float32(head_shape[-1]))
+        position_N = start + jnp.arange(head_shape[0])
+        causal_NxT = jnp.arange(key_TxHxd.shape[0]) <= position_N[:, None]
+        prob_HxNxT = jax.nn.softmax(jnp.where(causal_NxT, score_HxNxT, -jnp.inf))
+        mixed_NxHxd = jnp.einsum("hnt,thd->nhd", prob_HxNxT, value_TxHxd, precision=_PRECISION)
+        return self.out(mixed_NxHxd.reshape(x_NxE.shape)), key_TxHxd, value_TxHxd
+
+
+class Policy(nn.Module):
+    """Observations -> action logits, for one schedule."""
+
+    config: PolicyConfig
+
+    def setup(self):
+        cfg = self.config
+        self.action_embed = nn.Embed(
+            cfg.num_actions + 1, cfg.action_embed_size, embedding_init=nn.initializers.normal(1.0)
+        )
+        self.scalar_in = _linear(cfg.num_scalars, cfg.scalar_embed_size)
+        self.scalar_norm = _layer_norm()
+        input_size = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
+        self.observation_in = _linear(input_size, cfg.d_model)
+        self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
+        self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
+        self.norm_out = _layer_norm()
+        # The authors start the action head without a bias; its weights are as in every other layer.
+        self.head = _linear(cfg.d_model, cfg.num_actions, bias_init=nn.initializers.zeros)
+        self.budget_in = _linear(cfg.num_axes, cfg.budget_embed_size)
+        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_actions)
+
+    def __call__(self, obs_T: Observation) -> jax.Array:
+        """`logits_TxA` of a whole episode; step t sees the observations up to t."""
+        return self._logits(self.features(obs_T), obs_T)
+
+    def features(self, obs_T: Observation) -> jax.Array:
+        """`features_TxE`, the output of the final LayerNorm: what the head reads, besides the targets."""
+        num_steps = obs_T.prev_action.shape[0]
+        if num_steps > self.config.horizon:
+            raise ValueError(f"an episode of {num_steps} steps exceeds the horizon {self.config.horizon}")
+        return self._trunk(obs_T, _empty_carry(self.config, num_steps))[0]
+
+    def step(self, obs: Observation, carry: PolicyCarry) -> tuple[jax.Array, PolicyCarry]:
+        """`logits_A` of the next step; past the horizon they are NaN, since there is no such position."""
+        obs_1 = Observation(*(jnp.asarray(field)[None] for field in obs))
+        features_1xE, carry = self._trunk(obs_1, carry)
+        return self._logits(features_1xE, obs_1)[0], carry
+
+    def _trunk(self, obs_N: Observation, carry: PolicyCarry) -> tuple[jax.Array, PolicyCarry]:
+        x_NxE = self._embed(obs_N, carry.step)
+        keys, values = [], []
+        for layer, block in enumerate(self.blocks):
+            x_NxE, key_TxHxd, value_TxHxd = block(
+                x_NxE, carry.key_LxTxHxd[layer], carry.value_LxTxHxd[layer], carry.step
+            )
+            keys.append(key_TxHxd)
+            values.append(value_TxHxd)
+        next_step = carry.step + x_NxE.shape[0]
+        return self.norm_out(x_NxE), PolicyCarry(jnp.stack(keys), jnp.stack(values), next_step)
+
+    def _embed(self, obs_N: Observation, start) -> jax.Array:
+        _check_observation(self.config, obs_N)
+        # The LLM is frozen: no gradient may run back through the episode that produced these.
+        hidden_NxD = jax.lax.stop_gradient(obs_N.hidden_D).astype(jnp.float32)
+        embed_NxD = jax.lax.stop_gradient(obs_N.embed_D).astype(jnp.float32)
+        scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(obs_N.scalars_N.astype(jnp.float32))))
+        action_NxF = self.action_embed(obs_N.prev_action)
+        x_NxF = jnp.concatenate([hidden_NxD, embed_NxD, scalar_NxF, action_NxF], axis=-1)
+        position_N = start + jnp.arange(x_NxF.shape[0])
+        # Clamping would reuse the last position without a word; a step past the horizon must show.
+        position_NxE = jnp.take(self.position_TxE, position_N, axis=0, mode="fill", fill_value=jnp.nan)
+        return self.observation_in(x_NxF) + position_NxE
+
+    def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
+        """The head on the features, plus the direct head on the targets."""
+        target_NxX = obs_N.scalars_N[:, 2 : 2 + self.config.num_axes].astype(jnp.float32)
+        return self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
+
+
+def _empty_carry(config: PolicyConfig, num_steps: int) -> PolicyCarry:
+    head_size = config.d_model // config.num_heads
+    zeros_LxTxHxd = jnp.zeros((config.num_layers, num_steps, config.num_heads, head_size))
+    return PolicyCarry(zeros_LxTxHxd, zeros_LxTxHxd, jnp.zeros((), jnp.int32))
+
+
+def _check_observation(config: PolicyConfig, obs_N: Observation) -> None:
+    num_steps = obs_N.prev_action.shape[0]
+    sizes = (config.hidden_size, config.embed_size, config.num_scalars)
+    wanted = [(num_steps, size) for size in sizes] + [(num_steps,)]
+    for name, field, shape in zip(Observation._fields, obs_N, wanted, strict=True):
+        if field.shape != shape:
+            raise ValueError(f"{name} has shape {field.shape}; the config asks for {shape}")
+
+
+def _layer_norm() -> nn.LayerNorm:
+    # The one-pass variance cancels where activations are large; two passes agree with the authors' code.
+    return nn.LayerNorm(epsilon=_LAYER_NORM_EPS, use_fast_variance=False)
+
+
+def _gelu(x):
+    return nn.gelu(x, approximate=False)
+
+
+def _linear(fan_in: int, size: int, *, bias: bool = True, bias_init=None) -> nn.Dense:
+    """A linear layer that starts as the authors' do: weight and bias uniform in ±1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+
+    def uniform(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(
+        size, use_bias=bias, kernel_init=uniform, bias_init=bias_init or uniform, precision=_PRECISION
+    )

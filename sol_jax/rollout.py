@@ -1,0 +1,192 @@
+"""One episode under one controller: a scan over T teacher-forced decode steps of one schedule.
+
+Everything is written for one schedule of one sequence.  `group_rollout` vmaps it over the K schedules
+of an episode, with the prefix unbatched; callers vmap that over sequences.
+
+Source: sol.md section 3; arXiv 2605.10875 section 3.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sol_jax import llama
+from sol_jax.axes import ActionSpace
+from sol_jax.grpo import action_logp
+from sol_jax.llama import LlamaConfig, Prefix, Weights
+from sol_jax.policy import Observation, Policy, PolicyCarry, initial_carry, observation_scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeConfig:
+    """The shape of an episode and of the block of text it is cut from."""
+
+    prefix_len: int  # S, tokens prefilled densely before the first episode of a block
+    horizon: int  # T, decode steps of an episode
+    episodes_per_prefix: int = 1  # W, episodes of one block, `horizon` tokens apart
+    uncontrolled: int = 7  # steps with at most this many keys take the dense action (sinks + window + 1)
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block: every episode's tokens and the last label."""
+        return self.prefix_len + self.episodes_per_prefix * self.horizon + 1
+
+
+class Episode(NamedTuple):
+    """What the K schedules of one episode share."""
+
+    prefix: Prefix
+    hidden_D: jax.Array  # final-norm hidden state of the prefix' last token
+    token_T: jax.Array  # consumed by the steps
+    label_T: jax.Array  # to be predicted by them
+
+
+class Controller(NamedTuple):
+    """Who picks the actions: `act(key, observation, memory) -> (action, log-probability, memory)`."""
+
+    act: Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]]
+    memory: Any  # before the first step
+
+
+class Rollout(NamedTuple):
+    """What happened in one schedule; `observation` is what the controller saw, [T, ...] each."""
+
+    observation: Observation
+    action_T: jax.Array
+    logp_T: jax.Array  # of the action, under the controller
+    cost_TxX: jax.Array
+    controllable_T: jax.Array  # False where the action was forced to the dense one
+    hidden_TxD: jax.Array  # final-norm hidden state after each step
+
+
+def replay(action_T: jax.Array) -> Controller:
+    """A controller that plays a given schedule."""
+
+    def act(key: jax.Array, seen: Observation, coming_T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return coming_T[0], jnp.float32(0.0), jnp.roll(coming_T, -1)
+
+    return Controller(act, jnp.asarray(action_T, jnp.int32))
+
+
+def policy_controller(policy: Policy, params: Any, temperature: float, greedy: bool = False) -> Controller:
+    """The policy as a controller: samples at `temperature`, or takes the most likely action."""
+
+    def act(key: jax.Array, seen: Observation, carry: PolicyCarry) -> tuple[jax.Array, jax.Array, PolicyCarry]:
+        logits_A, carry = policy.apply(params, seen, carry, method="step")
+        logits_A = logits_A / temperature
+        action = jnp.argmax(logits_A) if greedy else jax.random.categorical(key, logits_A)
+        return action.astype(jnp.int32), action_logp(logits_A, action), carry
+
+    return Controller(act, initial_carry(policy.config))
+
+
+def cut_episodes(
+    weights: Weights,
+    tokens_N: jax.Array,
+    space: ActionSpace,
+    cfg: LlamaConfig,
+    shape: EpisodeConfig,
+    with_reference: bool = False,
+) -> tuple[Episode, jax.Array | None]:
+    """The W episodes of one block of `shape.block_length` tokens, all from a single dense prefill.
+
+    Returns the episodes, with a leading W where `EPISODE_AXES` says 0 (the cache is one, and each episode
+    sees its own past only), and, `with_reference`, the dense model's hidden states at the decoded
+    positions [W, T, D], for which the same prefill runs on to the end of the block.
+    """
+    S, T, W = shape.prefix_len, shape.horizon, shape.episodes_per_prefix
+    start_W = S + T * np.arange(W)
+    step_WxT = start_W[:, None] + np.arange(T)
+    prefilled = start_W[-1] + (T if with_reference else 0)
+    hidden_MxD, cache = llama.prefill(weights, tokens_N[:prefilled], cfg)
+    prefix = llama.make_prefix(cache, jnp.asarray(start_W, jnp.int32), space.axes)
+    episode_W = Episode(prefix, hidden_MxD[start_W - 1], tokens_N[step_WxT], tokens_N[step_WxT + 1])
+    return episode_W, hidden_MxD[step_WxT] if with_reference else None
+
+
+# What of an episode has a leading W: everything but the shared cache and its index.
+EPISODE_AXES = Episode(Prefix(cache=None, index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
+
+
+def rollout(
+    weights: Weights,
+    episode: Episode,
+    key: jax.Array,
+    budget_X: jax.Array,
+    controller: Controller,
+    space: ActionSpace,
+    cfg: LlamaConfig,
+    uncontrolled: int,
+) -> Rollout:
+    """One schedule of one episode under `controller`, asked for the mean costs `budget_X`.
+
+    Steps with at most `uncontrolled` keys take the dense action, whatever the controller says, and do not
+    count towards the costs that it sees.
+    """
+    T = episode.token_T.shape[0]
+    values_AxX, costs_AxX = jnp.asarray(space.values_AxX), jnp.asarray(space.costs_AxX)
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        suffix, memory, hidden_D, prev_action, cost_sum_X, counted = carry
+        t, token, key = inputs
+        controllable = episode.prefix.length + t + 1 > uncontrolled
+        scalars = observation_scalars(t, T, controllable, budget_X, cost_sum_X, counted)
+        seen = Observation(hidden_D, llama.embed(weights, token), scalars, prev_action)
+        with jax.named_scope("controller"):
+            chosen, logp, memory = controller.act(key, seen, memory)
+            action = jnp.where(controllable, chosen, space.dense)
+        with jax.named_scope("llama"):
+            hidden_D, suffix = llama.decode_step(
+                weights, episode.prefix, suffix, token, t, values_AxX[action], space.axes, cfg
+            )
+        cost_X = costs_AxX[action]
+        cost_sum_X, counted = cost_sum_X + controllable * cost_X, counted + controllable
+        carry = (suffix, memory, hidden_D, action, cost_sum_X, counted)
+        return carry, Rollout(seen, action, logp, cost_X, controllable, hidden_D)
+
+    start = (
+        llama.empty_suffix(episode.prefix, T, space.axes),
+        controller.memory,
+        episode.hidden_D,
+        jnp.int32(space.num_actions),
+        jnp.zeros(len(space.axes)),
+        jnp.int32(0),
+    )
+    inputs_T = (jnp.arange(T), episode.token_T, jax.random.split(key, T))
+    return lax.scan(step, start, inputs_T)[1]
+
+
+def group_rollout(
+    weights: Weights,
+    episode: Episode,
+    key_K: jax.Array,
+    budget_KxX: jax.Array,
+    controller_K: Controller,
+    space: ActionSpace,
+    cfg: LlamaConfig,
+    uncontrolled: int,
+) -> Rollout:
+    """K schedules of one episode: `rollout` vmapped over keys, budgets and memories; one prefix for all."""
+
+    def one(key: jax.Array, budget_X: jax.Array, memory: Any) -> Rollout:
+        controller = Controller(controller_K.act, memory)
+        return rollout(weights, episode, key, budget_X, controller, space, cfg, uncontrolled)
+
+    return jax.vmap(one)(key_K, budget_KxX, controller_K.memory)
+
+
+def label_logp(weights: Weights, hidden_D: jax.Array, label: jax.Array) -> jax.Array:
+    """Log-probability of the next token under one hidden state."""
+    logits_V = llama.logits(weights, hidden_D)
+    return logits_V[label] - jax.nn.logsumexp(logits_V)
+
+
+def dense_divergence(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) -> jax.Array:
+    """KL(p_dense || p_sparse) between the next-token distributions of two hidden states."""
+    dense_V, sparse_V = (jax.nn.log_softmax(llama.logits(weights, h)) for h in (dense_D, hidden_D))
+    return jnp.sum(jnp.exp(dense_V) * (dense_V - sparse_V))

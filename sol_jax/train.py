@@ -1,0 +1,161 @@
+"""Trains a policy:  python -m sol_jax.train --config configs/sol_j_fl.py:cpu --workdir runs/fl
+
+Starting again in the same workdir resumes; a run killed at any moment and resumed ends with exactly the
+parameters of an uninterrupted one, because an update is a function of (state, tokens) alone and a
+checkpoint holds the state and the position of the data iterator.
+"""
+
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from sol_jax import evaluate, flops, metrics
+from sol_jax.config import check, flatten
+from sol_jax.data import BlockIterator, evaluation_batches
+from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.session import Session, open_session
+from sol_jax.state import Checkpoints
+from sol_jax.update import TrainState, init_state, jit_train_step
+
+
+class Interrupted(Exception):
+    """SIGTERM asked the run to stop at the next update."""
+
+
+class StopRequest:
+    """Turns SIGTERM (a pod's or scheduler's notice) into a flag that the loop reads between updates."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._set)
+
+    def _set(self, signum: int, frame: Any) -> None:
+        self.requested = True
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
+    """Runs `config.train.num_updates` updates, resuming from `workdir`; returns the final state.
+
+    Raises:
+      UserError: anything wrong with config, model, text or workdir; a NaN or Inf; a full disk.
+      Interrupted: after SIGTERM, once the checkpoint is written.
+    """
+    check(config)
+    stop = StopRequest()
+    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep)
+    session = open_session(config)
+    setup, blocks = session.setup, session.split("train")
+    batches = BlockIterator(
+        blocks,
+        batch_size=config.grpo.batch_size,
+        seed=config.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    num_updates = config.train.num_updates or len(blocks) // config.grpo.batch_size
+    if not num_updates:
+        raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
+    state, start = init_state(jax.random.key(config.seed), setup), 0
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        start, state, position = restored
+        batches.restore(position)
+        logging.info("resuming after update %d of %d", start, num_updates)
+
+    rate = Rates(session, config.grpo.batch_size)
+    with metrics.Writer(workdir, start) as writer, metrics.progress_bar(num_updates, "training", start) as bar:
+        hooks = metrics.periodic_actions(writer, num_updates)
+        for step in range(start + 1, num_updates + 1):
+            batch = next(batches)
+            state, device_scalars = jit_train_step(state, session.weights, batch.tokens_BxN, setup=setup)
+            scalars = {name: float(value) for name, value in device_scalars.items()}
+            require_finite(scalars, step, checkpoints.latest_step())
+            last = step == num_updates or stop.requested
+            score = None
+            if step == num_updates or (config.eval.every and step % config.eval.every == 0):
+                scalars |= (evaluated := validate(session, state))
+                score = evaluated["eval/score"]
+            if last or step % config.train.log_every == 0 or score is not None:
+                writer.scalars(step, scalars | rate.since_last(step))
+            if last or score is not None or step % config.train.checkpoint_every == 0:
+                checkpoints.save(step, state, batches.state(), score)
+            for hook in hooks:
+                hook(step)
+            bar.update(1, reward=scalars["reward"], penalty=scalars["penalty"])
+            if stop.requested:
+                checkpoints.wait()
+                raise Interrupted(f"stopped by SIGTERM after update {step}; start again to resume")
+    checkpoints.wait()
+    if config.eval.num_test_blocks:
+        evaluate.report(session, state.params, workdir)
+    return state
+
+
+class Rates:
+    """Speed since the last log: schedule tokens and FLOPs per second, and the share of a large matmul's rate."""
+
+    def __init__(self, session: Session, batch_size: int):
+        shape, K = session.setup.episode, session.setup.grpo.num_schedules
+        self._tokens = batch_size * shape.episodes_per_prefix * K * shape.horizon
+        self._flops = sum(flops.update_flops(session.setup, batch_size).values())
+        self._peak = flops.matmul_rate(session.setup.model.dtype)
+        self._last: tuple[int, float] | None = None
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """Nothing at the first call: the first update compiles."""
+        now, last = time.monotonic(), self._last
+        self._last = (step, now)
+        if last is None:
+            return {}
+        updates_per_second = (step - last[0]) / (now - last[1])
+        return {
+            "speed/seconds_per_update": 1 / updates_per_second,
+            "speed/schedule_tokens_per_second": self._tokens * updates_per_second,
+            "speed/share_of_matmul_rate": self._flops * updates_per_second / self._peak,
+        }
+
+
+def validate(session: Session, state: TrainState) -> dict[str, float]:
+    """The policy against the schedules on a few blocks of validation text."""
+    cfg = session.config.eval
+    batches = list(evaluation_batches(session.split("validation"), cfg.batch_size, cfg.num_blocks))
+    budgets = np.array(cfg.budgets, np.float32)
+    rows = evaluate.compare(
+        session.weights, state.params, batches, budgets, cfg.num_random, session.setup, session.config.seed
+    )
+    return evaluate.summary(rows, session.setup)
+
+
+def require_finite(scalars: Mapping[str, float], step: int, last_good: int | None) -> None:
+    """Raises `UserError` if a metric of this update is NaN or infinite."""
+    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+    if bad:
+        kept = "no checkpoint was written yet" if last_good is None else f"the last good checkpoint is {last_good}"
+        raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants: configs/X.py:cpu,t4")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
+
+
+@exits_on_user_error
+def main(argv: Sequence[str]) -> None:
+    del argv
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise UserError("give --config configs/X.py and --workdir DIR")
+    try:
+        train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+    except Interrupted as stopped:
+        logging.info("%s", stopped)
+
+
+if __name__ == "__main__":
+    app.run(main)

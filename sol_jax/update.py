@@ -1,0 +1,326 @@
+"""One GRPO update as a pure function: blocks of text in, a better policy and metrics out.
+
+`train_step` is the whole of it (prefill, rollout, rewards, advantages, minibatches) and is jitted once,
+with the state donated.  Its stages `collect`, `advantages` and `fit` stand alone for tests and benchmarks.
+
+Source: sol.md sections 3 and 5; arXiv 2605.10875 sections 3.3 and 4.  `J` counts minibatches, `R` the
+schedules of a minibatch.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sol_jax import grpo, rewards
+from sol_jax.axes import ActionSpace
+from sol_jax.llama import LlamaConfig, Weights
+from sol_jax.policy import Observation, Policy, PolicyConfig, example_observation, initial_carry
+from sol_jax.rollout import (
+    EPISODE_AXES,
+    Controller,
+    Episode,
+    EpisodeConfig,
+    Rollout,
+    cut_episodes,
+    dense_divergence,
+    group_rollout,
+    label_logp,
+    policy_controller,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """What is learned from; the paper's symbol behind each field (defaults: appendix B)."""
+
+    num_schedules: int = 16  # K
+    gamma: float = 0.85  # discount of the return
+    returns: Literal["sum", "max", "none"] = "sum"
+    level: Literal["process", "outcome"] = "process"
+    norm: Literal["center", "zscore"] = "center"
+    whiten: bool = True
+    temperature: float = 1.3  # of the policy in rollouts and in the loss
+    clip: float = 0.2  # epsilon
+    entropy_coef: float = 0.05
+    dead_zone: float = 0.02  # budget misses up to this cost nothing
+    divergence_weight: float = 0.0  # w: share of KL(dense || sparse) in the reward
+    reference_kl_coef: float = 0.0  # beta: pull towards the policy the run started from
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and how a batch is cut for it."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    clip_norm: float = 2.0
+    warmup: int = 0  # optimizer steps
+    decay_steps: int = 0  # cosine decay to 0 over this many optimizer steps; 0 keeps the rate constant
+    minibatch_steps: int = 512  # decode steps of a minibatch; whole schedules, at least one
+    accumulate: int = 8  # minibatches of one optimizer step
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """How much runs at once; changes memory and speed, never results beyond rounding."""
+
+    prefill_batch: int = 1  # blocks prefilled at a time: 1 keeps a CPU's caches warm, more fill a GPU
+    head_rows: int = 256  # hidden states whose logits over the vocabulary exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All static choices of a run; hashable, so it is a static argument of jitted functions."""
+
+    model: LlamaConfig
+    space: ActionSpace
+    episode: EpisodeConfig
+    policy: PolicyConfig
+    grpo: GrpoConfig = GrpoConfig()
+    optim: OptimConfig = OptimConfig()
+    memory: Memory = Memory()
+
+    @functools.cached_property
+    def network(self) -> Policy:
+        return Policy(self.policy)
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes, and what it needs to be repeated exactly."""
+
+    step: jax.Array  # updates done
+    key: jax.Array  # of the run; each update folds its number in
+    params: Any
+    opt_state: Any
+    reference: Any  # the frozen policy of `reference_kl_coef`, or None
+
+
+class Experience(NamedTuple):
+    """A batch of rollouts as the loss needs it; leading axes [B, W, K] until `fit` flattens them."""
+
+    observation: Observation
+    action_T: jax.Array
+    logp_T: jax.Array
+    adv_T: jax.Array
+
+
+def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+    """AdamW on the mean gradient of `accumulate` minibatches, clipped by its global norm."""
+    rate: Any = cfg.learning_rate
+    if cfg.decay_steps:
+        rate = optax.warmup_cosine_decay_schedule(0.0, rate, cfg.warmup, cfg.decay_steps)
+    elif cfg.warmup:
+        rate = optax.linear_schedule(0.0, rate, cfg.warmup)
+    chain = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm), optax.adamw(rate, weight_decay=cfg.weight_decay)
+    )
+    return optax.MultiSteps(chain, cfg.accumulate).gradient_transformation()
+
+
+def init_state(key: jax.Array, setup: Setup) -> TrainState:
+    """A fresh policy and optimizer."""
+    init_key, run_key = jax.random.split(key)
+    example = example_observation(setup.policy), initial_carry(setup.policy)
+    params = setup.network.init(init_key, *example, method="step")
+    reference = jax.tree.map(jnp.copy, params) if setup.grpo.reference_kl_coef else None
+    return TrainState(jnp.int32(0), run_key, params, optimizer(setup.optim).init(params), reference)
+
+
+def draw_budgets(key: jax.Array, shape: tuple[int, ...], space: ActionSpace) -> jax.Array:
+    """Requested mean cost per axis, [*shape, X]: uniform in the axis' range, or one of its choices."""
+
+    def draw(key: jax.Array, axis: Any) -> jax.Array:
+        if axis.budget_choices:
+            return jax.random.choice(key, jnp.array(axis.budget_choices, jnp.float32), shape)
+        low, high = axis.budget
+        return jax.random.uniform(key, shape, minval=low, maxval=high)
+
+    keys = jax.random.split(key, len(space.axes))
+    return jnp.stack([draw(k, axis) for k, axis in zip(keys, space.axes, strict=True)], -1)
+
+
+def prefill_blocks(
+    weights: Weights, tokens_BxN: jax.Array, setup: Setup, with_reference: bool = False
+) -> tuple[Episode, jax.Array | None]:
+    """`cut_episodes` of each block, `memory.prefill_batch` blocks at a time; leading axis B."""
+
+    def cut(tokens_N: jax.Array) -> tuple[Episode, jax.Array | None]:
+        return cut_episodes(weights, tokens_N, setup.space, setup.model, setup.episode, with_reference)
+
+    with jax.named_scope("prefill"):
+        return lax.map(cut, tokens_BxN, batch_size=min(setup.memory.prefill_batch, len(tokens_BxN)))
+
+
+def run_schedules(
+    weights: Weights,
+    episode: Episode,
+    key: jax.Array,
+    budget_BxWxKxX: jax.Array,
+    controller: Controller,
+    setup: Setup,
+) -> Rollout:
+    """K schedules of every episode as one batch: [B, W, K, ...].  `controller.memory` has those axes too."""
+
+    def group(episode: Episode, key_K: jax.Array, budget_KxX: jax.Array, memory_K: Any) -> Rollout:
+        each = Controller(controller.act, memory_K)
+        uncontrolled = setup.episode.uncontrolled
+        return group_rollout(
+            weights, episode, key_K, budget_KxX, each, setup.space, setup.model, uncontrolled
+        )
+
+    keys = jax.random.split(key, budget_BxWxKxX.shape[:-1])
+    with jax.named_scope("rollout"):
+        over_windows = jax.vmap(group, in_axes=(EPISODE_AXES, 0, 0, 0))
+        return jax.vmap(over_windows)(episode, keys, budget_BxWxKxX, controller.memory)
+
+
+def score(weights: Weights, rollout: Rollout, label_BxWxT: jax.Array, rows: int) -> jax.Array:
+    """Log-probability of every label under every schedule, [B, W, K, T]; `rows` hidden states at a time.
+
+    Done after the scan, so that it is a few large matrix products instead of T small ones.
+    """
+    hidden = rollout.hidden_TxD
+    label_BxWxKxT = jnp.broadcast_to(label_BxWxT[:, :, None], hidden.shape[:-1])
+    inputs = hidden.reshape(-1, hidden.shape[-1]), label_BxWxKxT.reshape(-1)
+    with jax.named_scope("head"):
+        logp_N = lax.map(lambda x: label_logp(weights, *x), inputs, batch_size=min(rows, len(inputs[0])))
+    return logp_N.reshape(label_BxWxKxT.shape)
+
+
+def divergence(weights: Weights, rollout: Rollout, dense_BxWxTxD: jax.Array, rows: int) -> jax.Array:
+    """KL(dense || sparse) of every step of every schedule, [B, W, K, T]."""
+    hidden = rollout.hidden_TxD
+    dense = jnp.broadcast_to(dense_BxWxTxD[:, :, None], hidden.shape)
+    inputs = dense.reshape(-1, hidden.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    with jax.named_scope("head"):
+        kl_N = lax.map(lambda x: dense_divergence(weights, *x), inputs, batch_size=min(rows, len(inputs[0])))
+    return kl_N.reshape(hidden.shape[:-1])
+
+
+def collect(
+    weights: Weights, controller: Controller, tokens_BxN: jax.Array, key: jax.Array, budget_BxWxX: jax.Array, setup: Setup
+) -> tuple[Rollout, jax.Array]:
+    """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
+    w, rows = setup.grpo.divergence_weight, setup.memory.head_rows
+    episode, dense_BxWxTxD = prefill_blocks(weights, tokens_BxN, setup, with_reference=w > 0)
+    K = setup.grpo.num_schedules
+    shape = (*budget_BxWxX.shape[:2], K)
+    budget_BxWxKxX = jnp.broadcast_to(budget_BxWxX[:, :, None], (*shape, budget_BxWxX.shape[-1]))
+    memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), controller.memory)
+    each = Controller(controller.act, memory)
+    rollout = run_schedules(weights, episode, key, budget_BxWxKxX, each, setup)
+    logp = score(weights, rollout, episode.label_T, rows) if w < 1 else jnp.zeros(())
+    kl = divergence(weights, rollout, dense_BxWxTxD, rows) if dense_BxWxTxD is not None else jnp.zeros(())
+    return rollout, rewards.task_reward(logp, kl, w)
+
+
+def advantages(
+    reward_BxWxKxT: jax.Array, rollout: Rollout, budget_BxWxX: jax.Array, setup: Setup
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Advantages [B, W, K, T], and the budget penalties and mean costs [B, W, K, X] behind them."""
+    cfg = setup.grpo
+    weight_X = jnp.array([axis.penalty_weight for axis in setup.space.axes], jnp.float32)
+
+    def of_group(reward_KxT: jax.Array, cost_KxTxX: jax.Array, counted_KxT: jax.Array, budget_X: jax.Array):
+        return_KxT = jax.vmap(lambda r: rewards.returns(r, cfg.gamma, cfg.returns, cfg.level))(reward_KxT)
+        mean_KxX = jax.vmap(rewards.axis_costs)(cost_KxTxX, counted_KxT)
+        penalty_KxX = jax.vmap(
+            lambda m: rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone)
+        )(mean_KxX)
+        signal_KxT = return_KxT - jnp.sum(penalty_KxX, -1, keepdims=True)
+        return grpo.group_advantage(signal_KxT, cfg.level, cfg.norm), penalty_KxX, mean_KxX
+
+    batched = jax.vmap(jax.vmap(of_group))
+    adv, penalty, mean = batched(reward_BxWxKxT, rollout.cost_TxX, rollout.controllable_T, budget_BxWxX)
+    return grpo.whiten(adv) if cfg.whiten else adv, penalty, mean
+
+
+def minibatches(key: jax.Array, num_schedules: int, cfg: OptimConfig, horizon: int) -> tuple[jax.Array, jax.Array]:
+    """A random cut of all schedules of a batch into minibatches: indices and weights, [J, R] each.
+
+    The last one may be short; it is filled up with schedules of weight 0.
+    """
+    R = min(max(1, cfg.minibatch_steps // horizon), num_schedules)
+    J = -(-num_schedules // R)
+    order = jax.random.permutation(key, num_schedules)
+    slots = jnp.arange(J * R).reshape(J, R)
+    return order[slots % num_schedules], (slots < num_schedules).astype(jnp.float32)
+
+
+def fit(
+    state: TrainState, experience: Experience, index_JxR: jax.Array, weight_JxR: jax.Array, setup: Setup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One pass over the minibatches; `experience` has one leading axis, the schedules of the batch."""
+    cfg, tx = setup.grpo, optimizer(setup.optim)
+
+    def logits(params: Any, batch: Experience) -> jax.Array:
+        apply = functools.partial(setup.network.apply, params)
+        logits_RxTxA = jax.vmap(apply)(batch.observation) / cfg.temperature
+        return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1])
+
+    def loss(params: Any, batch: Experience, weight_R: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        steps = (x.reshape(-1) for x in (batch.action_T, batch.logp_T, batch.adv_T))
+        weight_N = jnp.repeat(weight_R, batch.action_T.shape[1])
+        reference = logits(state.reference, batch) if cfg.reference_kl_coef else None
+        return grpo.clipped_loss(
+            logits(params, batch),
+            *steps,
+            clip=cfg.clip,
+            entropy_coef=cfg.entropy_coef,
+            reference_logits_NxA=reference,
+            reference_kl_coef=cfg.reference_kl_coef,
+            weight_N=weight_N,
+        )
+
+    def minibatch(carry: tuple, picked: tuple) -> tuple[tuple, dict[str, jax.Array]]:
+        params, opt_state = carry
+        index_R, weight_R = picked
+        batch = jax.tree.map(lambda leaf: leaf[index_R], experience)
+        grads, metrics = jax.grad(loss, has_aux=True)(params, batch, weight_R)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    with jax.named_scope("fit"):
+        carry, metrics_J = lax.scan(minibatch, (state.params, state.opt_state), (index_JxR, weight_JxR))
+    params, opt_state = carry
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics_J
+
+
+def train_step(
+    state: TrainState, weights: Weights, tokens_BxN: jax.Array, setup: Setup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on a batch of blocks; pure, and a function of (state, weights, tokens) alone."""
+    B, W = len(tokens_BxN), setup.episode.episodes_per_prefix
+    budget_key, rollout_key, order_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    budget_BxWxX = draw_budgets(budget_key, (B, W), setup.space)
+    controller = policy_controller(setup.network, state.params, setup.grpo.temperature)
+    rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup)
+    adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
+    experience = Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv)
+    experience = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), experience)
+    order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
+    state, fitted_J = fit(state, experience, *order, setup)
+    metrics = {f"policy/{name}": jnp.mean(value_J) for name, value_J in fitted_J.items()}
+    metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)
+    return state, metrics
+
+
+def _episode_metrics(
+    reward: jax.Array, penalty: jax.Array, mean_cost: jax.Array, budget: jax.Array, space: ActionSpace
+) -> dict[str, jax.Array]:
+    """Batch means: reward per step in nats; per axis the penalty, realised cost and missed budget."""
+    metrics = {"reward": jnp.mean(reward), "penalty": jnp.mean(jnp.sum(penalty, -1))}
+    for x, axis in enumerate(space.axes):
+        metrics[f"penalty/{axis.name}"] = jnp.mean(penalty[..., x])
+        metrics[f"cost/{axis.name}"] = jnp.mean(mean_cost[..., x])
+        metrics[f"budget_gap/{axis.name}"] = jnp.mean(jnp.abs(mean_cost[..., x] - budget[..., x]))
+    return metrics
+
+
+jit_train_step = functools.partial(jax.jit, static_argnames="setup", donate_argnums=0)(train_step)

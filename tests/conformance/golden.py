@@ -1,0 +1,135 @@
+"""Golden vectors computed by the authors' own code, and how their names map to ours.
+
+`SOL_GOLDEN_DIR` names a folder with a whole set of vectors; without it the small committed subset beside this
+file is used and tests of the rest are skipped.  Other sets have the same files and keys, but other seeds and
+sizes, so tests take every shape and setting from the file.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sol_jax.policy import PolicyConfig
+
+Vectors = dict[str, np.ndarray]
+Params = dict[str, Any]
+
+_COMMITTED = Path(__file__).parent / "golden"
+
+_BLOCK_NAMES = {
+    "ln1": "norm_attention",
+    "attn.q_proj": "query",
+    "attn.k_proj": "key",
+    "attn.v_proj": "value",
+    "attn.o_proj": "out",
+    "ln2": "norm_mlp",
+    "ff.0": "up",
+    "ff.2": "down",
+}
+_NAMES = {
+    "action_emb": "action_embed",
+    "obs_proj": "observation_in",
+    "scalar_proj.0": "scalar_in",
+    "scalar_proj.2": "scalar_norm",
+    "budget_head.0": "budget_in",
+    "budget_head.2": "budget_out",
+    "ln_f": "norm_out",
+    "pi": "head",
+}
+
+
+def load(name: str) -> Vectors:
+    """The arrays of `name`.npz; skips the test where only the committed subset lacks the file."""
+    chosen = os.environ.get("SOL_GOLDEN_DIR")
+    path = (Path(chosen) if chosen else _COMMITTED) / f"{name}.npz"
+    if not path.exists():
+        if chosen:
+            pytest.fail(f"SOL_GOLDEN_DIR is set, but {path} does not exist")
+        pytest.skip(f"{name}.npz is not in the committed subset; set SOL_GOLDEN_DIR to a folder that has it")
+    with np.load(path) as file:
+        return dict(file)
+
+
+def config_of(vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The authors' configuration that a file was made with."""
+    return json.loads(str(vectors["cfg_json"]))
+
+
+def assert_close(actual, expected, what: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    """Compares with the authors' value, which has the same shape."""
+    assert np.shape(actual) == np.shape(expected), f"{what}: {np.shape(actual)} is not {np.shape(expected)}"
+    np.testing.assert_allclose(
+        actual, expected, rtol=rtol, atol=atol, err_msg=f"{what} departs from the authors'"
+    )
+
+
+def policy_config(vectors: Mapping[str, np.ndarray], prefix: str, num_heads: int) -> PolicyConfig:
+    """The config of the policy whose weights are under `prefix`; only the heads cannot be read off them."""
+    shape = {
+        name.removeprefix(prefix): array.shape for name, array in vectors.items() if name.startswith(prefix)
+    }
+    hidden_size, embed_size = _llm_sizes(vectors)
+    width = shape["obs_proj.weight"][0]
+    return PolicyConfig(
+        hidden_size=hidden_size,
+        token_embed_size=embed_size,
+        num_actions=shape["pi.weight"][0],
+        horizon=shape["pos_emb.weight"][0],
+        num_axes=shape["budget_head.0.weight"][1],
+        d_model=width,
+        num_heads=num_heads,
+        num_layers=sum(name.endswith("ln1.weight") for name in shape),
+        mlp_ratio=shape["blocks.0.ff.0.weight"][0] / width,
+        action_embed_size=shape["action_emb.weight"][1],
+        scalar_embed_size=shape["scalar_proj.0.weight"][0],
+        budget_embed_size=shape["budget_head.0.weight"][0],
+    )
+
+
+def policy_params(vectors: Mapping[str, np.ndarray], prefix: str) -> Params:
+    """The authors' policy weights under `prefix`, as the parameter tree of `sol_jax.policy.Policy`.
+
+    Their value head, which GRPO does not train, has no place in ours and is left out.
+    """
+    params: Params = {}
+    for name, array in vectors.items():
+        path = policy_path(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if path is None:
+            continue
+        *parents, leaf = path
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        # PyTorch keeps a linear layer as [out, in].
+        node[leaf] = array.T if leaf == "kernel" else array
+    return {"params": params}
+
+
+def policy_path(name: str) -> tuple[str, ...] | None:
+    """Where the authors' parameter `name` lives in our tree; None for their value head."""
+    if name.startswith("v."):
+        return None
+    if name == "pos_emb.weight":
+        return ("position",)
+    module, _, kind = name.rpartition(".")
+    if module.startswith("blocks."):
+        _, layer, part = module.split(".", 2)
+        parents: tuple[str, ...] = (f"blocks_{layer}", _BLOCK_NAMES[part])
+    else:
+        parents = (_NAMES[module],)
+    if kind == "bias":
+        return (*parents, "bias")
+    if parents[-1].startswith("norm") or parents[-1] == "scalar_norm":
+        return (*parents, "scale")
+    return (*parents, "embedding" if module == "action_emb" else "kernel")
+
+
+def _llm_sizes(vectors: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    names = ("h", "e") if "h" in vectors else ("h_seq", "e_seq")
+    hidden_size, embed_size = (vectors[name].shape[-1] for name in names)
+    return hidden_size, embed_size
