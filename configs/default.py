@@ -85,7 +85,13 @@ def get_config(variants: str = "") -> ConfigDict:
     config.eval.num_blocks = 16  # of the validation split, while training
     config.eval.num_test_blocks = 64  # of the test split, at the end; 0: no final evaluation
     config.eval.batch_size = 8
-    config.eval.budgets = ((0.25, 0.5, 0.4), (0.4, 0.6, 0.5), (0.55, 0.7, 0.625), (0.7, 0.8, 0.75), (0.85, 0.9, 0.875))
+    config.eval.budgets = (
+        (0.25, 0.5, 0.4),
+        (0.4, 0.6, 0.5),
+        (0.55, 0.7, 0.625),
+        (0.7, 0.8, 0.75),
+        (0.85, 0.9, 0.875),
+    )
     config.eval.num_random = 16  # random schedules per block and budget
 
     config.memory = ConfigDict()
@@ -117,7 +123,12 @@ def _smoke(config: ConfigDict) -> None:
     config.policy.d_model = 32
     config.grpo.batch_size, config.grpo.num_schedules = 2, 4
     config.train.num_updates, config.train.checkpoint_every = 3, 2
-    config.eval.every, config.eval.num_blocks, config.eval.num_test_blocks, config.eval.num_random = 2, 2, 4, 2
+    config.eval.every, config.eval.num_blocks, config.eval.num_test_blocks, config.eval.num_random = (
+        2,
+        2,
+        4,
+        2,
+    )
     config.eval.batch_size = 2
 
 

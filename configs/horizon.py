@@ -1,6 +1,6 @@
 """Horizon study (figure 3): A = 4 * 7 * 12 = 336 joint actions at T = 4, 16 and 64.
 
-    python -m sol_jax.train --config configs/horizon.py:cpu,t4 --workdir runs/horizon-t4
+python -m sol_jax.train --config configs/horizon.py:cpu,t4 --workdir runs/horizon-t4
 """
 
 from ml_collections import ConfigDict

@@ -20,13 +20,21 @@ LEVELS = {
     "eta-5-16": ("eta", (5, 16)),
     "eta-6-16": ("eta", (6, 16)),
 }
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # evaluated budgets, as shares of the way from the lower to the higher cost
+SHARES = (
+    0.1,
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # evaluated budgets, as shares of the way from the lower to the higher cost
 
 
 def get_config(variants: str = "kappa-0.1") -> ConfigDict:
     name, _, rest = variants.partition(",")
     if name not in LEVELS:
-        raise ValueError(f"{name!r} is no single-axis set; the first variant must be one of {', '.join(LEVELS)}")
+        raise ValueError(
+            f"{name!r} is no single-axis set; the first variant must be one of {', '.join(LEVELS)}"
+        )
     chosen, levels = LEVELS[name]
     config = default.get_config()
     full = {"kappa": 1.0, "rho": 1.0, "eta": 16}

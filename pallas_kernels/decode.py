@@ -11,11 +11,11 @@ def split_attention(
     keep_prefix_HxGxS: jax.Array,
     keep_suffix_HxGxT: jax.Array,
 ) -> jax.Array:
-    """Softmax attention over the kept entries of two caches (k, v of [H, S, d] and [H, T, d]): [H, G, d], float32.
+    """Softmax attention over the kept entries of two caches: [H, G, d], float32.
 
-    `H` counts key/value heads and `G` the query heads of each.  Vmapped over schedules with the prefix
-    unbatched, the schedules become rows of one matrix product: the prefix is read once for all of them
-    and never copied.  Masks broadcast over H and G.
+    The caches are k and v of [H, S, d] and of [H, T, d]; `H` counts key/value heads and `G` the query heads
+    of each; masks broadcast over H and G.  Vmapped over schedules with the prefix unbatched, the schedules
+    become rows of one matrix product: the prefix is read once for all of them and never copied.
     """
     (k_HxSxd, v_HxSxd), (k_HxTxd, v_HxTxd) = prefix, suffix
 

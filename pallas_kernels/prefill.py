@@ -32,7 +32,9 @@ def _blocked_attention(q_SxHxd: jax.Array, k_HkvxSxd: jax.Array, v_HkvxSxd: jax.
         seen_NxM = jnp.arange(M) <= jnp.arange(M - N, M)[:, None]
         weight = jnp.exp(logit - jnp.max(jnp.where(seen_NxM, logit, -jnp.inf), -1, keepdims=True))
         weight = jnp.where(seen_NxM, weight, 0.0)
-        mixed = jnp.einsum("gnm,md->gnd", weight.astype(v_Mxd.dtype), v_Mxd, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum(
+            "gnm,md->gnd", weight.astype(v_Mxd.dtype), v_Mxd, preferred_element_type=jnp.float32
+        )
         return mixed / jnp.sum(weight, -1, keepdims=True)
 
     def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

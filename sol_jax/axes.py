@@ -59,7 +59,7 @@ class Selection(NamedTuple):
     prefix: jax.Array
     suffix: jax.Array
 
-    def __and__(self, other: "Selection") -> "Selection":  # type: ignore[override]
+    def __and__(self, other: "Selection") -> "Selection":
         return Selection(self.prefix & other.prefix, self.suffix & other.suffix)
 
     def __or__(self, other: "Selection") -> "Selection":
@@ -77,7 +77,8 @@ def exact_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
     The authors' recency mask multiplies in Python, in double precision, so 0.1 * 10 is a little above 1
     there.  No float64 on accelerators: the product is taken in integers, in units of 2**-29.
     """
-    unit = (jnp.float32(fraction) * 2.0**29).astype(jnp.uint32)  # exact: a power of two scales without rounding
+    # Exact: a power of two scales without rounding.
+    unit = (jnp.float32(fraction) * 2.0**29).astype(jnp.uint32)
     high, low = unit >> 15, unit & 0x7FFF
     count = jnp.asarray(count).astype(jnp.uint32)
     low_product = low * count
@@ -185,7 +186,12 @@ class Quest(Axis):
         return (keys.prefix_len % self.page_size + step) // self.page_size
 
     def keep_pages(
-        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: PageBounds, suffix_index: PageBounds
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: PageBounds,
+        suffix_index: PageBounds,
     ) -> tuple[jax.Array, jax.Array]:
         """Masks of the attended pages: whole prefix pages [H, G, P] and trailing pages."""
         P = prefix_index.high.shape[1]
@@ -198,7 +204,12 @@ class Quest(Axis):
         return keep[..., :P], keep[..., P:]
 
     def select(
-        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: PageBounds, suffix_index: PageBounds
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: PageBounds,
+        suffix_index: PageBounds,
     ) -> Selection:
         whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index)
         S, T = keys.prefix_HxSxd.shape[1], keys.suffix_HxTxd.shape[1]
@@ -210,7 +221,7 @@ class Quest(Axis):
         return keep | _always(keys, self.sinks, self.window + 1) if self.protect else keep
 
 
-def _always(keys: Keys, sinks: int, recent: int) -> Selection:
+def _always(keys: Keys, sinks: int, recent: int | jax.Array) -> Selection:
     """The first `sinks` and the last `recent` keys in reach."""
     prefix_S, suffix_T = ((p < sinks) | (p >= keys.kv_len - recent) for p in keys.positions)
     return Selection(prefix_S[None, None], suffix_T[None, None])
@@ -322,7 +333,7 @@ class ActionSpace:
         """The action with every axis at its top level: what steps that may not be controlled take."""
         return self.num_actions - 1
 
-    def join(self, level_X: jax.Array) -> jax.Array:
+    def join(self, level_X: jax.Array | np.ndarray) -> jax.Array:
         """Action of the given level index per axis ([..., X] -> [...])."""
         sizes = [len(axis.levels) for axis in self.axes]
         strides = np.cumprod([1, *sizes[:0:-1]])[::-1]

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -79,7 +80,7 @@ def _check_axes(config: ConfigDict) -> None:
         levels = tuple(config.axes[name].levels)
         if not levels:
             raise _wrong(config, f"axes.{name}.levels", "a list of at least one level")
-        if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        if any(low >= high for low, high in itertools.pairwise(levels)):
             raise _wrong(config, f"axes.{name}.levels", "strictly ascending")
         if name == "eta" and not all(2 <= bits <= 16 and int(bits) == bits for bits in levels):
             raise _wrong(config, "axes.eta.levels", "whole numbers of bits from 2 to 16")
@@ -127,7 +128,9 @@ def build_axes(config: ConfigDict) -> tuple[Axis, ...]:
         OutputQuantization(**_common(eta)),
     )
     return tuple(
-        dataclasses.replace(a, budget=(a.cost(a.levels[0]),) * 2, budget_choices=()) if len(a.levels) == 1 else a
+        dataclasses.replace(a, budget=(a.cost(a.levels[0]),) * 2, budget_choices=())
+        if len(a.levels) == 1
+        else a
         for a in axes
     )
 

@@ -7,9 +7,11 @@ comparison is paired: all controllers decode the same tokens after the same dens
 are bootstrapped over documents.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from sol_jax.config import flatten
 from sol_jax.data import Batch, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.llama import Weights
-from sol_jax.metrics import progress_bar
+from sol_jax.metrics import progress
 from sol_jax.rollout import Controller, policy_controller, replay
 from sol_jax.session import Session, commit, open_session, read_config
 from sol_jax.state import Checkpoints
@@ -41,80 +43,60 @@ class Scores(NamedTuple):
     action_NxWxJxT: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "with_policy", "chunk"))
+@functools.partial(jax.jit, static_argnames=("setup", "chunk"))
 def _run(
-    weights: Weights,
-    params: Any,
-    tokens_BxN: jax.Array,
-    budget_BxWxJxX: jax.Array,
-    action_BxWxJxT: jax.Array,
-    setup: Setup,
-    with_policy: bool,
-    chunk: int,
+    weights: Weights, params: Any, tokens_BxN: jax.Array, given_BxWxJxY: jax.Array, setup: Setup, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs J schedules of each episode, `chunk` of them at a time, after one prefill."""
+    """`Scores` of one batch: one prefill, then `chunk` of the J schedules of each episode at a time."""
     episode, _ = prefill_blocks(weights, tokens_BxN, setup)
-    greedy = policy_controller(setup.network, params, temperature=1.0, greedy=True)
 
-    def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        budget, action = inputs
-        if with_policy:
-            shape = budget.shape[:3]
-            memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), greedy.memory)
-            controller = Controller(greedy.act, memory)
+    def of_chunk(given: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if params is None:
+            controller, budget = replay(given), jnp.zeros((*given.shape[:3], len(setup.space.axes)))
         else:
-            controller = replay(action)
+            greedy = policy_controller(setup.network, params, temperature=1.0, greedy=True)
+            memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (*given.shape[:3], *x.shape)), greedy.memory)
+            controller, budget = Controller(greedy.act, memory), given
         rollout = run_schedules(weights, episode, jax.random.key(0), budget, controller, setup)
         logp = score(weights, rollout, episode.label_T, setup.memory.head_rows)
         counted = rollout.controllable_T[..., None]
         mean_cost = jnp.sum(rollout.cost_TxX * counted, -2) / jnp.maximum(jnp.sum(counted, -2), 1)
         return jnp.mean(logp, -1), mean_cost, rollout.action_T
 
-    def split(x: jax.Array) -> jax.Array:  # [B, W, J, ...] -> [J / chunk, B, W, chunk, ...]
+    def chunks_first(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
 
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    def chunks_joined(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])
 
-    outputs = lax.map(of_chunk, (split(budget_BxWxJxX), split(action_BxWxJxT)))
-    logp, mean_cost, action = (join(x) for x in outputs)
-    return logp, mean_cost, action
+    logp, mean_cost, action = lax.map(of_chunk, chunks_first(given_BxWxJxY))
+    return chunks_joined(logp), chunks_joined(mean_cost), chunks_joined(action)
 
 
 def run_blocks(
     weights: Weights,
     batches: Sequence[Batch],
+    given_NxWxJxY: np.ndarray,
     setup: Setup,
-    *,
     params: Any = None,
-    budget_JxX: np.ndarray | None = None,
-    action_NxWxJxT: np.ndarray | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Runs the greedy policy at J requested budgets, or J given schedules, over every block.
+    """Runs J schedules of every episode of every block.
 
-    Give `params` and `budget_JxX`, or `action_NxWxJxT`.  Short batches and odd J are padded, so that each
-    shape compiles once.
+    With `params` the greedy policy picks the actions and `given` are the budgets requested of it (Y = X);
+    without, `given` are the schedules themselves (Y = T).  Short batches and odd J are padded, so that
+    each shape compiles once.
     """
-    W, T, X = setup.episode.episodes_per_prefix, setup.episode.horizon, len(setup.space.axes)
-    J = len(budget_JxX) if budget_JxX is not None else action_NxWxJxT.shape[2]
-    B, chunk = len(batches[0].tokens_BxN), min(setup.grpo.num_schedules, J)
-    padded = -(-J // chunk) * chunk
+    B, J = len(batches[0].tokens_BxN), given_NxWxJxY.shape[2]
+    chunk = min(setup.grpo.num_schedules, J)
+    columns = np.arange(-(-J // chunk) * chunk) % J
     pieces, start = [], 0
     for batch in batches:
         count = len(batch.tokens_BxN)
-        rows, columns = np.arange(B) % count, np.arange(padded) % J
-        budget = np.zeros((B, W, padded, X), np.float32)
-        action = np.zeros((B, W, padded, T), np.int32)
-        if budget_JxX is not None:
-            budget[:] = budget_JxX[columns]
-        else:
-            action[:] = action_NxWxJxT[start : start + count][rows][:, :, columns]
-        out = _run(
-            weights, params, batch.tokens_BxN[rows], budget, action, setup, budget_JxX is not None, chunk
-        )
-        pieces.append([np.asarray(x)[:count, :, :J] for x in out])
+        rows = np.arange(B) % count
+        given = given_NxWxJxY[start : start + count][rows][:, :, columns]
+        scores = _run(weights, params, batch.tokens_BxN[rows], given, setup, chunk)
+        pieces.append([np.asarray(x)[:count, :, :J] for x in scores])
         start += count
         progress()
     return Scores(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
@@ -154,14 +136,15 @@ def compare(
     N = sum(len(batch.tokens_BxN) for batch in batches)
     W, T = setup.episode.episodes_per_prefix, setup.episode.horizon
     document_N = np.concatenate([batch.document_B for batch in batches])
-    policy = run_blocks(weights, batches, setup, params=params, budget_JxX=budget_JxX, progress=progress)
+    given = np.broadcast_to(budget_JxX, (N, W, *budget_JxX.shape))
+    policy = run_blocks(weights, batches, given, setup, params, progress)
     rng = np.random.default_rng(seed)
     plans = [schedules.dense(setup.space, N * W, T)[:, None]]
     for target_X in policy.cost_NxWxJxX.mean((0, 1)):
         plans.append(schedules.fixed(setup.space, target_X, N * W, T)[:, None])
         plans.append(schedules.random(setup.space, target_X, N * W, T, num_random, rng))
     action_NxWxJxT = np.concatenate(plans, 1).reshape(N, W, -1, T)
-    others = run_blocks(weights, batches, setup, action_NxWxJxT=action_NxWxJxT, progress=progress)
+    others = run_blocks(weights, batches, action_NxWxJxT, setup, progress=progress)
     return _rows(policy, others, budget_JxX, num_random, document_N, T)
 
 
@@ -208,7 +191,9 @@ def summary(rows: Sequence[Row], setup: Setup) -> dict[str, float]:
     penalty = np.mean(np.sum(weight_X * np.maximum(miss_JxX - setup.grpo.dead_zone, 0) ** 2, -1))
     nats = np.mean([row.nats for row in policy])
     scalars = {"eval/nats": nats, "eval/penalty": penalty, "eval/score": -nats - penalty}
-    scalars |= {f"eval/budget_gap/{a.name}": g for a, g in zip(setup.space.axes, miss_JxX.mean(0), strict=True)}
+    scalars |= {
+        f"eval/budget_gap/{a.name}": g for a, g in zip(setup.space.axes, miss_JxX.mean(0), strict=True)
+    }
     for name in ("fixed", "random", "random_best", "dense"):
         gains = [row.gain for row in rows if row.controller == name]
         if gains:
@@ -234,7 +219,8 @@ def write_csv(path: pathlib.Path, rows: Iterable[Row], axis_names: Sequence[str]
 
 def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:
     """The rows as text, one block per requested budget."""
-    head = f"{'controller':12} {'cost ' + '/'.join(axis_names):>22} {'net':>6} {'ppl':>9}   policy's gain, nats/token"
+    costs = "cost " + "/".join(axis_names)
+    head = f"{'controller':12} {costs:>22} {'net':>6} {'ppl':>9}   gain of the policy, nats/token"
     lines = [head, "-" * len(head)]
     for row in rows:
         if row.controller == "policy":
@@ -252,7 +238,8 @@ def report(session: Session, params: Any, workdir: pathlib.Path, split: str = "t
     blocks = session.split(split)
     batches = list(evaluation_batches(blocks, config.eval.batch_size, config.eval.num_test_blocks))
     budget_JxX = np.array(config.eval.budgets, np.float32)
-    with progress_bar(2 * len(batches), f"evaluating on {split} text") as bar:
+    bar, done = progress(2 * len(batches), 0, f"evaluating on {split} text"), itertools.count(1)
+    with contextlib.closing(bar):
         rows = compare(
             session.weights,
             params,
@@ -261,7 +248,7 @@ def report(session: Session, params: Any, workdir: pathlib.Path, split: str = "t
             config.eval.num_random,
             session.setup,
             config.seed,
-            lambda: bar.update(1),
+            lambda: bar.update(next(done)),
         )
     names = [axis.name for axis in session.setup.space.axes]
     documents = len(set(np.concatenate([batch.document_B for batch in batches]).tolist()))
@@ -286,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
     config = read_config(workdir)
     session = open_session(config)
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep)
+    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
     restored = checkpoints.restore(init_state(jax.random.key(0), session.setup), checkpoints.best_step())
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint; --workdir must be the folder of a training run")

@@ -22,7 +22,9 @@ def policy_weights(cfg: PolicyConfig) -> int:
     inputs = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
     block = (4 + 2 * cfg.mlp_ratio) * cfg.d_model**2
     heads = cfg.d_model * cfg.num_actions + cfg.budget_embed_size * (cfg.num_axes + cfg.num_actions)
-    return int(inputs * cfg.d_model + cfg.num_layers * block + heads + cfg.num_scalars * cfg.scalar_embed_size)
+    return int(
+        inputs * cfg.d_model + cfg.num_layers * block + heads + cfg.num_scalars * cfg.scalar_embed_size
+    )
 
 
 def update_flops(setup: Setup, batch_size: int) -> dict[str, float]:

@@ -112,7 +112,7 @@ def init_weights(key: jax.Array, cfg: LlamaConfig) -> Weights:
             return jnp.ones(spec.shape, cfg.dtype)
         return (spec.stddev * jax.random.normal(key, spec.shape)).astype(cfg.dtype)
 
-    return treedef.unflatten([init(k, s) for k, s in zip(keys, specs, strict=True)])
+    return jax.tree.unflatten(treedef, [init(k, s) for k, s in zip(keys, specs, strict=True)])
 
 
 class KVCache(NamedTuple):
@@ -126,20 +126,20 @@ class Prefix(NamedTuple):
     """What all schedules of an episode read and none writes.
 
     `cache` may hold more than `length` entries (prompts of several lengths in one batch, or episodes
-    that share a prefill): the rest is masked.  `index` is what each axis keeps about the keys, with a
+    that share a prefill): the rest is masked.  `axis_index` is what each axis keeps about the keys, with a
     leading layer axis (Quest's page bounds).
     """
 
     cache: KVCache
-    index: tuple[Any, ...]
+    axis_index: tuple[Any, ...]
     length: jax.Array  # int32 scalar
 
 
 class Suffix(NamedTuple):
-    """What one schedule wrote so far: its cache entries and each axis' summary of them, per layer."""
+    """What one schedule wrote so far: cache entries and each axis' summary of them, by layer, as `_bits`."""
 
     cache: KVCache
-    index: tuple[Any, ...]
+    axis_index: tuple[Any, ...]
 
 
 def dot(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
@@ -154,12 +154,14 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
     """Angular frequencies [d/2] in radians per position, stretched as `cfg.rope_scaling` says."""
+    # Powers in float64: float32 ones are a rounding off torch's, 5e-4 radians at position 8,192.
     exponent = np.arange(0, cfg.head_size, 2, dtype=np.float32) / np.float32(cfg.head_size)
-    freq = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponent
+    base = np.float64(cfg.rope_theta) ** exponent.astype(np.float64)
+    freq = np.float32(1.0) / base.astype(np.float32)
     if cfg.rope_scaling is None:
         return freq
     s = cfg.rope_scaling
-    wavelength = 2 * np.pi / freq
+    wavelength = 2 * np.pi / freq.astype(np.float64)
     # Share of the original frequency: 1 for short waves, 0 (fully stretched) for long ones.
     span = s.high_freq_factor - s.low_freq_factor
     keep = np.clip((s.original_max_position / wavelength - s.low_freq_factor) / span, 0.0, 1.0)
@@ -210,7 +212,8 @@ def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[ja
     """
     position_S = jnp.arange(tokens_S.shape[0])
 
-    def block(x_SxD: jax.Array, layer: Weights) -> tuple[jax.Array, KVCache]:
+    def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
+        layer = _at(weights["layers"], i)
         with jax.named_scope("attention"):
             normed_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
             q_SxHxd, k_SxHxd, v_SxHxd = _qkv(layer, normed_SxD, position_S, cfg)
@@ -221,7 +224,7 @@ def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[ja
             x_SxD = x_SxD + _mlp(layer, rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps))
         return x_SxD, KVCache(k_HxSxd, v_HxSxd)
 
-    x_SxD, cache = lax.scan(block, embed(weights, tokens_S), weights["layers"])
+    x_SxD, cache = lax.scan(block, embed(weights, tokens_S), jnp.arange(cfg.num_layers))
     return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
 
 
@@ -242,7 +245,7 @@ def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suff
 
         return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
 
-    return Suffix(KVCache(blank, blank), tuple(map(index, axes, prefix.index)))
+    return jax.tree.map(_bits, Suffix(KVCache(blank, blank), tuple(map(index, axes, prefix.axis_index))))
 
 
 def decode_step(
@@ -262,14 +265,15 @@ def decode_step(
     """
     position = prefix.length + step
 
-    def block(carry: tuple[jax.Array, Suffix], inputs: tuple[Weights, jax.Array]) -> tuple[tuple, None]:
-        (x_D, suffix), (layer, i) = carry, inputs
+    def block(carry: tuple[jax.Array, Suffix], i: jax.Array) -> tuple[tuple[jax.Array, Suffix], None]:
+        x_D, suffix = carry
+        layer = _at(weights["layers"], i)
         with jax.named_scope("attention"):
             q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), position, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
-            prefix_kv, prefix_index = _at(prefix.cache, i), _at(prefix.index, i)
-            suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.index, i)
+            prefix_kv, prefix_index = _at(prefix.cache, i), _at(prefix.axis_index, i)
+            suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
             keys = Keys(prefix_kv.k, suffix_kv.k, prefix.length, step)
             keep = keys.valid
             for axis, value, *index in zip(axes, action_X, prefix_index, suffix_index, strict=True):
@@ -286,18 +290,37 @@ def decode_step(
                 y_D = axis.mlp_output(value, y_D)
         return (x_D + y_D, suffix), None
 
-    layers = (weights["layers"], jnp.arange(cfg.num_layers))
-    (x_D, suffix), _ = lax.scan(block, (embed(weights, token), suffix), layers)
+    (x_D, suffix), _ = lax.scan(block, (embed(weights, token), suffix), jnp.arange(cfg.num_layers))
     return rms_norm(x_D, weights["final_norm"], cfg.norm_eps), suffix
 
 
-def _at(tree: Any, i: jax.Array) -> Any:
-    """Layer `i` of stacked arrays.
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as its bits, for moving it about; anything else as it is.
 
-    Caches are read and written so, by index inside the loop over layers, rather than scanned: scanned
+    XLA's CPU compiler widens bfloat16 slices and updates to float32, and with them the whole array they
+    are cut from or written to.  So suffixes are stored as bits, and stacked weights are sliced as bits.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    """Layer `i` of stacked arrays (bits or not).
+
+    Weights and caches are read so, by index inside the loop over layers, rather than scanned: scanned
     arrays must lead with the layer, and vmap leads with the batch, so every step would transpose them.
     """
-    return jax.tree.map(lambda stacked: lax.dynamic_index_in_dim(stacked, i, 0, keepdims=False), tree)
+
+    def take(stacked: jax.Array) -> jax.Array:
+        layer = lax.dynamic_index_in_dim(_bits(stacked), i, 0, keepdims=False)
+        return lax.bitcast_convert_type(layer, jnp.bfloat16) if layer.dtype == jnp.uint16 else layer
+
+    return jax.tree.map(take, tree)
+
+
+def _put(stacked: jax.Array, new: jax.Array, *start: jax.Array | int) -> jax.Array:
+    """`stacked` (bits) with `new` written at `start`, in place; axes that `start` leaves out begin at 0."""
+    new = _bits(new).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
+    return lax.dynamic_update_slice(stacked, new, start + (0,) * (stacked.ndim - len(start)))
 
 
 def _append(
@@ -310,16 +333,15 @@ def _append(
     axes: tuple[Axis, ...],
 ) -> Suffix:
     """`suffix` with the current token's entry of layer `i` written in place, and the axes told."""
-    new = (kv[None, :, None] for kv in (k_Hxd, v_Hxd))
-    at = (i, 0, step, 0)
-    cache = KVCache(*(lax.dynamic_update_slice(old, kv, at) for old, kv in zip(suffix.cache, new, strict=True)))
+    k, v = (_put(old, kv[:, None], i, 0, step) for old, kv in zip(suffix.cache, (k_Hxd, v_Hxd), strict=True))
+    cache = KVCache(k, v)
     keys = Keys(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
     index = tuple(
         jax.tree.map(
-            lambda old, layer: lax.dynamic_update_index_in_dim(old, layer, i, 0),
+            lambda old, new: _put(old, new, i),
             stacked,
             axis.index_token(_at(stacked, i), k_Hxd, keys),
         )
-        for axis, stacked in zip(axes, suffix.index, strict=True)
+        for axis, stacked in zip(axes, suffix.axis_index, strict=True)
     )
     return Suffix(cache, index)

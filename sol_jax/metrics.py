@@ -54,7 +54,7 @@ class Writer:
         self.summaries = _summary_writer(self._path.parent / "tensorboard")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of numbers (arrays of one element will do); also logged, at verbosity info.
+        """One line of numbers, or arrays without axes; also logged, at verbosity info.
 
         Raises `UserError` if the disk is full.
         """

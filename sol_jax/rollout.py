@@ -57,10 +57,10 @@ class Rollout(NamedTuple):
     """What happened in one schedule; `observation` is what the controller saw, [T, ...] each."""
 
     observation: Observation
-    action_T: jax.Array
-    logp_T: jax.Array  # of the action, under the controller
-    cost_TxX: jax.Array
-    controllable_T: jax.Array  # False where the action was forced to the dense one
+    action_T: jax.Array  # chosen by the controller
+    logp_T: jax.Array  # of that action, under the controller
+    cost_TxX: jax.Array  # of the action taken
+    controllable_T: jax.Array  # False where the dense action was taken instead
     hidden_TxD: jax.Array  # final-norm hidden state after each step
 
 
@@ -76,9 +76,11 @@ def replay(action_T: jax.Array) -> Controller:
 def policy_controller(policy: Policy, params: Any, temperature: float, greedy: bool = False) -> Controller:
     """The policy as a controller: samples at `temperature`, or takes the most likely action."""
 
-    def act(key: jax.Array, seen: Observation, carry: PolicyCarry) -> tuple[jax.Array, jax.Array, PolicyCarry]:
-        logits_A, carry = policy.apply(params, seen, carry, method="step")
-        logits_A = logits_A / temperature
+    def act(
+        key: jax.Array, seen: Observation, carry: PolicyCarry
+    ) -> tuple[jax.Array, jax.Array, PolicyCarry]:
+        scored: Any = policy.apply(params, seen, carry, method="step")
+        logits_A, carry = scored[0] / temperature, scored[1]
         action = jnp.argmax(logits_A) if greedy else jax.random.categorical(key, logits_A)
         return action.astype(jnp.int32), action_logp(logits_A, action), carry
 
@@ -110,7 +112,7 @@ def cut_episodes(
 
 
 # What of an episode has a leading W: everything but the shared cache and its index.
-EPISODE_AXES = Episode(Prefix(cache=None, index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
+EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
 
 
 def rollout(
@@ -125,7 +127,7 @@ def rollout(
 ) -> Rollout:
     """One schedule of one episode under `controller`, asked for the mean costs `budget_X`.
 
-    Steps with at most `uncontrolled` keys take the dense action, whatever the controller says, and do not
+    Steps with at most `uncontrolled` keys take the dense action, whatever the controller chose, and do not
     count towards the costs that it sees.
     """
     T = episode.token_T.shape[0]
@@ -146,8 +148,9 @@ def rollout(
             )
         cost_X = costs_AxX[action]
         cost_sum_X, counted = cost_sum_X + controllable * cost_X, counted + controllable
-        carry = (suffix, memory, hidden_D, action, cost_sum_X, counted)
-        return carry, Rollout(seen, action, logp, cost_X, controllable, hidden_D)
+        # The controller's own choice is what it is trained on and told of, as in the authors' code.
+        carry = (suffix, memory, hidden_D, chosen, cost_sum_X, counted)
+        return carry, Rollout(seen, chosen, logp, cost_X, controllable, hidden_D)
 
     start = (
         llama.empty_suffix(episode.prefix, T, space.axes),
@@ -158,7 +161,8 @@ def rollout(
         jnp.int32(0),
     )
     inputs_T = (jnp.arange(T), episode.token_T, jax.random.split(key, T))
-    return lax.scan(step, start, inputs_T)[1]
+    _, steps_T = lax.scan(step, start, inputs_T)
+    return Rollout(*steps_T)
 
 
 def group_rollout(

@@ -61,7 +61,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     try:
         flat = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); --workdir must be the folder of a training run") from None
+        raise UserError(
+            f"{file} cannot be read ({error}); --workdir must be the folder of a training run"
+        ) from None
     config = ConfigDict()
     for name, value in flat.items():
         node = config

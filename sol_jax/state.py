@@ -54,7 +54,7 @@ class Checkpoints:
         self._store = StepStore(self._directory, keep, read_only)
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoint is complete, ascending."""
+        """Steps whose checkpoint is complete, ascending; one that is still being written is not."""
         return complete_steps(self._directory)
 
     def latest_step(self) -> int | None:

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,12 @@ class StepStore:
       keep: how many of the latest to keep.
       read_only: makes, removes and moves nothing; else remains of killed saves are cleaned up.
 
-    Orbax's own log appears at debug verbosity only: what it complains of is raised here.
+    Orbax's own log appears at debug verbosity only: what it complains of is raised here, once.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int, read_only: bool):
         self._scores: dict[int, float | None] = {}
-        logging.get_absl_logger().addFilter(_is_wanted)
+        _quiet_orbax()
         policy = AnyPreservationPolicy([LatestN(keep), _Best(self.best)])
         options = ocp.CheckpointManagerOptions(
             read_only=read_only, cleanup_tmp_directories=not read_only, preservation_policy=policy
@@ -108,10 +109,11 @@ class _Best:
 
 
 def reason(error: Exception) -> str:
-    """The operating system's reason if it gave one (tensorstore has it in the text), else the first line."""
+    """What the operating system said, which tensorstore has in its text, or else the gist of the error."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
-    return os.strerror(number).lower() if number else (str(error) or repr(error)).splitlines()[0][:150]
+    gist = (str(error) or repr(error)).splitlines()[0].split(" in OCDBT database")[0][:150]
+    return os.strerror(number).lower() if number else gist
 
 
 def kinds(tree: Any) -> dict[str, str]:
@@ -140,11 +142,12 @@ def to_device(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
 
 
 def _placed(array: np.ndarray | None, like: Any) -> jax.Array:
-    value = jnp.zeros(like.shape, like.dtype) if array is None else jnp.array(array)
+    # An uncommitted array stays one: `jit` may still move it to where its other arguments are.
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    value = jax.device_put(jnp.zeros(like.shape, like.dtype) if array is None else jnp.array(array), sharding)
     if _is_key(like):
         value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
-    # An uncommitted array stays one: `jit` may still move it to where its other arguments are.
-    return jax.device_put(value, like.sharding if getattr(like, "committed", True) else None)
+    return value
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -164,6 +167,23 @@ def _digest(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
     return sha256.hexdigest()
 
 
+def _quiet_orbax() -> None:
+    """One failed read or write makes Orbax print dozens of tracebacks; none of them reaches the console."""
+    logging.get_absl_logger().addFilter(_is_wanted)
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
+
+
 def _is_wanted(record: Any) -> bool:
-    """Filters the log: Orbax tells of one failed write in dozens of tracebacks."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname or logging.level_debug()
+
+
+@dataclasses.dataclass
+class _UnraisableHook:
+    """Drops what tensorstore's callbacks say after Orbax, at the first failure, has left the other ones."""
+
+    otherwise: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.otherwise(unraisable)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from sol_jax.corpus import Document, document_hashes, read_documents, split_documents
 from sol_jax.errors import UserError
@@ -142,7 +143,8 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to our results
+        logging.info("cutting %s into blocks of %d tokens, once", config.source, config.block_length)
+        with _quiet_tfds():
             TokenBlocks(config=config, data_dir=cache_dir).download_and_prepare(file_format="array_record")
     except (OSError, RuntimeError) as error:
         if folder.exists():  # another process was faster and has written the same
@@ -156,6 +158,20 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
     return folder
 
 
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """TFDS draws bars on stdout, which belongs to our results, and logs a page of each preparation."""
+    verbosity = logging.get_verbosity()
+    tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()
+
+
 def open_dataset(folder: pathlib.Path) -> dict[str, tuple[Sequence[Any], list[str]]]:
     """By split, the records and the sha256 of the documents of a dataset that `write_once` wrote.
 
@@ -163,9 +179,10 @@ def open_dataset(folder: pathlib.Path) -> dict[str, tuple[Sequence[Any], list[st
       UserError: a file is missing or was cut short.
     """
     try:
-        builder = tfds.builder_from_directory(folder)
-        documents = json.loads((folder / "metadata.json").read_text())["documents"]
-        splits = {name: (builder.as_data_source(name), documents[name]) for name in documents}
+        with _quiet_tfds():
+            builder = tfds.builder_from_directory(folder)
+            documents = json.loads((folder / "metadata.json").read_text())["documents"]
+            splits = {name: (builder.as_data_source(name), documents[name]) for name in documents}
         for records, _ in splits.values():
             records[len(records) - 1]  # a file cut short is found here, not in the middle of a run
     except Exception as error:  # each layer has its own for what is missing, short or garbled

@@ -5,6 +5,7 @@ parameters of an uninterrupted one, because an update is a function of (state, t
 checkpoint holds the state and the position of the data iterator.
 """
 
+import contextlib
 import math
 import pathlib
 import signal
@@ -26,7 +27,7 @@ from sol_jax.state import Checkpoints
 from sol_jax.update import TrainState, init_state, jit_train_step
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
     """SIGTERM asked the run to stop at the next update."""
 
 
@@ -71,7 +72,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         logging.info("resuming after update %d of %d", start, num_updates)
 
     rate = Rates(session, config.grpo.batch_size)
-    with metrics.Writer(workdir, start) as writer, metrics.progress_bar(num_updates, "training", start) as bar:
+    bar = metrics.progress(num_updates, start, "training")
+    with contextlib.closing(checkpoints), metrics.Writer(workdir, start) as writer, contextlib.closing(bar):
         hooks = metrics.periodic_actions(writer, num_updates)
         for step in range(start + 1, num_updates + 1):
             batch = next(batches)
@@ -79,28 +81,30 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             scalars = {name: float(value) for name, value in device_scalars.items()}
             require_finite(scalars, step, checkpoints.latest_step())
             last = step == num_updates or stop.requested
-            score = None
-            if step == num_updates or (config.eval.every and step % config.eval.every == 0):
-                scalars |= (evaluated := validate(session, state))
-                score = evaluated["eval/score"]
-            if last or step % config.train.log_every == 0 or score is not None:
-                writer.scalars(step, scalars | rate.since_last(step))
-            if last or score is not None or step % config.train.checkpoint_every == 0:
-                checkpoints.save(step, state, batches.state(), score)
+            due = step == num_updates or (config.eval.every > 0 and step % config.eval.every == 0)
+            log = last or due or step % config.train.log_every == 0
+            if log:
+                scalars |= rate.since_last(step)
+            if due:
+                scalars |= validate(session, state)
+                rate.restart(step)
+            if log:
+                writer.scalars(step, scalars)
+            if last or due or step % config.train.checkpoint_every == 0:
+                checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
             for hook in hooks:
                 hook(step)
-            bar.update(1, reward=scalars["reward"], penalty=scalars["penalty"])
+            bar.update(step, reward=scalars["reward"], penalty=scalars["penalty"])
             if stop.requested:
                 checkpoints.wait()
                 raise Interrupted(f"stopped by SIGTERM after update {step}; start again to resume")
-    checkpoints.wait()
     if config.eval.num_test_blocks:
         evaluate.report(session, state.params, workdir)
     return state
 
 
 class Rates:
-    """Speed since the last log: schedule tokens and FLOPs per second, and the share of a large matmul's rate."""
+    """Speed of the updates since the last log, also as a share of the machine's measured matmul rate."""
 
     def __init__(self, session: Session, batch_size: int):
         shape, K = session.setup.episode, session.setup.grpo.num_schedules
@@ -109,17 +113,21 @@ class Rates:
         self._peak = flops.matmul_rate(session.setup.model.dtype)
         self._last: tuple[int, float] | None = None
 
+    def restart(self, step: int) -> None:
+        """Counts from here: what came since the last log was no update."""
+        self._last = (step, time.monotonic())
+
     def since_last(self, step: int) -> dict[str, float]:
-        """Nothing at the first call: the first update compiles."""
-        now, last = time.monotonic(), self._last
-        self._last = (step, now)
+        """Empty at the first call: the first update compiles."""
+        last = self._last
+        self.restart(step)
         if last is None:
             return {}
-        updates_per_second = (step - last[0]) / (now - last[1])
+        seconds = (time.monotonic() - last[1]) / (step - last[0])
         return {
-            "speed/seconds_per_update": 1 / updates_per_second,
-            "speed/schedule_tokens_per_second": self._tokens * updates_per_second,
-            "speed/share_of_matmul_rate": self._flops * updates_per_second / self._peak,
+            "speed/seconds_per_update": seconds,
+            "speed/schedule_tokens_per_second": self._tokens / seconds,
+            "speed/share_of_matmul_rate": self._flops / seconds / self._peak,
         }
 
 
@@ -138,7 +146,11 @@ def require_finite(scalars: Mapping[str, float], step: int, last_good: int | Non
     """Raises `UserError` if a metric of this update is NaN or infinite."""
     bad = [name for name, value in scalars.items() if not math.isfinite(value)]
     if bad:
-        kept = "no checkpoint was written yet" if last_good is None else f"the last good checkpoint is {last_good}"
+        kept = (
+            "no checkpoint was written yet"
+            if last_good is None
+            else f"the last good checkpoint is {last_good}"
+        )
         raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
 
 

@@ -203,7 +203,12 @@ def divergence(weights: Weights, rollout: Rollout, dense_BxWxTxD: jax.Array, row
 
 
 def collect(
-    weights: Weights, controller: Controller, tokens_BxN: jax.Array, key: jax.Array, budget_BxWxX: jax.Array, setup: Setup
+    weights: Weights,
+    controller: Controller,
+    tokens_BxN: jax.Array,
+    key: jax.Array,
+    budget_BxWxX: jax.Array,
+    setup: Setup,
 ) -> tuple[Rollout, jax.Array]:
     """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
     w, rows = setup.grpo.divergence_weight, setup.memory.head_rows
@@ -229,9 +234,9 @@ def advantages(
     def of_group(reward_KxT: jax.Array, cost_KxTxX: jax.Array, counted_KxT: jax.Array, budget_X: jax.Array):
         return_KxT = jax.vmap(lambda r: rewards.returns(r, cfg.gamma, cfg.returns, cfg.level))(reward_KxT)
         mean_KxX = jax.vmap(rewards.axis_costs)(cost_KxTxX, counted_KxT)
-        penalty_KxX = jax.vmap(
-            lambda m: rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone)
-        )(mean_KxX)
+        penalty_KxX = jax.vmap(lambda m: rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone))(
+            mean_KxX
+        )
         signal_KxT = return_KxT - jnp.sum(penalty_KxX, -1, keepdims=True)
         return grpo.group_advantage(signal_KxT, cfg.level, cfg.norm), penalty_KxX, mean_KxX
 
@@ -240,7 +245,9 @@ def advantages(
     return grpo.whiten(adv) if cfg.whiten else adv, penalty, mean
 
 
-def minibatches(key: jax.Array, num_schedules: int, cfg: OptimConfig, horizon: int) -> tuple[jax.Array, jax.Array]:
+def minibatches(
+    key: jax.Array, num_schedules: int, cfg: OptimConfig, horizon: int
+) -> tuple[jax.Array, jax.Array]:
     """A random cut of all schedules of a batch into minibatches: indices and weights, [J, R] each.
 
     The last one may be short; it is filled up with schedules of weight 0.
@@ -259,9 +266,8 @@ def fit(
     cfg, tx = setup.grpo, optimizer(setup.optim)
 
     def logits(params: Any, batch: Experience) -> jax.Array:
-        apply = functools.partial(setup.network.apply, params)
-        logits_RxTxA = jax.vmap(apply)(batch.observation) / cfg.temperature
-        return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1])
+        logits_RxTxA: Any = jax.vmap(functools.partial(setup.network.apply, params))(batch.observation)
+        return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1]) / cfg.temperature
 
     def loss(params: Any, batch: Experience, weight_R: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         steps = (x.reshape(-1) for x in (batch.action_T, batch.logp_T, batch.adv_T))

@@ -38,4 +38,3 @@ def attended(
     keep = keys.valid if chosen is None else chosen & keys.valid
     prefix_mask, suffix_mask = (jnp.broadcast_to(m, (*q_HxGxd.shape[:2], N)) for m in keep)
     return jnp.where(jnp.arange(N) < prefix_len, prefix_mask, jnp.roll(suffix_mask, prefix_len, -1))
-

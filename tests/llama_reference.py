@@ -16,8 +16,8 @@ from sol_jax import llama
 DATA = Path(__file__).parent / "data"
 TINY_FILE, SMOLLM2_FILE = DATA / "parity_tiny.npz", DATA / "parity_smollm2.npz"
 
-# Of the largest value; float32 noise, measured on 28 tiny models: <= 1e-5, on SmolLM2 (30 layers): 4e-6.
-TOLERANCE = 3e-5
+# Of the largest value; float32 noise, measured on 28 tiny models: <= 7e-6, on SmolLM2 (30 layers): 4e-6.
+TOLERANCE = 2e-5
 
 # Henry David Thoreau, "Walden" (1854).
 PASSAGE = (

@@ -26,8 +26,8 @@ def test_tiny_model_equals_transformers(name: str, tmp_path: Path) -> None:
     assert config == reference.tiny_configs()[name], "run pytest tests/parity --record (needs torch)"
     tensors = {key.removeprefix("w/"): value for key, value in values.items() if key.startswith("w/")}
     cfg, weights = load_model(reference.write_folder(tmp_path, config, tensors))
-    hidden = reference.layer_outputs(weights, values["tokens_S"], cfg, range(cfg.num_layers + 1))
-    for ours, theirs in zip(hidden, values["hidden_NxSxD"], strict=True):
+    hidden = reference.layer_outputs(weights, values["tokens_S"], cfg, range(1, cfg.num_layers + 1))
+    for ours, theirs in zip(hidden, values["hidden_LxSxD"], strict=True):
         assert reference.relative_error(ours, theirs) < reference.TOLERANCE
     logits_SxV = np.asarray(llama.logits(weights, jnp.asarray(hidden[-1])))
     assert reference.relative_error(logits_SxV, values["logits_SxV"]) < reference.TOLERANCE
@@ -43,7 +43,7 @@ def test_smollm2_equals_transformers() -> None:
     depths = [1, 10, 30]
     hidden = reference.layer_outputs(weights, tokens_S, cfg, depths)
     for depth, ours in zip(depths, hidden, strict=True):
-        theirs = values["hidden"][depth]
+        theirs = values["hidden"][depth - 1]
         assert reference.relative_error(ours[positions][:, values["channels"]], theirs) < reference.TOLERANCE
     logits_SxV = np.asarray(llama.logits(weights, jnp.asarray(hidden[-1])))
     sampled = logits_SxV[positions][:, values["words"]]

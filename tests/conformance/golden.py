@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import llama_reference
 import numpy as np
 import pytest
 
+from sol_jax.llama import LlamaConfig, Weights
+from sol_jax.load import load_model
 from sol_jax.policy import PolicyConfig
 
 Vectors = dict[str, np.ndarray]
@@ -60,12 +64,56 @@ def config_of(vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return json.loads(str(vectors["cfg_json"]))
 
 
+def under(vectors: Mapping[str, np.ndarray], prefix: str) -> Vectors:
+    """The arrays whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): array for name, array in vectors.items() if name.startswith(prefix)}
+
+
 def assert_close(actual, expected, what: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:
     """Compares with the authors' value, which has the same shape."""
     assert np.shape(actual) == np.shape(expected), f"{what}: {np.shape(actual)} is not {np.shape(expected)}"
     np.testing.assert_allclose(
         actual, expected, rtol=rtol, atol=atol, err_msg=f"{what} departs from the authors'"
     )
+
+
+def language_model(
+    vectors: Mapping[str, np.ndarray], prefix: str, folder: Path
+) -> tuple[LlamaConfig, Weights]:
+    """The tiny language model whose weights are under `prefix`, loaded through a model folder.
+
+    Only one file says what its weights do not tell (sizes of heads, rotary base); the others share it.
+    """
+    described = vectors if "config_json" in vectors else load("d1_tiny_model_actions")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **json.loads(str(described["config_json"])),
+    }
+    return load_model(llama_reference.write_folder(folder, config, under(vectors, prefix)))
+
+
+def disturbed(weights: Weights, num_runs: int, size: float = 1e-6) -> Weights:
+    """Only the norms' gains, each with a new leading axis of runs: off by `size`, but for the first run.
+
+    Rounding reaches about this far.  Where decoding with these gains (put over the weights' own) gives
+    another answer, rounding decides which.
+    """
+
+    def disturb(key: jax.Array, gain: jax.Array) -> jax.Array:
+        noise = size * jax.random.normal(key, (num_runs, *gain.shape))
+        return gain * (1 + noise.at[0].set(0))
+
+    layers = {name: gain for name, gain in weights["layers"].items() if name.endswith("norm")}
+    gains = {"layers": layers, "final_norm": weights["final_norm"]}
+    leaves, treedef = jax.tree.flatten(gains)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return treedef.unflatten(map(disturb, keys, leaves))
+
+
+def with_gains(weights: Weights, gains: Weights) -> Weights:
+    """`weights` with the gains of one of the runs of `disturbed`."""
+    return {**weights, **gains, "layers": {**weights["layers"], **gains["layers"]}}
 
 
 def policy_config(vectors: Mapping[str, np.ndarray], prefix: str, num_heads: int) -> PolicyConfig:

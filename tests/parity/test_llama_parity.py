@@ -24,9 +24,9 @@ pytestmark = pytest.mark.parity
 
 
 class Original(NamedTuple):
-    """Outputs of transformers: final-norm hidden states after 0 .. L layers, and the logits."""
+    """Outputs of transformers: final-norm hidden states after 1 .. L layers, and the logits."""
 
-    hidden_NxSxD: np.ndarray
+    hidden_LxSxD: np.ndarray
     logits_SxV: np.ndarray
 
 
@@ -34,7 +34,7 @@ def run_original(model: Any, tokens_S: np.ndarray) -> Original:
     """One forward pass, each layer's output put through the final norm (the last one has been)."""
     with torch.no_grad():
         out = model(torch.from_numpy(tokens_S.astype(np.int64))[None], output_hidden_states=True)
-        *inner, last = [hidden[0] for hidden in out.hidden_states]
+        _, *inner, last = [hidden[0] for hidden in out.hidden_states]
         hidden = torch.stack([*[model.model.norm(x) for x in inner], last])
     return Original(hidden.float().numpy(), out.logits[0].float().numpy())
 
@@ -50,9 +50,9 @@ def build_original(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> An
 
 def compare(folder: Path, tokens_S: np.ndarray, original: Original) -> None:
     cfg, weights = load_model(folder)
-    hidden = reference.layer_outputs(weights, tokens_S, cfg, range(cfg.num_layers + 1))
+    hidden = reference.layer_outputs(weights, tokens_S, cfg, range(1, cfg.num_layers + 1))
     logits_SxV = np.asarray(llama.logits(weights, jnp.asarray(hidden[-1])))
-    for depth, (ours, theirs) in enumerate(zip(hidden, original.hidden_NxSxD, strict=True)):
+    for depth, (ours, theirs) in enumerate(zip(hidden, original.hidden_LxSxD, strict=True), 1):
         error = reference.relative_error(ours, theirs)
         assert error < reference.TOLERANCE, f"hidden states after {depth} layers differ by {error:.1e}"
     error = reference.relative_error(logits_SxV, original.logits_SxV)
@@ -99,7 +99,7 @@ def test_recorded_configs(name: str, tmp_path: Path, record: bool) -> None:
     compare(folder, tokens_S, original)
     values = {"config_json": np.array(json.dumps(config)), "tokens_S": tokens_S.astype(np.int32)}
     values |= {f"w/{key}": value for key, value in tensors.items()}
-    values |= {"hidden_NxSxD": original.hidden_NxSxD, "logits_SxV": original.logits_SxV}
+    values |= {"hidden_LxSxD": original.hidden_LxSxD, "logits_SxV": original.logits_SxV}
     check_recorded(reference.TINY_FILE, name, values, record)
 
 
@@ -120,10 +120,10 @@ def test_smollm2_on_real_text() -> None:
 
 
 def test_smollm2_recorded(record: bool) -> None:
-    tokens_S, (hidden_NxSxD, logits_SxV) = original_smollm2()
+    tokens_S, (hidden_LxSxD, logits_SxV) = original_smollm2()
     rng = np.random.default_rng(0)
     positions = np.sort(rng.choice(len(tokens_S), 8, replace=False))
-    channels = np.sort(rng.choice(hidden_NxSxD.shape[-1], 48, replace=False))
+    channels = np.sort(rng.choice(hidden_LxSxD.shape[-1], 48, replace=False))
     words = np.sort(rng.choice(logits_SxV.shape[-1], 256, replace=False))
     logp_SxV = torch.log_softmax(torch.from_numpy(logits_SxV), -1).numpy()
     values = {
@@ -131,7 +131,7 @@ def test_smollm2_recorded(record: bool) -> None:
         "positions": positions,
         "channels": channels,
         "words": words,
-        "hidden": hidden_NxSxD[:, positions][:, :, channels],
+        "hidden": hidden_LxSxD[:, positions][:, :, channels],
         "logits": logits_SxV[positions][:, words],
         "next_logp": logp_SxV[np.arange(len(tokens_S) - 1), tokens_S[1:]],
     }

@@ -1,0 +1,154 @@
+"""How fast a GRPO update runs, and where its time goes, as ratios measured in one process.
+
+    python -m experiments.bench_update                       # SmolLM2-135M, B=8, K=16, T=16, S=1024
+    python -m experiments.bench_update --prefix_len 256 --batch_size 4 --csv FILE
+
+Random weights of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
+bfloat16, and bfloat16 with several episodes per prefix) runs in turn, and the rate of a large matrix
+product of the same operands is measured beside each, since absolute times differ from run to run.
+Stages are timed by jitting them alone, so they need not add up to the whole.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import pathlib
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sol_jax import flops, llama, update
+from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.llama import LlamaConfig
+from sol_jax.policy import PolicyConfig
+from sol_jax.rollout import EpisodeConfig, policy_controller
+from sol_jax.update import GrpoConfig, Setup
+
+SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
+SPACE = ActionSpace(
+    (
+        Quest((0.1, 0.5, 1.0), (0.1, 1.0), 100.0),
+        ChannelPruning((0.4, 0.7, 1.0), (0.4, 1.0), 100.0),
+        OutputQuantization((5, 8, 16), (0.3125, 1.0), 200.0),
+    )
+)
+
+
+def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float, float, Any]:
+    """Seconds of the first call (with compilation), of the best later one, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    first = best = time.perf_counter() - start
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        best = min(best, time.perf_counter() - start)
+    return first, best, result
+
+
+def peak_gib() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
+    return Setup(
+        dataclasses.replace(SMOLLM2, dtype=dtype),
+        SPACE,
+        EpisodeConfig(args.prefix_len, args.horizon, windows),
+        PolicyConfig(SMOLLM2.hidden_size, SPACE.num_actions, args.horizon),
+        GrpoConfig(num_schedules=args.num_schedules),
+    )
+
+
+def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any]:
+    """One row: a whole update, its stages and its share of the matmul rate."""
+    setup = make_setup(args, dtype, windows)
+    weights = jax.block_until_ready(
+        jax.jit(functools.partial(llama.init_weights, cfg=setup.model))(jax.random.key(0))
+    )
+    before = peak_gib()
+    shape = (args.batch_size, setup.episode.block_length)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, setup.model.vocab_size)
+    state = update.init_state(jax.random.key(2), setup)
+    run = jax.jit(update.train_step, static_argnames="setup")  # not donated: the state is used again
+    first, whole, _ = timed(lambda: run(state, weights, tokens, setup=setup), repeats=args.repeats)
+    memory = peak_gib() - before
+    rate = flops.matmul_rate(dtype)
+    work = flops.update_flops(setup, args.batch_size)
+    decoded = args.batch_size * windows * args.num_schedules * args.horizon
+    row = {
+        "dtype": dtype,
+        "episodes_per_prefix": windows,
+        "seconds": round(whole, 3),
+        "schedule_tokens_per_second": round(decoded / whole, 1),
+        "gflop": round(sum(work.values()) / 1e9, 1),
+        "matmul_gflops": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(sum(work.values()) / whole / rate, 3),
+        "compile_seconds": round(first - whole, 1),
+        "peak_gib_beyond_weights": round(memory, 2),
+    }
+    return row | stages(args, setup, weights, tokens, state)
+
+
+def stages(
+    args: argparse.Namespace, setup: Setup, weights: Any, tokens: jax.Array, state: update.TrainState
+) -> dict[str, float]:
+    """Seconds of prefill, rollout, head and fit, each jitted alone."""
+    B, W, K = args.batch_size, setup.episode.episodes_per_prefix, args.num_schedules
+    budget = jnp.full((B, W, K, len(SPACE.axes)), 0.6)
+    prefill = jax.jit(lambda w, t: update.prefill_blocks(w, t, setup)[0])
+    _, prefill_seconds, episode = timed(prefill, weights, tokens, repeats=args.repeats)
+
+    @jax.jit
+    def roll(weights: Any, params: Any, episode: Any) -> Any:
+        controller = policy_controller(setup.network, params, setup.grpo.temperature)
+        memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, W, K, *x.shape)), controller.memory)
+        each = controller._replace(memory=memory)
+        return update.run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
+
+    _, roll_seconds, rollout = timed(roll, weights, state.params, episode, repeats=args.repeats)
+    head = jax.jit(lambda w, r, label: update.score(w, r, label, setup.memory.head_rows))
+    _, head_seconds, reward = timed(head, weights, rollout, episode.label_T, repeats=args.repeats)
+
+    @jax.jit
+    def fit(state: update.TrainState, rollout: Any, reward: jax.Array) -> Any:
+        adv, _, _ = update.advantages(reward, rollout, budget[:, :, 0], setup)
+        experience = update.Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv)
+        experience = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), experience)
+        order = update.minibatches(jax.random.key(4), B * W * K, setup.optim, args.horizon)
+        return update.fit(state, experience, *order, setup)[0]
+
+    _, fit_seconds, _ = timed(fit, state, rollout, reward, repeats=args.repeats)
+    named = {"prefill": prefill_seconds, "rollout": roll_seconds, "head": head_seconds, "fit": fit_seconds}
+    return {f"{name}_seconds": round(seconds, 3) for name, seconds in named.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
+    parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
+    args = parser.parse_args()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}: {vars(args)}", flush=True)
+    rows = []
+    for dtype, windows in (("float32", 1), ("bfloat16", 1), ("bfloat16", 4)):
+        rows.append(measure(args, dtype, windows))
+        print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    base, narrow, shared = (row["schedule_tokens_per_second"] for row in rows)
+    print(f"bfloat16 / float32: {narrow / base:.2f}x; 4 episodes per prefix: {shared / narrow:.2f}x more")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
