@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Queries per block on the CPU: scores of one block and head stay in the last-level cache, and a block
-# never touches the keys after it (on average 5/8 of the work of the full square at 1,024 tokens).
-CPU_BLOCK = 256
+# Queries per block on the CPU.  The scores of a block and head stay in the second-level cache, and a block
+# never touches the keys after it, so small blocks do little more than half of the full square; long
+# sequences take larger ones, for at most MAX_BLOCKS of them are unrolled.
+CPU_BLOCK, MAX_BLOCKS = 128, 16
 
 
 def causal_attention(q_SxHxd: jax.Array, k_HkvxSxd: jax.Array, v_HkvxSxd: jax.Array) -> jax.Array:
@@ -39,8 +40,9 @@ def _blocked_attention(q_SxHxd: jax.Array, k_HkvxSxd: jax.Array, v_HkvxSxd: jax.
 
     def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q_GxSxd, k_Sxd, v_Sxd = qkv
-        ends = [min(start + CPU_BLOCK, S) for start in range(0, S, CPU_BLOCK)]
-        starts = range(0, S, CPU_BLOCK)
+        size = CPU_BLOCK * max(1, -(-S // (CPU_BLOCK * MAX_BLOCKS)))
+        starts = range(0, S, size)
+        ends = [min(start + size, S) for start in starts]
         return jnp.concatenate(
             [block(q_GxSxd[:, a:b], k_Sxd[:b], v_Sxd[:b]) for a, b in zip(starts, ends, strict=True)], 1
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import MAX_BITS, fake_quantize
-from pallas_kernels.quest import PageBounds, page_bounds, page_scores
+from pallas_kernels.quest import extend_bounds, page_bounds, page_scores
 from pallas_kernels.topk import at_least_kth
 
 
@@ -152,30 +152,25 @@ class Quest(Axis):
     window: int = 2
     name: str = dataclasses.field(default="kappa", init=False)
 
-    def index_prefix(self, k_HxSxd: jax.Array) -> PageBounds:
+    def index_prefix(self, k_HxSxd: jax.Array) -> jax.Array:
+        """Bounds of the prefix' pages, [H, P, 2d]."""
         return page_bounds(k_HxSxd, jnp.ones(k_HxSxd.shape[1], bool), self.page_size)
 
-    def index_suffix(self, prefix_index: PageBounds, keys: Keys) -> PageBounds:
+    def index_suffix(self, prefix_index: jax.Array, keys: Keys) -> jax.Array:
+        """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""
         (H, _, d), T = keys.prefix_HxSxd.shape, keys.suffix_HxTxd.shape[1]
         pages = (self.page_size + T - 2) // self.page_size + 1  # if the prefix ends one key short of a page
-        empty_HxPxd = jnp.zeros((H, pages, d), keys.prefix_HxSxd.dtype)
         position_S = keys.positions[0]
         partial_S = (position_S >= self._boundary(keys)) & (position_S < keys.prefix_len)
-        first_HxSxd = jnp.where(partial_S[:, None], keys.prefix_HxSxd, -jnp.inf)
-        last_HxSxd = jnp.where(partial_S[:, None], keys.prefix_HxSxd, jnp.inf)
-        return PageBounds(
-            high=(empty_HxPxd - jnp.inf).at[:, 0].set(jnp.max(first_HxSxd, 1)),
-            low=(empty_HxPxd + jnp.inf).at[:, 0].set(jnp.min(last_HxSxd, 1)),
+        first_Hx1x2d = page_bounds(keys.prefix_HxSxd, partial_S, keys.prefix_HxSxd.shape[1])
+        empty_HxPx2d = page_bounds(
+            jnp.zeros((H, pages - 1, d), first_Hx1x2d.dtype), jnp.zeros(pages - 1, bool), 1
         )
+        return jnp.concatenate([first_Hx1x2d, empty_HxPx2d], 1)
 
-    def index_token(self, suffix_index: PageBounds, k_Hxd: jax.Array, keys: Keys) -> PageBounds:
-        P = suffix_index.high.shape[1]
-        here_Px1 = (jnp.arange(P) == self._slot(keys, keys.step))[:, None]
-        k_Hx1xd = k_Hxd[:, None]
-        return PageBounds(
-            high=jnp.where(here_Px1, jnp.maximum(suffix_index.high, k_Hx1xd), suffix_index.high),
-            low=jnp.where(here_Px1, jnp.minimum(suffix_index.low, k_Hx1xd), suffix_index.low),
-        )
+    def index_token(self, suffix_index: jax.Array, k_Hxd: jax.Array, keys: Keys) -> jax.Array:
+        here_P = jnp.arange(suffix_index.shape[1]) == self._slot(keys, keys.step)
+        return extend_bounds(suffix_index, k_Hxd, here_P)
 
     def _boundary(self, keys: Keys) -> jax.Array:
         """Position at which the trailing pages start."""
@@ -190,14 +185,15 @@ class Quest(Axis):
         value: jax.Array,
         q_HxGxd: jax.Array,
         keys: Keys,
-        prefix_index: PageBounds,
-        suffix_index: PageBounds,
+        prefix_index: jax.Array,
+        suffix_index: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Masks of the attended pages: whole prefix pages [H, G, P] and trailing pages."""
-        P = prefix_index.high.shape[1]
+        P = prefix_index.shape[1]
         whole_P = jnp.arange(P) < keys.prefix_len // self.page_size
-        prefix_score = jnp.where(whole_P, page_scores(q_HxGxd, prefix_index), -jnp.inf)
-        score = jnp.concatenate([prefix_score, page_scores(q_HxGxd, suffix_index)], -1)
+        begun_P = jnp.arange(suffix_index.shape[1]) <= self._slot(keys, keys.step)
+        prefix_score = page_scores(q_HxGxd, prefix_index, whole_P)
+        score = jnp.concatenate([prefix_score, page_scores(q_HxGxd, suffix_index, begun_P)], -1)
         tokens = jnp.clip(float32_ceil(value, keys.kv_len), 1, keys.kv_len)
         pages = (tokens + self.page_size - 1) // self.page_size
         keep = at_least_kth(score, jnp.broadcast_to(pages, score.shape[:-1]))
@@ -208,8 +204,8 @@ class Quest(Axis):
         value: jax.Array,
         q_HxGxd: jax.Array,
         keys: Keys,
-        prefix_index: PageBounds,
-        suffix_index: PageBounds,
+        prefix_index: jax.Array,
+        suffix_index: jax.Array,
     ) -> Selection:
         whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index)
         S, T = keys.prefix_HxSxd.shape[1], keys.suffix_HxTxd.shape[1]

@@ -168,10 +168,22 @@ def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
     return ((1 - keep) * freq / s.factor + keep * freq).astype(np.float32)
 
 
-def rotate(x: jax.Array, position: jax.Array, freq: np.ndarray) -> jax.Array:
-    """Rotary embedding of x [..., heads, d] at `position` (the shape of x without its last two axes)."""
-    angle = position[..., None].astype(jnp.float32) * freq
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+class Rope(NamedTuple):
+    """Cosines and sines of the rotary angles at some positions: [..., d/2] each."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_at(position: jax.Array, cfg: LlamaConfig) -> Rope:
+    """The rotation of every layer at `position`, computed once outside the loop over layers."""
+    angle = position[..., None].astype(jnp.float32) * rope_frequencies(cfg)
+    return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotary embedding of x [..., heads, d] by angles [..., d/2]."""
+    cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]
     first, second = jnp.split(x, 2, -1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
@@ -192,11 +204,9 @@ def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
     )
 
 
-def _qkv(layer: Weights, x: jax.Array, position: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
+def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
     """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
-    freq = rope_frequencies(cfg)
-    q = rotate(dot(x, layer["q"]), position, freq)
-    k = rotate(dot(x, layer["k"]), position, freq)
+    q, k = rotate(dot(x, layer["q"]), rope), rotate(dot(x, layer["k"]), rope)
     return q.astype(cfg.dtype), k.astype(cfg.dtype), dot(x, layer["v"]).astype(cfg.dtype)
 
 
@@ -210,13 +220,13 @@ def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[ja
 
     Returns the final-norm hidden states [S, D] (float32) and the cache [L, Hkv, S, d].
     """
-    position_S = jnp.arange(tokens_S.shape[0])
+    rope = rope_at(jnp.arange(tokens_S.shape[0]), cfg)
 
     def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
         layer = _at(weights["layers"], i)
         with jax.named_scope("attention"):
             normed_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
-            q_SxHxd, k_SxHxd, v_SxHxd = _qkv(layer, normed_SxD, position_S, cfg)
+            q_SxHxd, k_SxHxd, v_SxHxd = _qkv(layer, normed_SxD, rope, cfg)
             k_HxSxd, v_HxSxd = k_SxHxd.swapaxes(0, 1), v_SxHxd.swapaxes(0, 1)
             mixed_SxHxd = causal_attention(q_SxHxd, k_HxSxd, v_HxSxd)
             x_SxD = x_SxD + dot(mixed_SxHxd, layer["o"], 2)
@@ -263,13 +273,13 @@ def decode_step(
     Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
     those of the *compressed* step: later steps see them (sol.md section 3).
     """
-    position = prefix.length + step
+    rope = rope_at(prefix.length + step, cfg)
 
     def block(carry: tuple[jax.Array, Suffix], i: jax.Array) -> tuple[tuple[jax.Array, Suffix], None]:
         x_D, suffix = carry
         layer = _at(weights["layers"], i)
         with jax.named_scope("attention"):
-            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), position, cfg)
+            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
             prefix_kv, prefix_index = _at(prefix.cache, i), _at(prefix.axis_index, i)

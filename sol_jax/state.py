@@ -66,9 +66,15 @@ class Checkpoints:
         return self._store.best(self.steps())
 
     def save(self, step: int, state: Any, iterator: Mapping[str, Any], score: float | None = None) -> None:
-        """Copies `state`, a pytree of arrays, and writes it in the background; skips a step that exists.
+        """Copies `state` and writes it in the background; skips a step that exists.
 
-        A score that is not finite counts as none.  Raises `UserError` if this save or the last one fails.
+        Args:
+          step: updates done.
+          state: a pytree of arrays; with several processes, each must hold all of it.
+          iterator: what the data iterator needs to go on from here; anything JSON can hold.
+          score: of the evaluation at this step, higher is better; none if it is not finite.
+
+        Raises `UserError` if this save, or the one before it, fails.
         """
         self.wait()
         if step in self.steps():

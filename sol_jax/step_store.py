@@ -175,7 +175,7 @@ def _quiet_orbax() -> None:
 
 
 def _is_wanted(record: Any) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname or logging.level_debug()
+    return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname or logging.level_debug()
 
 
 @dataclasses.dataclass

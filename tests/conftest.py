@@ -1,1 +1,40 @@
 """Tests in subfolders import the helpers beside this file: pytest puts a conftest's folder on the path."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test compiled, later ones and the processes that they start read from disk."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a tiny `model` and a `corpus.jsonl`; see `tiny.config_for`."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_model(folder / "model")
+    tiny.save_corpus(folder / "corpus.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_session(tiny_folder: pathlib.Path):
+    """The opened session of the tiny config."""
+    import tiny
+
+    from sol_jax.session import open_session
+
+    return open_session(tiny.config_for(tiny_folder))

@@ -450,7 +450,7 @@ def small_disk(tmp_path):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs root to mount a small file system")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def noise(step):
@@ -481,6 +481,13 @@ def test_a_full_disk_loses_nothing_and_is_survived(small_disk, caplog):
         checkpoints.save(3, noise(3), {})
         checkpoints.wait()
         assert listing(small_disk) == ["3"]  # also rid of the half-written one
+
+
+def test_a_disk_that_is_full_from_the_start(small_disk):
+    with contextlib.suppress(OSError):
+        (small_disk / "other").write_bytes(bytes(9_000_000))
+    with pytest.raises(UserError, match=r"/disk: cannot be used as a workdir: no space left on device$"):
+        Checkpoints(small_disk, CONFIG, keep=1)
 
 
 def test_the_error_of_a_failed_save_comes_with_the_next_one(small_disk):

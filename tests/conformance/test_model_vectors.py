@@ -43,27 +43,32 @@ class RecordingQuest(Quest):
 
 
 class Model(NamedTuple):
-    vectors: golden.Vectors
+    """A language model, and what the authors recorded of it in each case."""
+
     cfg: llama.LlamaConfig
     weights: llama.Weights
+    cases: dict[str, golden.Vectors]  # in arrays of several steps, time comes first
+    vocab_sample: np.ndarray | None  # ids of the recorded logits; None: all
 
-    def cases(self) -> dict[str, golden.Vectors]:
-        """The arrays of each case; in those of several steps, time comes first."""
-        names = sorted({name.split("/")[0] for name in self.vectors if name.endswith("/ids")})
-        assert names
-        return {name: golden.under(self.vectors, f"{name}/") for name in names}
+
+def _cases(vectors: golden.Vectors) -> dict[str, golden.Vectors]:
+    names = sorted({name.removesuffix("/ids") for name in vectors if name.endswith("/ids")})
+    if not names:
+        golden.absent("case of this model")
+    return {name: golden.under(vectors, f"{name}/") for name in names}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Model:
     vectors = golden.load("d1_tiny_model_actions")
-    return Model(vectors, *golden.language_model(vectors, "w/", tmp_path_factory.mktemp("tiny")))
+    cases = _cases(vectors)
+    return Model(*golden.language_model(vectors, "w/", tmp_path_factory.mktemp("tiny")), cases, None)
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Model:
     vectors = golden.load("d2_smollm2_actions")
-    return Model(vectors, *load_model("smollm2-135m", "float32"))
+    return Model(*load_model("smollm2-135m", "float32"), _cases(vectors), vectors["vocab_sample"])
 
 
 def _space(case: golden.Vectors) -> ActionSpace:
@@ -154,9 +159,9 @@ def _predictions(model: Model, case: golden.Vectors, hidden_BxTxD: jax.Array, ki
 
 def _some_logits(model: Model, logits: jax.Array) -> dict[str, jax.Array]:
     """All, or where the vocabulary is large the authors' sample."""
-    if "vocab_sample" not in model.vectors:
+    if model.vocab_sample is None:
         return {"logits": logits}
-    return {"logits_sample": logits[..., model.vectors["vocab_sample"]]}
+    return {"logits_sample": logits[..., model.vocab_sample]}
 
 
 def _slack(runs: list[golden.Vectors]) -> golden.Vectors:
@@ -172,7 +177,7 @@ def _slack(runs: list[golden.Vectors]) -> golden.Vectors:
 
 def _assert_close(
     found: golden.Vectors, case: golden.Vectors, what: str, slack: golden.Vectors | None = None
-):
+) -> None:
     for name, value in found.items():
         expected = case[name.replace("top5_ids", "top5_logits")]
         allowed = TOLERANCE + 1e-5 * np.abs(expected) + (slack[name] if slack else 0.0)
@@ -198,33 +203,6 @@ def _check_case(model: Model, case: golden.Vectors, what: str) -> np.ndarray:
     slack = _slack(runs)
     _assert_close(runs[0], case, what, slack)
     steady_TxB = slack["act_hidden"][..., 0] <= 3 * UNSTEADY
-    err = np.abs(runs[0]["act_hidden"] - case["act_hidden"]).max(-1)
-    sl = slack["act_hidden"][..., 0]
-    free = _actions_TxB(case, space) != space.dense
-    print(
-        what,
-        "dense",
-        np.abs(np.asarray(hidden.played_NxBxKxTxD[0, :, 1].swapaxes(0, 1)) - case["dense_hidden"]).max(),
-        "logp",
-        np.abs(runs[0]["act_label_logprob"] - case["act_label_logprob"])[steady_TxB].max(),
-        "steady err",
-        err[steady_TxB].max(),
-        "steady",
-        steady_TxB.mean(),
-        (steady_TxB & free).sum() / free.sum(),
-        "over tol",
-        (err > 2e-4).sum(),
-        "explained",
-        "ratio",
-        (err / sl)[err > 2e-4].max(initial=0),
-        "floor",
-        np.median(
-            np.abs(
-                np.asarray(hidden.played_NxBxKxTxD)[1:, :, 1] - np.asarray(hidden.played_NxBxKxTxD)[0, :, 1]
-            ).max((0, -1))
-        ),
-        np.median(err[steady_TxB]),
-    )
     if isinstance(space.axes[0], RecordingQuest):
         _check_pages(case, space.axes[0], steady_TxB, what)
     return steady_TxB
@@ -245,19 +223,24 @@ def _check_pages(case: golden.Vectors, quest: RecordingQuest, steady_TxB: np.nda
             unsure_BxH = (ours_NxBxHxP != ours_NxBxHxP[0]).any((0, -1))
             differ_BxH = (ours_NxBxHxP[0] != pages_LxBxHxP[layer]).any(-1)
             wrong_BxH = differ_BxH & ~unsure_BxH & steady_TxB[t][:, None]
-            if differ_BxH.any():
-                print(t, layer, "differ", np.argwhere(differ_BxH).tolist())
-            assert not wrong_BxH.any(), (
-                f"{what}: other pages at step {t}, layer {layer}: {np.argwhere(wrong_BxH)}"
-            )
+            where = f"{what}, step {t}, layer {layer}, row and head {np.argwhere(wrong_BxH).tolist()}"
+            assert not wrong_BxH.any(), f"{where}: pages differ from the authors'"
+
+
+def _share_compared(steady_TxB: np.ndarray, case: golden.Vectors) -> float:
+    """Of the steps whose action is not the dense one, those that are steady."""
+    compressed_TxB = (case["keep"] < 1) | (case["prune"] < 1) | (case["bits"] < 16)
+    return float(steady_TxB[compressed_TxB].mean())
+
+
+def _shares_compared(model: Model) -> list[float]:
+    return [_share_compared(_check_case(model, case, name), case) for name, case in model.cases.items()]
 
 
 def test_tiny_model(tiny):
-    for name, case in tiny.cases().items():
-        steady_TxB = _check_case(tiny, case, name)
-        assert steady_TxB.mean() > 0.5, f"{name}: rounding decides too much for a comparison"
+    assert np.mean(_shares_compared(tiny)) > 0.4, "rounding decides too often for a comparison"
 
 
 def test_smollm2(smollm2):
-    for name, case in smollm2.cases().items():
-        _check_case(smollm2, case, name)
+    """Most rows part within a step or two: 30 layers have many a threshold."""
+    assert max(_shares_compared(smollm2)) > 0, "rounding decides too often for a comparison"
