@@ -5,7 +5,6 @@ The other files override a few fields.  All take variants after a colon, joined 
     python -m sol_jax.train --config configs/sol_j_fl.py:cpu,t4 --workdir runs/fl-t4
 
     smoke   three tiny updates: does everything run?  (seconds after loading the model)
-    demo    what `make demo` runs                    (see configs/demo.py)
     cpu     prefix of 256 tokens: a training of hours, not days, on two CPU cores
     t4, t16, t64       decode steps of an episode
     1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, in bfloat16

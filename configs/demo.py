@@ -21,8 +21,8 @@ def get_config(variants: str = "") -> ConfigDict:
     config.policy.d_model = 128
     config.grpo.batch_size, config.grpo.num_schedules = 8, 8
     config.optim.learning_rate, config.optim.accumulate = 1e-3, 1
-    config.train.num_updates, config.train.log_every = 50, 10
+    config.train.num_updates, config.train.log_every = 40, 10
     config.eval.every = 0
-    config.eval.num_test_blocks, config.eval.batch_size, config.eval.num_random = 48, 8, 7
+    config.eval.num_test_blocks, config.eval.batch_size, config.eval.num_random = 40, 8, 7
     config.eval.budgets = ((0.4, 0.6, 0.5), (0.6, 0.75, 0.7), (0.8, 0.85, 0.85))
     return default.vary(config, variants)

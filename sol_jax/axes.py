@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import MAX_BITS, fake_quantize
@@ -160,9 +161,13 @@ class Quest(Axis):
         """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""
         (H, _, d), T = keys.prefix_HxSxd.shape, keys.suffix_HxTxd.shape[1]
         pages = (self.page_size + T - 2) // self.page_size + 1  # if the prefix ends one key short of a page
-        position_S = keys.positions[0]
-        partial_S = (position_S >= self._boundary(keys)) & (position_S < keys.prefix_len)
-        first_Hx1x2d = page_bounds(keys.prefix_HxSxd, partial_S, keys.prefix_HxSxd.shape[1])
+        # The prefix' last keys lie in this window, whose start the clamp moves back if it would stick out.
+        N = min(self.page_size, keys.prefix_HxSxd.shape[1])
+        start = jnp.minimum(self._boundary(keys), keys.prefix_HxSxd.shape[1] - N)
+        last_HxNxd = lax.dynamic_slice_in_dim(keys.prefix_HxSxd, start, N, 1)
+        position_N = start + jnp.arange(N)
+        partial_N = (position_N >= self._boundary(keys)) & (position_N < keys.prefix_len)
+        first_Hx1x2d = page_bounds(last_HxNxd, partial_N, N)
         empty_HxPx2d = page_bounds(
             jnp.zeros((H, pages - 1, d), first_Hx1x2d.dtype), jnp.zeros(pages - 1, bool), 1
         )

@@ -27,6 +27,7 @@ CHOICES = {
 }
 # Smallest value of each number; an open bound is a strict one.
 AT_LEAST = {
+    "seed": 0,
     "episode.prefix_len": 1, "episode.horizon": 1, "episode.episodes_per_prefix": 1,
     "episode.sinks": 0, "episode.window": 0, "axes.kappa.page_size": 1,
     "axes.kappa.penalty": 0, "axes.rho.penalty": 0, "axes.eta.penalty": 0,
@@ -68,6 +69,8 @@ def check(config: ConfigDict) -> None:
             raise _wrong(config, path, "between 0 and 1")
     if config.policy.d_model % config.policy.num_heads:
         raise _wrong(config, "policy.d_model", f"a multiple of policy.num_heads = {config.policy.num_heads}")
+    if 0 < config.optim.decay_steps <= config.optim.warmup:
+        raise _wrong(config, "optim.decay_steps", f"0, or above optim.warmup = {config.optim.warmup}")
     _check_axes(config)
 
 
@@ -77,6 +80,9 @@ def _wrong(config: ConfigDict, path: str, right: str) -> UserError:
 
 def _check_axes(config: ConfigDict) -> None:
     for name in ("kappa", "rho", "eta"):
+        for part in ("levels", "budget", "budget_choices"):
+            if not _is_numbers(config.axes[name][part]):
+                raise _wrong(config, f"axes.{name}.{part}", "a list of numbers")
         levels = tuple(config.axes[name].levels)
         if not levels:
             raise _wrong(config, f"axes.{name}.levels", "a list of at least one level")
@@ -95,12 +101,18 @@ def _check_axes(config: ConfigDict) -> None:
         if len(axis.budget) != 2 or axis.budget[0] > axis.budget[1]:
             raise _wrong(config, f"axes.{axis.name}.budget", "a range (low, high)")
     axes = build_axes(config)
+    if not config.eval.budgets:
+        raise _wrong(config, "eval.budgets", "a list of at least one budget")
     for budget in config.eval.budgets:
-        if len(budget) != len(axes):
+        if not _is_numbers(budget) or len(budget) != len(axes):
             raise _wrong(config, "eval.budgets", f"tuples of {len(axes)} costs, one per axis")
         for axis, cost in zip(axes, budget, strict=True):
             if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
                 check_budgets(axis, (cost,), "config.eval.budgets")
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(x, int | float) for x in value)
 
 
 def check_budgets(axis: Axis, budgets: tuple[float, ...], source: str) -> None:

@@ -25,7 +25,7 @@ from jax import lax
 from sol_jax import schedules
 from sol_jax.config import flatten
 from sol_jax.data import Batch, evaluation_batches
-from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.llama import Weights
 from sol_jax.metrics import progress
 from sol_jax.rollout import Controller, policy_controller, replay
@@ -284,4 +284,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the training run to evaluate.", required=True)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

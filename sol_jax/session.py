@@ -30,6 +30,8 @@ class Session:
 
     def split(self, name: str) -> data.Blocks:
         """The blocks of one split; `UserError` if the corpus was cut without it."""
+        if name not in self.blocks and name == "train":
+            raise UserError("config.data: validation_fraction and test_fraction leave no train text")
         if name not in self.blocks:
             raise UserError(f"there is no {name} text; config.data.{name}_fraction must be above 0")
         return self.blocks[name]
@@ -59,8 +61,8 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config a training run left in its workdir."""
     file = workdir / "config.json"
     try:
-        flat = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        flat = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{file} cannot be read ({error}); --workdir must be the folder of a training run"
         ) from None

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from sol_jax import evaluate, flops, metrics
 from sol_jax.config import check, flatten
 from sol_jax.data import BlockIterator, evaluation_batches
-from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.errors import UserError, exits_on_user_error, parse_flags, reason
 from sol_jax.session import Session, open_session
 from sol_jax.state import Checkpoints
 from sol_jax.update import TrainState, init_state, jit_train_step
@@ -32,11 +32,20 @@ class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop
 
 
 class StopRequest:
-    """Turns SIGTERM (a pod's or scheduler's notice) into a flag that the loop reads between updates."""
+    """Turns SIGTERM (a pod's or scheduler's notice) into a flag that the loop reads between updates.
+
+    A context manager: outside it the signal means what it meant before.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        signal.signal(signal.SIGTERM, self._set)
+
+    def __enter__(self) -> "StopRequest":
+        self._before = signal.signal(signal.SIGTERM, self._set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def _set(self, signum: int, frame: Any) -> None:
         self.requested = True
@@ -50,10 +59,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     check(config)
-    stop = StopRequest()
     checkpoints = Checkpoints(workdir, flatten(config), config.train.keep)
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
+    for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
+        session.split(split)  # before the training, not after it
     batches = BlockIterator(
         blocks,
         batch_size=config.grpo.batch_size,
@@ -73,7 +83,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
-    with contextlib.closing(checkpoints), metrics.Writer(workdir, start) as writer, contextlib.closing(bar):
+    with (
+        StopRequest() as stop,
+        contextlib.closing(checkpoints),
+        metrics.Writer(workdir, start) as writer,
+        contextlib.closing(bar),
+    ):
         hooks = metrics.periodic_actions(writer, num_updates)
         for step in range(start + 1, num_updates + 1):
             batch = next(batches)
@@ -164,10 +179,14 @@ def main(argv: Sequence[str]) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise UserError("give --config configs/X.py and --workdir DIR")
     try:
+        _CONFIG.value.lock()
+    except OSError as error:  # of the config file; ml_collections keeps it until the config is used
+        raise UserError(reason(error)) from None
+    try:
         train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
     except Interrupted as stopped:
         logging.info("%s", stopped)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

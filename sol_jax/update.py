@@ -313,6 +313,8 @@ def train_step(
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)
     metrics = {f"policy/{name}": jnp.mean(value_J) for name, value_J in fitted_J.items()}
+    # Also what shows a parameter that this update made NaN or infinite, before it is saved.
+    metrics["policy/param_norm"] = optax.global_norm(state.params)
     metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)
     return state, metrics
 

@@ -49,9 +49,10 @@ def command(folder, workdir, **fields):
     base = sol_j_2l.get_config("smoke")
     told = tiny.flags_for(config_of(folder, **fields), base)
     return [
-        sys.executable, "-m", "sol_jax.train", "--config", "configs/sol_j_2l.py:smoke", "--workdir", str(workdir),
+        *(sys.executable, "-m", "sol_jax.train"),
+        *("--config", "configs/sol_j_2l.py:smoke", "--workdir", str(workdir)),
         *told,
-    ]  # fmt: skip
+    ]
 
 
 def start(folder, workdir, **fields):
@@ -134,7 +135,9 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_it_had_not_been(
     rng, config = random.Random(0), config_of(tiny_folder)
     moments = (
         lambda: half_written(tmp_path),  # while the first checkpoint is being written
-        lambda: (tmp_path / "metrics.jsonl").exists() and metrics_lines(tmp_path) >= 1,  # before its checkpoint
+        lambda: (
+            (tmp_path / "metrics.jsonl").exists() and metrics_lines(tmp_path) >= 1
+        ),  # before its checkpoint
         lambda: len(steps_in(tmp_path)) >= 2 and 6 in steps_in(tmp_path),
     )
     for moment in moments:
@@ -190,7 +193,7 @@ def test_a_finished_run_does_nothing_when_started_again(tiny_folder, tiny_sessio
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("grpo.gamma", 0.5), ("seed", 1), ("axes.kappa.levels", (0.2, 1.0))]
+    ("field", "value"), [("grpo.gamma", 0.5), ("seed", 1), ("axes.kappa.levels", (0.1, 0.5, 1.0))]
 )
 def test_another_config_is_refused_and_the_run_left_alone(tiny_folder, copied, field, value):
     before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
@@ -227,10 +230,14 @@ def no_checkpoint_is_poisoned(tiny_session):
     return check
 
 
-@pytest.mark.parametrize("rate", [1e30, 1e38])
-def test_parameters_that_overflow_stop_the_run(tiny_folder, tmp_path, rate, no_checkpoint_is_poisoned):
+def test_parameters_that_overflow_stop_the_run(tiny_folder, tmp_path, no_checkpoint_is_poisoned):
     """The update that makes them infinite has finite losses itself: it must not be saved all the same."""
-    fields = {"optim.learning_rate": rate, "optim.accumulate": 1, "train.checkpoint_every": 1, "eval.every": 0}
+    fields = {
+        "optim.learning_rate": 1e38,
+        "optim.accumulate": 1,
+        "train.checkpoint_every": 1,
+        "eval.every": 0,
+    }
     config = config_of(tiny_folder, **fields)
     with pytest.raises(UserError, match=r"update \d+ gave a NaN or Inf in .*(checkpoint)"):
         train(config, tmp_path)

@@ -1,4 +1,4 @@
-"""A random Llama of two layers in a Hugging Face folder, a small corpus, and a config that runs in seconds."""
+"""A random Llama of two layers in a Hugging Face folder, a small corpus, and a config for both."""
 
 import json
 import pathlib
@@ -13,7 +13,22 @@ from configs import sol_j_2l
 
 END = "<|end|>"
 VOCAB_SIZE = 260
-WORDS = "the cat sat on a mat and saw seven grey birds fly over old stone walls before rain fell".split()
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "seven",
+    "grey",
+    "birds",
+    "fly",
+    "over",
+    "walls",
+)
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

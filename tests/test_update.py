@@ -1,0 +1,239 @@
+"""The whole update on a tiny model: its numbers, its rewards, its minibatches, and that it learns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sol_jax import flops, llama, update
+from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.policy import PolicyConfig
+from sol_jax.rollout import EpisodeConfig, dense_divergence, label_logp, replay
+from sol_jax.update import Experience, GrpoConfig, Memory, OptimConfig, Setup
+
+MODEL = llama.LlamaConfig(64, 16, 32, 2, 4, 2, 4, 128, 10000.0, 1e-5, True)
+SPACE = ActionSpace(
+    (
+        Quest((0.1, 1.0), (0.1, 1.0), 100.0, (0.4,), page_size=4),
+        ChannelPruning((0.4, 1.0), (0.4, 1.0), 100.0, (0.7,)),
+        OutputQuantization((5.0, 16.0), (0.3125, 1.0), 200.0, (0.8,)),
+    )
+)
+B, W, K, T, S = 2, 2, 8, 4, 13
+SETUP = Setup(
+    MODEL,
+    SPACE,
+    EpisodeConfig(S, T, W),
+    PolicyConfig(MODEL.hidden_size, SPACE.num_actions, T, d_model=16),
+    GrpoConfig(num_schedules=K, entropy_coef=0.01),
+    OptimConfig(learning_rate=1e-2, minibatch_steps=32, accumulate=1),
+    Memory(head_rows=16),
+)
+# One update from fixed keys, on the CPU.
+GOLDEN = {}
+
+
+def grpo_of(setup, **fields):
+    return dataclasses.replace(setup, grpo=dataclasses.replace(setup.grpo, **fields))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return llama.init_weights(jax.random.key(0), MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokens_BxN():
+    return jax.random.randint(jax.random.key(1), (B, SETUP.episode.block_length), 0, MODEL.vocab_size)
+
+
+def first_state():
+    return update.init_state(jax.random.key(2), SETUP)
+
+
+def test_golden_metrics(weights, tokens_BxN):
+    _, metrics = update.jit_train_step(first_state(), weights, tokens_BxN, setup=SETUP)
+    found = {name: float(f"{float(value):.6g}") for name, value in metrics.items()}
+    told = f"if the change is intended, record what came out: GOLDEN = {found}"
+    assert set(found) == set(GOLDEN), told
+    for name, value in GOLDEN.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), f"{name}; {told}"
+
+
+def test_an_update_is_a_function_of_its_arguments_and_takes_its_state(weights, tokens_BxN):
+    state = first_state()
+    one, _ = update.jit_train_step(state, weights, tokens_BxN, setup=SETUP)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))  # donated
+    two, _ = update.jit_train_step(first_state(), weights, tokens_BxN, setup=SETUP)
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    jax.tree.map(np.testing.assert_array_equal, one.opt_state, two.opt_state)
+    assert int(one.step) == 1
+
+
+def test_it_learns_to_meet_budgets(weights, tokens_BxN):
+    """Of a model that predicts the same whatever it reads, only the penalty is left to learn from."""
+    blind = weights | {"embed": jnp.zeros_like(weights["embed"])}
+    state, gaps = first_state(), []
+    for _ in range(80):
+        state, metrics = update.jit_train_step(state, blind, tokens_BxN, setup=SETUP)
+        gaps.append([float(metrics[f"budget_gap/{axis.name}"]) for axis in SPACE.axes])
+        assert float(metrics["reward"]) == pytest.approx(-np.log(MODEL.vocab_size), rel=1e-5)
+    before, after = np.mean(gaps[:5], 0), np.mean(gaps[-10:], 0)
+    # Of 4 steps with two levels each the nearest mean is up to an eighth of the span away from a target.
+    assert np.all(after < before)
+    assert np.all(after < 0.15), (before, after)
+
+
+# --- the reward ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played(weights, tokens_BxN):
+    """Fixed schedules, and per w the reward of `collect`."""
+    action_KxT = jax.random.randint(jax.random.key(3), (K, T), 0, SPACE.num_actions)
+    action = jnp.broadcast_to(action_KxT, (B, W, K, T))
+    budget = jnp.full((B, W, 3), 0.7)
+
+    def run(w):
+        setup = grpo_of(SETUP, divergence_weight=w)
+        controller = replay(action[0, 0, 0])
+        return jax.jit(
+            lambda: update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
+        )()
+
+    return {w: run(w) for w in (0.0, 0.5, 1.0)}
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0])
+def test_reward_equals_a_naive_computation(weights, tokens_BxN, played, w):
+    rollout, reward = played[w]
+    dense = jax.vmap(lambda tokens_N: llama.prefill(weights, tokens_N[:-1], MODEL)[0])(tokens_BxN)
+    for b in range(B):
+        for e in range(W):
+            for t in range(T):
+                at = S + e * T + t
+                hidden_D = rollout.hidden_TxD[b, e, 0, t]
+                logp = label_logp(weights, hidden_D, tokens_BxN[b, at + 1])
+                kl = dense_divergence(weights, dense[b, at], hidden_D)
+                expected = (1 - w) * logp - w * kl
+                np.testing.assert_allclose(reward[b, e, 0, t], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("w", "prefilled", "heads"),
+    [(0.0, S + (W - 1) * T, ["score"]), (0.5, S + W * T, ["score", "divergence"]), (1.0, S + W * T, ["divergence"])],
+)  # fmt: skip
+def test_nothing_is_computed_that_the_reward_does_not_need(w, prefilled, heads, monkeypatch, tokens_BxN):
+    """No dense reference at w = 0, and no label's log-probability at w = 1."""
+    lengths, called = [], []
+    prefill = llama.prefill
+
+    def counting(weights, tokens_N, cfg):
+        lengths.append(len(tokens_N))
+        return prefill(weights, tokens_N, cfg)
+
+    def noting(name):
+        plain = getattr(update, name)
+        return lambda *args: (called.append(name), plain(*args))[1]
+
+    monkeypatch.setattr(llama, "prefill", counting)
+    for name in ("score", "divergence"):
+        monkeypatch.setattr(update, name, noting(name))
+    setup = grpo_of(SETUP, divergence_weight=w)
+    budget = jnp.full((B, W, 3), 0.7)
+    controller = replay(jnp.zeros(T, jnp.int32))
+    jax.eval_shape(
+        lambda weights: update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup),
+        llama.abstract_weights(MODEL),
+    )
+    assert set(lengths) == {prefilled}
+    assert called == heads
+
+
+# --- minibatches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_schedules", "steps", "shape"), [(10, 12, (4, 3)), (8, 8, (4, 2)), (3, 512, (1, 3)), (5, 1, (5, 1))]
+)
+def test_minibatches_take_every_schedule_once(num_schedules, steps, shape):
+    cfg = OptimConfig(minibatch_steps=steps)
+    index_JxR, weight_JxR = update.minibatches(jax.random.key(0), num_schedules, cfg, T)
+    assert index_JxR.shape == weight_JxR.shape == shape
+    assert sorted(index_JxR[weight_JxR == 1].tolist()) == list(range(num_schedules))
+    assert set(np.unique(weight_JxR)) <= {0.0, 1.0}
+
+
+def experience_of(num_schedules, key=5):
+    """Made up, but of the right shapes."""
+    keys = jax.random.split(jax.random.key(key), 6)
+    N, D, A = num_schedules, MODEL.hidden_size, SPACE.num_actions
+    observation = update.Observation(
+        jax.random.normal(keys[0], (N, T, D)),
+        jax.random.normal(keys[1], (N, T, D)),
+        jax.random.uniform(keys[2], (N, T, 8)),
+        jax.random.randint(keys[3], (N, T), 0, A + 1),
+    )
+    action_NxT = jax.random.randint(keys[4], (N, T), 0, A)
+    return Experience(observation, action_NxT, jnp.full((N, T), -2.0), jax.random.normal(keys[5], (N, T)))
+
+
+def fitted(setup, experience, index_JxR, weight_JxR, state=None):
+    state = state or update.init_state(jax.random.key(2), setup)
+    index, weight = jnp.array(index_JxR), jnp.array(weight_JxR, jnp.float32)
+    return jax.jit(update.fit, static_argnames="setup")(state, experience, index, weight, setup=setup)
+
+
+def test_padding_changes_nothing():
+    experience = experience_of(4)
+    short, _ = fitted(SETUP, experience, [[2, 0, 1]], [[1, 1, 1]])
+    padded, _ = fitted(SETUP, experience, [[2, 0, 1, 3, 3]], [[1, 1, 1, 0, 0]])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), short.params, padded.params)
+
+
+def test_gradients_accumulate_across_updates():
+    """Two updates of 4 minibatches with accumulate=8 are one optimizer step, on the mean of the gradients."""
+    setup = dataclasses.replace(SETUP, optim=OptimConfig(learning_rate=1e-2, accumulate=8))
+    joint = dataclasses.replace(SETUP, optim=OptimConfig(learning_rate=1e-2, accumulate=1))
+    experience, start = experience_of(8), update.init_state(jax.random.key(2), setup).params
+    halves = np.arange(8).reshape(2, 4, 1)
+    ones = np.ones((4, 1))
+    state, _ = fitted(setup, experience, halves[0], ones)
+    jax.tree.map(np.testing.assert_array_equal, state.params, start)
+    state, _ = fitted(setup, experience, halves[1], ones, state)
+    once, _ = fitted(joint, experience, [np.arange(8)], np.ones((1, 8)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, once.params)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), state.params, start)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+# --- what is static --------------------------------------------------------------------------------------
+
+
+def test_setups_are_hashable_values():
+    again = dataclasses.replace(SETUP, memory=Memory(head_rows=16))
+    assert again == SETUP
+    assert hash(again) == hash(SETUP)
+    assert dataclasses.replace(SETUP, memory=Memory(head_rows=17)) != SETUP
+
+
+def test_flops_by_hand():
+    """D 16, F 32, 2 layers, 4 heads of 4 (2 for keys), vocabulary 64; 32 episodes of 4 steps."""
+    layer = 16 * 16 + 16 * 8 + 16 * 8 + 16 * 16 + 3 * 16 * 32  # q, k, v, o, MLP
+    M = 13 + 4
+    prefill = 2 * (M * 2 * 2 * layer + 2 * (4 * 16) * (M * (M + 1) // 2))
+    decoded = 2 * 2 * 8 * 4
+    keys = (14 + 15 + 16 + 17 + 18 + 19 + 20 + 21) / 8
+    policy = (16 + 16 + 64 + 32) * 16 + 12 * 16 * 16 + 16 * 8 + 32 * (3 + 8) + 8 * 64
+    expected = {
+        "prefill": prefill,
+        "rollout": decoded * (2 * 2 * layer + 2 * (4 * 16) * keys),
+        "head": decoded * 2 * 64 * 16,
+        "policy": decoded * 2 * policy * 4,
+    }
+    assert flops.update_flops(SETUP, B) == expected
+    both = flops.update_flops(grpo_of(SETUP, divergence_weight=0.5), B)
+    assert both["head"] == 3 * expected["head"]
+    assert both["prefill"] > expected["prefill"]
