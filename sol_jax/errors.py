@@ -32,7 +32,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """For `app.run(main, flags_parser=parse_flags)`: a slip on the command line is a `UserError` as well."""
     try:
         rest = flags.FLAGS(argv)
-    except AttributeError as error:  # of ml_collections; its message is the field
+    except (AttributeError, KeyError) as error:  # of ml_collections; its message is the field
         name, near = re.search(r"\w+", str(error)), re.search(r"mean \W*(\w+)", str(error))
         field = name[0] if name else str(error)
         slip = next((arg for arg in argv if re.search(rf"\.{field}\b", arg)), field)

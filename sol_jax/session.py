@@ -71,7 +71,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         node = config
         *parents, leaf = name.split(".")
         for parent in parents:
-            node = node.setdefault(parent, ConfigDict())
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
         node[leaf] = value
     return config
 

@@ -1,4 +1,4 @@
-"""The comparison of controllers: each plays what it is given, and padding, chunks and files change nothing."""
+"""The comparison of controllers: each plays what it is given; padding, chunks and files change nothing."""
 
 import csv
 import dataclasses

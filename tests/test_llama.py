@@ -63,18 +63,18 @@ def axis(kind: type[Axis], *levels: float, **options: Any) -> Axis:
     return kind(levels, (min(levels), max(levels)), penalty=100.0, **options)
 
 
-def joint(kappa: Axis) -> ActionSpace:
-    return ActionSpace((kappa, axis(ChannelPruning, 0.4, 1.0), axis(OutputQuantization, 5, 16)))
-
-
-KAPPAS = {
-    "quest 1": axis(Quest, 0.2, 1.0, page_size=1),
-    "quest 3": axis(Quest, 0.2, 1.0, page_size=3),
-    "quest 8": axis(Quest, 0.2, 1.0, page_size=8),
-    "protected quest": axis(Quest, 0.2, 1.0, page_size=8, protect=True),
-    "recency": axis(Recency, 0.2, 1.0),
-    "relevancy": axis(Relevancy, 0.2, 1.0),
-}
+# Every way to choose keys at once, for one compilation: at its top level each of them must choose all.
+EVERY = ActionSpace(
+    (
+        *(axis(Quest, 0.2, 1.0, page_size=size) for size in (1, 3, 8)),
+        axis(Quest, 0.2, 1.0, page_size=8, protect=True),
+        axis(Recency, 0.2, 1.0),
+        axis(Relevancy, 0.2, 1.0),
+        axis(ChannelPruning, 0.4, 1.0),
+        axis(OutputQuantization, 5, 16),
+    )
+)
+ONE_EPISODE = EpisodeConfig(prefix_len=21, horizon=5)
 
 
 def tokens(cfg: LlamaConfig, count: int, seed: int = 0) -> jax.Array:
@@ -111,39 +111,40 @@ def assert_same(actual: jax.Array, expected: jax.Array, tolerance: float) -> Non
 # --- dense decoding -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize(("seed", "kappa"), enumerate(KAPPAS))
-def test_dense_action_equals_plain_forward(seed, kappa, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("seed", "dtype", "tolerance"),
+    [(0, "float32", 2e-6), (1, "float32", 2e-6), (2, "float32", 2e-6), (3, "bfloat16", 2e-2)],
+)
+def test_dense_action_equals_plain_forward(seed, dtype, tolerance):
     """Step by step as in one pass; three episodes share a cache that is longer than the prefix of each."""
-    cfg, space = dataclasses.replace(random_config(seed), dtype=dtype), joint(KAPPAS[kappa])
-    shape = EpisodeConfig(prefix_len=5 + 3 * seed, horizon=7, episodes_per_prefix=3)
+    cfg = dataclasses.replace(random_config(seed), dtype=dtype)
+    shape = EpisodeConfig(prefix_len=5 + 6 * seed, horizon=7, episodes_per_prefix=3)
     weights = llama.init_weights(jax.random.key(seed), cfg)
-    dense_WxT = jnp.full((3, 7), space.dense)
-    played, reference = play(weights, tokens(cfg, shape.block_length), dense_WxT, space, cfg, shape)
+    dense_WxT = jnp.full((3, 7), EVERY.dense)
+    played, reference = play(weights, tokens(cfg, shape.block_length), dense_WxT, EVERY, cfg, shape)
     assert played.hidden_TxD.dtype == jnp.float32
     assert_same(played.hidden_TxD, reference, tolerance)
 
 
 def test_each_axis_changes_the_step():
-    """And only from its first cheap step on: the step before is as if nothing were to come."""
-    weights = llama.init_weights(jax.random.key(0), CFG)
-    shape = EpisodeConfig(prefix_len=20, horizon=4)
-    for kappa in KAPPAS.values():
-        space = joint(kappa)
-        for level_X in ([0, 1, 1], [1, 0, 1], [1, 1, 0]):
-            cheap = int(space.join(np.array(level_X)))
-            action_T = jnp.array([space.dense, cheap, space.dense, space.dense])
-            played, reference = play(weights, tokens(CFG, 25), action_T[None], space, CFG, shape)
-            change_T = np.abs(played.hidden_TxD - reference).max((0, 2))
-            assert change_T[0] < 1e-5
-            # The dense steps that follow read the compressed step's keys and values.
-            assert (change_T[1:] > 1e-4).all(), (kappa, level_X, change_T)
+    """From its first cheap step on: the step before is as if nothing were to come."""
+    weights, tokens_N = llama.init_weights(jax.random.key(0), CFG), tokens(CFG, ONE_EPISODE.block_length)
+    for x, changed in enumerate(EVERY.axes):
+        cheap = int(EVERY.join(1 - np.eye(len(EVERY.axes), dtype=int)[x]))
+        action_1xT = jnp.full((1, 5), EVERY.dense).at[0, 1].set(cheap)
+        played, reference = play(weights, tokens_N, action_1xT, EVERY, CFG, ONE_EPISODE)
+        change_T = np.abs(played.hidden_TxD - reference).max((0, 2))
+        assert change_T[0] < 1e-5
+        # The dense steps that follow read the compressed step's keys and values.
+        assert (change_T[1:] > 1e-5).all(), f"{changed}: {change_T}"
+        assert change_T[1] > 1e-3, f"{changed}: {change_T}"
 
 
 def test_forced_steps_are_dense():
     """Up to `uncontrolled` keys the schedule does not count, though what was chosen is kept."""
-    space, shape = joint(KAPPAS["recency"]), EpisodeConfig(prefix_len=3, horizon=6)
-    weights, cheap_T = llama.init_weights(jax.random.key(0), CFG), jnp.zeros((1, 6), jnp.int32)
+    space = ActionSpace((axis(Recency, 0.2, 1.0), *EVERY.axes[-2:]))
+    shape, cheap_T = EpisodeConfig(prefix_len=3, horizon=6), jnp.zeros((1, 6), jnp.int32)
+    weights = llama.init_weights(jax.random.key(0), CFG)
     played, reference = play(weights, tokens(CFG, 10), cheap_T, space, CFG, shape, uncontrolled=7)
     np.testing.assert_array_equal(played.controllable_T[0], [False] * 4 + [True] * 2)
     np.testing.assert_array_equal(played.action_T, cheap_T)
@@ -153,27 +154,24 @@ def test_forced_steps_are_dense():
     assert np.abs(played.hidden_TxD - reference)[:, 4:].max() > 1e-3
 
 
-@pytest.mark.parametrize("kappa", ["quest 8", "relevancy"])
-def test_schedules_of_a_batch_equal_one_at_a_time(kappa):
-    space, weights = joint(KAPPAS[kappa]), llama.init_weights(jax.random.key(1), CFG)
-    shape = EpisodeConfig(prefix_len=21, horizon=5)
-    tokens_N = tokens(CFG, shape.block_length)
-    action_KxT = jax.random.randint(jax.random.key(2), (6, 5), 0, space.num_actions)
+def test_schedules_of_a_batch_equal_one_at_a_time():
+    weights, tokens_N = llama.init_weights(jax.random.key(0), CFG), tokens(CFG, ONE_EPISODE.block_length)
+    action_KxT = jax.random.randint(jax.random.key(2), (6, 5), 0, EVERY.num_actions)
 
     @jax.jit
     def together(weights):
-        episode_W, _ = cut_episodes(weights, tokens_N, space, CFG, shape)
+        episode_W, _ = cut_episodes(weights, tokens_N, EVERY, CFG, ONE_EPISODE)
 
         def group(episode):
             controller = Controller(replay(action_KxT[0]).act, action_KxT)
-            key_K, budget_KxX = jax.random.split(jax.random.key(0), 6), jnp.zeros((6, 3))
-            return group_rollout(weights, episode, key_K, budget_KxX, controller, space, CFG, 0)
+            key_K, budget_KxX = jax.random.split(jax.random.key(0), 6), jnp.zeros((6, len(EVERY.axes)))
+            return group_rollout(weights, episode, key_K, budget_KxX, controller, EVERY, CFG, 0)
 
         return jax.vmap(group, (EPISODE_AXES,))(episode_W)
 
     hidden_KxTxD = together(weights).hidden_TxD[0]
     for action_T, hidden_TxD in zip(action_KxT, hidden_KxTxD, strict=True):
-        alone = play(weights, tokens_N, action_T[None], space, CFG, shape)[0].hidden_TxD[0]
+        alone = play(weights, tokens_N, action_T[None], EVERY, CFG, ONE_EPISODE)[0].hidden_TxD[0]
         assert_same(hidden_TxD, alone, 5e-6)
     assert np.ptp(np.asarray(hidden_KxTxD), 0).max() > 0.1, "the schedules hardly differ"
 
@@ -255,8 +253,8 @@ class OutputScaling(Axis):
 
 
 def test_fourth_axis_needs_no_change_elsewhere():
-    three = joint(KAPPAS["quest 3"])
-    space = ActionSpace((*three.axes, axis(OutputScaling, 0.5, 1.0)))
+    kappa = axis(Quest, 0.2, 1.0, page_size=3)
+    space = ActionSpace((kappa, *EVERY.axes[-2:], axis(OutputScaling, 0.5, 1.0)))
     setup = Setup(
         model=CFG,
         space=space,

@@ -32,7 +32,33 @@ SETUP = Setup(
     Memory(head_rows=16),
 )
 # One update from fixed keys, on the CPU.
-GOLDEN = {}
+GOLDEN = {
+    "budget_gap/eta": 0.177441,
+    "budget_gap/kappa": 0.180469,
+    "budget_gap/rho": 0.126563,
+    "cost/eta": 0.650879,
+    "cost/kappa": 0.416406,
+    "cost/rho": 0.695313,
+    "penalty": 14.3623,
+    "penalty/eta": 8.82569,
+    "penalty/kappa": 3.41383,
+    "penalty/rho": 2.12281,
+    "policy/clip_share": 0.578125,
+    "policy/entropy": 1.89452,
+    "policy/grad_norm": 1.05338,
+    "policy/kl": 0.0,
+    "policy/kl_old": 0.163999,
+    "policy/loss": 0.0212518,
+    "policy/nonzero_adv_share": 1.0,
+    "policy/param_norm": 22.7045,
+    "policy/policy_loss": 0.0401969,
+    "policy/ratio_max": 2.12916,
+    "policy/ratio_min": 0.39543,
+    "policy/ratio_p05": 0.435861,
+    "policy/ratio_p50": 0.839295,
+    "policy/ratio_p95": 1.8027,
+    "reward": -4.50029,
+}
 
 
 def grpo_of(setup, **fields):
@@ -123,8 +149,12 @@ def test_reward_equals_a_naive_computation(weights, tokens_BxN, played, w):
 
 @pytest.mark.parametrize(
     ("w", "prefilled", "heads"),
-    [(0.0, S + (W - 1) * T, ["score"]), (0.5, S + W * T, ["score", "divergence"]), (1.0, S + W * T, ["divergence"])],
-)  # fmt: skip
+    [
+        (0.0, S + (W - 1) * T, ["score"]),
+        (0.5, S + W * T, ["score", "divergence"]),
+        (1.0, S + W * T, ["divergence"]),
+    ],
+)
 def test_nothing_is_computed_that_the_reward_does_not_need(w, prefilled, heads, monkeypatch, tokens_BxN):
     """No dense reference at w = 0, and no label's log-probability at w = 1."""
     lengths, called = [], []
