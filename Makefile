@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m experiments.front --results runs/demo/results.csv --output runs/demo/front.png
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -288,7 +288,7 @@ def fit(
         index_R, weight_R = picked
         batch = jax.tree.map(lambda leaf: leaf[index_R], experience)
         grads, metrics = jax.grad(loss, has_aux=True)(params, batch, weight_R)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
@@ -314,7 +314,7 @@ def train_step(
     state, fitted_J = fit(state, experience, *order, setup)
     metrics = {f"policy/{name}": jnp.mean(value_J) for name, value_J in fitted_J.items()}
     # Also what shows a parameter that this update made NaN or infinite, before it is saved.
-    metrics["policy/param_norm"] = optax.global_norm(state.params)
+    metrics["policy/param_norm"] = optax.tree.norm(state.params)
     metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)
     return state, metrics
 

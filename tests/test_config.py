@@ -64,12 +64,6 @@ def lowered(setup: update.Setup, batch_size: int) -> str:
     return traced(setup, batch_size).lower().as_text()
 
 
-@functools.cache
-def program(setup: update.Setup) -> str:
-    """The train step of a setup for two blocks, not yet lowered."""
-    return str(traced(setup, 2).jaxpr)
-
-
 def traced(setup: update.Setup, batch_size: int):
     state = jax.eval_shape(lambda key: update.init_state(key, setup), jax.random.key(0))
     tokens_BxN = jax.ShapeDtypeStruct((batch_size, setup.episode.block_length), jnp.int32)
@@ -207,10 +201,11 @@ def test_every_field_is_listed(tiny_folder):
 def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder):
     """Not only the setup: the program must be another one."""
     config, model = tiny.config_for(tiny_folder), tiny_session.setup.model
-    before = program(build(config, model))
+    before = build(config, model)
     with config.unlocked():
         config.update_from_flattened_dict({field: OTHER[field]})
-    assert program(build(config, dataclasses.replace(model, dtype=config.model.dtype))) != before
+    after = build(config, dataclasses.replace(model, dtype=config.model.dtype))
+    assert lowered(after, 2) != lowered(before, 2)
 
 
 def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
@@ -218,7 +213,16 @@ def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
     from sol_jax.train import train
 
     read: set[str] = set()
-    config = tiny.config_for(tiny_folder, **{"train.num_updates": 1})
+    fields = {  # the programs of test_train, so that those are compiled once for both
+        "train.num_updates": 2,
+        "optim.accumulate": 2,
+        "optim.learning_rate": 1e-3,
+        "eval.num_blocks": 2,
+        "eval.num_random": 1,
+        "eval.budgets": ((0.5, 0.7, 0.6),),
+        "eval.num_test_blocks": 0,
+    }
+    config = tiny.config_for(tiny_folder, **fields)
     groups = {
         id(config): "",
         **{id(config[name]): f"{name}." for name in ("data", "model", "train", "eval", "grpo")},

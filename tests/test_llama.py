@@ -15,16 +15,7 @@ from sol_jax import llama
 from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
-from sol_jax.rollout import (
-    EPISODE_AXES,
-    Controller,
-    EpisodeConfig,
-    Rollout,
-    cut_episodes,
-    group_rollout,
-    replay,
-    rollout,
-)
+from sol_jax.rollout import EPISODE_AXES, EpisodeConfig, Rollout, cut_episodes, replay, rollout
 from sol_jax.update import GrpoConfig, OptimConfig, Setup, init_state, jit_train_step
 
 CFG = LlamaConfig(
@@ -77,11 +68,23 @@ EVERY = ActionSpace(
 ONE_EPISODE = EpisodeConfig(prefix_len=21, horizon=5)
 
 
+def random_weights(cfg: LlamaConfig, seed: int = 0) -> llama.Weights:
+    """Of about the size that keeps activations as they are; gains near 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: llama.ParamSpec) -> jax.Array:
+        noise = rng.normal(size=spec.shape)
+        return jnp.asarray(spec.stddev * noise if spec.stddev else 1 + 0.2 * noise, cfg.dtype)
+
+    specs = llama.weight_specs(cfg)
+    return jax.tree.map(draw, specs, is_leaf=lambda node: isinstance(node, llama.ParamSpec))
+
+
 def tokens(cfg: LlamaConfig, count: int, seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (count,), 0, cfg.vocab_size)
 
 
-@functools.partial(jax.jit, static_argnames=("space", "cfg", "shape", "uncontrolled"))
+@functools.partial(jax.jit, static_argnames=("space", "cfg", "shape"))
 def play(
     weights: llama.Weights,
     tokens_N: jax.Array,
@@ -89,7 +92,6 @@ def play(
     space: ActionSpace,
     cfg: LlamaConfig,
     shape: EpisodeConfig,
-    uncontrolled: int = 0,
 ) -> tuple[Rollout, jax.Array]:
     """Given schedules of all episodes of a block, and the dense hidden states [W, T, D]."""
     episode_W, reference_WxTxD = cut_episodes(weights, tokens_N, space, cfg, shape, with_reference=True)
@@ -97,7 +99,7 @@ def play(
     def one(episode, action_T):
         budget_X = jnp.zeros(len(space.axes))
         key = jax.random.key(0)
-        return rollout(weights, episode, key, budget_X, replay(action_T), space, cfg, uncontrolled)
+        return rollout(weights, episode, key, budget_X, replay(action_T), space, cfg, uncontrolled=0)
 
     return jax.vmap(one, (EPISODE_AXES, 0))(episode_W, action_WxT), reference_WxTxD
 
@@ -113,13 +115,13 @@ def assert_same(actual: jax.Array, expected: jax.Array, tolerance: float) -> Non
 
 @pytest.mark.parametrize(
     ("seed", "dtype", "tolerance"),
-    [(0, "float32", 2e-6), (1, "float32", 2e-6), (2, "float32", 2e-6), (3, "bfloat16", 2e-2)],
+    [(0, "float32", 2e-6), (1, "float32", 2e-6), (2, "bfloat16", 2e-2)],
 )
 def test_dense_action_equals_plain_forward(seed, dtype, tolerance):
     """Step by step as in one pass; three episodes share a cache that is longer than the prefix of each."""
     cfg = dataclasses.replace(random_config(seed), dtype=dtype)
     shape = EpisodeConfig(prefix_len=5 + 6 * seed, horizon=7, episodes_per_prefix=3)
-    weights = llama.init_weights(jax.random.key(seed), cfg)
+    weights = random_weights(cfg, seed)
     dense_WxT = jnp.full((3, 7), EVERY.dense)
     played, reference = play(weights, tokens(cfg, shape.block_length), dense_WxT, EVERY, cfg, shape)
     assert played.hidden_TxD.dtype == jnp.float32
@@ -128,7 +130,7 @@ def test_dense_action_equals_plain_forward(seed, dtype, tolerance):
 
 def test_each_axis_changes_the_step():
     """From its first cheap step on: the step before is as if nothing were to come."""
-    weights, tokens_N = llama.init_weights(jax.random.key(0), CFG), tokens(CFG, ONE_EPISODE.block_length)
+    weights, tokens_N = random_weights(CFG), tokens(CFG, ONE_EPISODE.block_length)
     for x, changed in enumerate(EVERY.axes):
         cheap = int(EVERY.join(1 - np.eye(len(EVERY.axes), dtype=int)[x]))
         action_1xT = jnp.full((1, 5), EVERY.dense).at[0, 1].set(cheap)
@@ -138,42 +140,6 @@ def test_each_axis_changes_the_step():
         # The dense steps that follow read the compressed step's keys and values.
         assert (change_T[1:] > 1e-5).all(), f"{changed}: {change_T}"
         assert change_T[1] > 1e-3, f"{changed}: {change_T}"
-
-
-def test_forced_steps_are_dense():
-    """Up to `uncontrolled` keys the schedule does not count, though what was chosen is kept."""
-    space = ActionSpace((axis(Recency, 0.2, 1.0), *EVERY.axes[-2:]))
-    shape, cheap_T = EpisodeConfig(prefix_len=3, horizon=6), jnp.zeros((1, 6), jnp.int32)
-    weights = llama.init_weights(jax.random.key(0), CFG)
-    played, reference = play(weights, tokens(CFG, 10), cheap_T, space, CFG, shape, uncontrolled=7)
-    np.testing.assert_array_equal(played.controllable_T[0], [False] * 4 + [True] * 2)
-    np.testing.assert_array_equal(played.action_T, cheap_T)
-    np.testing.assert_array_equal(played.cost_TxX[0, :4], np.ones((4, 3)))
-    np.testing.assert_allclose(played.cost_TxX[0, 4:], np.float32([[0.2, 0.4, 5 / 16]] * 2))
-    assert_same(played.hidden_TxD[:, :4], reference[:, :4], 2e-6)
-    assert np.abs(played.hidden_TxD - reference)[:, 4:].max() > 1e-3
-
-
-def test_schedules_of_a_batch_equal_one_at_a_time():
-    weights, tokens_N = llama.init_weights(jax.random.key(0), CFG), tokens(CFG, ONE_EPISODE.block_length)
-    action_KxT = jax.random.randint(jax.random.key(2), (6, 5), 0, EVERY.num_actions)
-
-    @jax.jit
-    def together(weights):
-        episode_W, _ = cut_episodes(weights, tokens_N, EVERY, CFG, ONE_EPISODE)
-
-        def group(episode):
-            controller = Controller(replay(action_KxT[0]).act, action_KxT)
-            key_K, budget_KxX = jax.random.split(jax.random.key(0), 6), jnp.zeros((6, len(EVERY.axes)))
-            return group_rollout(weights, episode, key_K, budget_KxX, controller, EVERY, CFG, 0)
-
-        return jax.vmap(group, (EPISODE_AXES,))(episode_W)
-
-    hidden_KxTxD = together(weights).hidden_TxD[0]
-    for action_T, hidden_TxD in zip(action_KxT, hidden_KxTxD, strict=True):
-        alone = play(weights, tokens_N, action_T[None], EVERY, CFG, ONE_EPISODE)[0].hidden_TxD[0]
-        assert_same(hidden_TxD, alone, 5e-6)
-    assert np.ptp(np.asarray(hidden_KxTxD), 0).max() > 0.1, "the schedules hardly differ"
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -230,7 +196,7 @@ def test_rotation_tells_distances_alone():
 
 
 def test_logits_of_tied_embeddings():
-    weights = llama.init_weights(jax.random.key(0), dataclasses.replace(CFG, tie_embeddings=True))
+    weights = random_weights(dataclasses.replace(CFG, tie_embeddings=True))
     hidden_D = jax.random.normal(jax.random.key(1), (CFG.hidden_size,))
     np.testing.assert_allclose(llama.logits(weights, hidden_D), weights["embed"] @ hidden_D, rtol=1e-5)
     assert "lm_head" not in weights
@@ -263,8 +229,8 @@ def test_fourth_axis_needs_no_change_elsewhere():
         grpo=GrpoConfig(num_schedules=4),
         optim=OptimConfig(learning_rate=1e-2, minibatch_steps=8, accumulate=2),
     )
-    weights = llama.init_weights(jax.random.key(0), CFG)
-    state = init_state(jax.random.key(1), setup)
+    weights = random_weights(CFG)
+    state = jax.jit(init_state, static_argnames="setup")(jax.random.key(1), setup=setup)
     before = jax.tree.map(np.array, state.params)
     tokens_BxN = tokens(CFG, 2 * setup.episode.block_length).reshape(2, -1)
     state, metrics = jit_train_step(state, weights, tokens_BxN, setup=setup)

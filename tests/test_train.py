@@ -233,7 +233,8 @@ def no_checkpoint_is_poisoned(tiny_session):
 def test_parameters_that_overflow_stop_the_run(tiny_folder, tmp_path, no_checkpoint_is_poisoned):
     """The update that makes them infinite has finite losses itself: it must not be saved all the same."""
     fields = {
-        "optim.learning_rate": 1e38,
+        "optim.learning_rate": 3e38,
+        "optim.weight_decay": 1.0,
         "optim.accumulate": 1,
         "train.checkpoint_every": 1,
         "eval.every": 0,

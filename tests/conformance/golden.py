@@ -113,7 +113,7 @@ def disturbed(weights: Weights, num_runs: int, size: float = 1e-6) -> Weights:
     gains = {"layers": layers, "final_norm": weights["final_norm"]}
     leaves, treedef = jax.tree.flatten(gains)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return treedef.unflatten(map(disturb, keys, leaves))
+    return jax.tree.unflatten(treedef, map(disturb, keys, leaves))
 
 
 def with_gains(weights: Weights, gains: Weights) -> Weights:
