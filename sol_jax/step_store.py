@@ -14,6 +14,7 @@ hence the sha256.
 import dataclasses
 import hashlib
 import json
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -170,12 +171,18 @@ def _digest(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
 def _quiet_orbax() -> None:
     """One failed read or write makes Orbax print dozens of tracebacks; none of them reaches the console."""
     logging.get_absl_logger().addFilter(_is_wanted)
+    # Orbax reads leaves at once and leaves the others' failures behind when the first one fails.
+    standard_logging.getLogger("asyncio").addFilter(_is_no_leftover)
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
 
 
 def _is_wanted(record: Any) -> bool:
     return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname or logging.level_debug()
+
+
+def _is_no_leftover(record: Any) -> bool:
+    return not record.getMessage().startswith("Task exception was never retrieved")
 
 
 @dataclasses.dataclass
