@@ -98,7 +98,10 @@ def _is_spec(node: Any) -> bool:
 
 def abstract_weights(cfg: LlamaConfig) -> Weights:
     """`weight_specs` as `jax.ShapeDtypeStruct`s: enough to lower a program without any weights."""
-    shaped = lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(cfg.dtype))  # noqa: E731
+
+    def shaped(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(cfg.dtype))
+
     return jax.tree.map(shaped, weight_specs(cfg), is_leaf=_is_spec)
 
 
