@@ -111,7 +111,8 @@ def cut_episodes(
     return episode_W, hidden_MxD[step_WxT] if with_reference else None
 
 
-# What of an episode has a leading W: everything but the shared cache and its index.
+# What of an episode has a leading W: everything but the shared cache and its index.  These are vmap's axes
+# in place of the arrays, hence the ignored types.
 EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
 
 
