@@ -48,6 +48,8 @@ def get_config(variants: str = "") -> ConfigDict:
     config.policy.num_heads = 4
     config.policy.num_layers = 1
     config.policy.mlp_ratio = 4.0
+    config.policy.factored_head = False  # not the paper's: score the levels of each axis, add up the scores
+    config.policy.normalize_inputs = False  # not the paper's: LayerNorm on the LLM's states and embeddings
 
     config.grpo = ConfigDict()
     config.grpo.batch_size = 8  # B, blocks of an update

@@ -171,8 +171,15 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
             f"exceed the model's context of {model.max_position}"
         )
     space = ActionSpace(build_axes(config))
+    sizes = config.policy.to_dict()
+    factored = sizes.pop("factored_head")
     policy = PolicyConfig(
-        model.hidden_size, space.num_actions, episode.horizon, len(space.axes), **config.policy.to_dict()
+        model.hidden_size,
+        space.num_actions,
+        episode.horizon,
+        len(space.axes),
+        **sizes,
+        factors=tuple(len(axis.levels) for axis in space.axes) if factored else (),
     )
     grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
     return Setup(

@@ -9,6 +9,8 @@ Here `T` counts the positions of the cache, `L` the policy's layers and `H`, `d`
 """
 
 import dataclasses
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -37,10 +39,21 @@ class PolicyConfig:
     scalar_embed_size: int = 64
     budget_embed_size: int = 32
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
+    # Not the paper's: a head that scores the levels of each axis (so many of them) and adds up the scores,
+    # and a LayerNorm on each of the two inputs from the LLM.
+    factors: tuple[int, ...] = ()
+    normalize_inputs: bool = False
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
+        if self.factors and math.prod(self.factors) != self.num_actions:
+            raise ValueError(f"factors {self.factors} do not multiply to num_actions {self.num_actions}")
+
+    @property
+    def num_scores(self) -> int:
+        """What the heads score: joint actions, or the levels of every axis."""
+        return sum(self.factors) if self.factors else self.num_actions
 
     @property
     def num_scalars(self) -> int:
@@ -155,13 +168,15 @@ class Policy(nn.Module):
         self.scalar_norm = _layer_norm()
         input_size = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
         self.observation_in = _linear(input_size, cfg.d_model)
+        if cfg.normalize_inputs:
+            self.hidden_norm, self.embed_norm = _layer_norm(), _layer_norm()
         self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
         self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.
-        self.head = _linear(cfg.d_model, cfg.num_actions, bias_init=nn.initializers.zeros)
+        self.head = _linear(cfg.d_model, cfg.num_scores, bias_init=nn.initializers.zeros)
         self.budget_in = _linear(cfg.num_axes, cfg.budget_embed_size)
-        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_actions)
+        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores)
 
     def __call__(self, obs_T: Observation) -> jax.Array:
         """`logits_TxA` of a whole episode; step t sees the observations up to t."""
@@ -197,6 +212,8 @@ class Policy(nn.Module):
         # The LLM is frozen: no gradient may run back through the episode that produced these.
         hidden_NxD = jax.lax.stop_gradient(obs_N.hidden_D).astype(jnp.float32)
         embed_NxD = jax.lax.stop_gradient(obs_N.embed_D).astype(jnp.float32)
+        if self.config.normalize_inputs:
+            hidden_NxD, embed_NxD = self.hidden_norm(hidden_NxD), self.embed_norm(embed_NxD)
         scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(obs_N.scalars_N.astype(jnp.float32))))
         action_NxF = self.action_embed(obs_N.prev_action)
         x_NxF = jnp.concatenate([hidden_NxD, embed_NxD, scalar_NxF, action_NxF], axis=-1)
@@ -208,7 +225,17 @@ class Policy(nn.Module):
     def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
         """The head on the features, plus the direct head on the targets."""
         target_NxX = obs_N.scalars_N[:, 2 : 2 + self.config.num_axes].astype(jnp.float32)
-        return self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
+        scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
+        return join_scores(scores, self.config.factors) if self.config.factors else scores
+
+
+def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:
+    """Logits of the joint actions [..., A] (the last axis varying fastest) from scores per axis and level."""
+    joint = jnp.zeros((*scores.shape[:-1], 1))
+    for size, stop in zip(factors, itertools.accumulate(factors), strict=True):
+        of_axis = scores[..., stop - size : stop]
+        joint = (joint[..., :, None] + of_axis[..., None, :]).reshape(*scores.shape[:-1], -1)
+    return joint
 
 
 def _empty_carry(config: PolicyConfig, num_steps: int) -> PolicyCarry:

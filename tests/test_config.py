@@ -158,6 +158,8 @@ OTHER = {
     "policy.num_heads": 4,
     "policy.num_layers": 2,
     "policy.mlp_ratio": 2.0,
+    "policy.factored_head": True,
+    "policy.normalize_inputs": True,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,
     "grpo.gamma": 0.5,

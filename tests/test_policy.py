@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sol_jax.axes import ActionSpace, ChannelPruning, Recency
 from sol_jax.policy import (
     Observation,
     Policy,
     PolicyConfig,
     example_observation,
     initial_carry,
+    join_scores,
     observation_scalars,
 )
 
@@ -39,6 +42,7 @@ configs = st.builds(
     hidden_size=st.integers(1, 9),
     token_embed_size=st.none() | st.integers(1, 9),
     num_actions=st.integers(1, 7),
+    normalize_inputs=st.booleans(),
     horizon=st.integers(1, 6),
     num_axes=st.integers(1, 4),
     num_layers=st.integers(1, 3),
@@ -47,6 +51,42 @@ configs = st.builds(
     scalar_embed_size=st.integers(2, 9),
     budget_embed_size=st.integers(1, 5),
 )
+
+
+def test_a_factored_head_adds_the_scores_of_the_levels_in_the_order_of_the_joint_actions():
+    space = ActionSpace((Recency((0.5, 1.0), (0.5, 1), 1.0), ChannelPruning((0.2, 0.5, 1.0), (0.2, 1), 1.0)))
+    scores_5 = jnp.array([10.0, 20.0, 1.0, 2.0, 3.0])
+    joint_6 = join_scores(scores_5, (2, 3))
+    np.testing.assert_array_equal(joint_6, [11, 12, 13, 21, 22, 23])
+    for kappa, rho in itertools.product(range(2), range(3)):
+        assert joint_6[space.join(np.array([kappa, rho]))] == scores_5[kappa] + scores_5[2 + rho]
+
+
+def test_a_factored_policy_has_one_output_per_level():
+    config = dataclasses.replace(SMALL, num_actions=6, factors=(2, 3))
+    params = _params(config)
+    assert params["params"]["head"]["kernel"].shape == (16, 5)
+    logits_A, _ = Policy(config).apply(
+        params, example_observation(config), initial_carry(config), method="step"
+    )
+    table_2x3 = logits_A.reshape(2, 3)
+    gaps = table_2x3[1] - table_2x3[0]  # no interaction between the axes
+    np.testing.assert_allclose(gaps, jnp.full(3, gaps[0]), atol=1e-5)
+
+
+def test_factors_that_do_not_multiply_to_the_actions_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 2\).*num_actions 5"):
+        dataclasses.replace(SMALL, factors=(2, 2))
+
+
+def test_normalized_inputs_make_the_policy_blind_to_the_scale_of_the_states():
+    config = dataclasses.replace(SMALL, normalize_inputs=True)
+    params = _params(config)
+    obs = example_observation(config)._replace(hidden_D=jnp.arange(6.0), embed_D=jnp.arange(6.0) ** 2)
+    scaled = obs._replace(hidden_D=1000 * obs.hidden_D, embed_D=100 * obs.embed_D)
+    step = functools.partial(Policy(config).apply, params, method="step")
+    ours, theirs = (step(o, initial_carry(config))[0] for o in (obs, scaled))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def _init(config, key):
