@@ -255,6 +255,8 @@ OTHER = {
     "scalar_embed_size": 9,
     "budget_embed_size": 7,
     "token_embed_size": 3,
+    "factors": (1, 5),
+    "normalize_inputs": True,
 }
 
 
