@@ -139,10 +139,11 @@ def compare(
     given = np.broadcast_to(budget_JxX, (N, W, *budget_JxX.shape))
     policy = run_blocks(weights, batches, given, setup, params, progress)
     rng = np.random.default_rng(seed)
+    may_control = schedules.controllable(setup.episode, N)
     plans = [schedules.dense(setup.space, N * W, T)[:, None]]
     for target_X in policy.cost_NxWxJxX.mean((0, 1)):
-        plans.append(schedules.fixed(setup.space, target_X, N * W, T)[:, None])
-        plans.append(schedules.random(setup.space, target_X, N * W, T, num_random, rng))
+        plans.append(schedules.fixed(setup.space, target_X, may_control)[:, None])
+        plans.append(schedules.random(setup.space, target_X, may_control, num_random, rng))
     action_NxWxJxT = np.concatenate(plans, 1).reshape(N, W, -1, T)
     others = run_blocks(weights, batches, action_NxWxJxT, setup, progress=progress)
     return _rows(policy, others, budget_JxX, num_random, document_N, T)
