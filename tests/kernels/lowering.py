@@ -7,8 +7,11 @@ import jax
 
 from pallas_kernels.dispatch import tracing_for
 
-# The custom calls a kernel becomes: Mosaic for TPUs; Triton through Pallas, and Mosaic GPU.
-CUSTOM_CALLS = {"tpu": ("tpu_custom_call",), "cuda": ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")}
+# The custom calls a kernel becomes: Mosaic for TPUs; Triton (in jaxlib 0.10 and since) and Mosaic for GPUs.
+CUSTOM_CALLS = {
+    "tpu": ("tpu_custom_call",),
+    "cuda": ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2"),
+}
 
 
 def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str) -> None:

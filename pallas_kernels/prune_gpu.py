@@ -1,0 +1,124 @@
+"""GPU kernels of pruning (Pallas, lowered through Triton): a program holds a row in registers.
+
+Rows are padded to a power of two, and the padding's lanes are masked.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def row_params(D: int) -> plgpu.CompilerParams:
+    """For a program that holds a row of D: 16 numbers a thread, until a block has all the warps it may."""
+    return plgpu.CompilerParams(num_warps=min(32, max(4, pl.next_power_of_2(D) // 512)), num_stages=1)
+
+
+def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: bool = False) -> jax.Array:
+    """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
+    N, D = x_NxD.shape
+    return pl.pallas_call(
+        _keep_kernel,
+        out_shape=jax.ShapeDtypeStruct((N, D), x_NxD.dtype),
+        grid=(N,),
+        compiler_params=row_params(D),
+        interpret=interpret,
+        name="keep_channels",
+    )(x_NxD, count_N)
+
+
+def norm_prune(
+    x_NxD: jax.Array, count_N: jax.Array, gain_D: jax.Array, eps: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`prune.Pruned` of each row: [N, D], [N, D], [N]."""
+    N, D = x_NxD.shape
+    return pl.pallas_call(
+        functools.partial(_norm_kernel, eps=eps),
+        out_shape=(
+            jax.ShapeDtypeStruct((N, D), jnp.float32),
+            jax.ShapeDtypeStruct((N, D), jnp.int32),
+            jax.ShapeDtypeStruct((N,), jnp.int32),
+        ),
+        grid=(N,),
+        compiler_params=row_params(D),
+        interpret=interpret,
+        name="norm_prune",
+    )(x_NxD, count_N, gain_D)
+
+
+def compact(x_NxD: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The channels that some row has (is not zero in), ascending, then the others [1, D]; their count [1]."""
+    D = x_NxD.shape[1]
+    return pl.pallas_call(
+        _compact_kernel,
+        out_shape=(jax.ShapeDtypeStruct((1, D), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)),
+        grid=(1,),
+        compiler_params=row_params(D),
+        interpret=interpret,
+        name="compact",
+    )(x_NxD)
+
+
+def _keep_kernel(x_ref: Any, count_ref: Any, out_ref: Any) -> None:
+    row, D = pl.program_id(0), x_ref.shape[1]
+    lane, inside = _lanes(D)
+    x = plgpu.load(x_ref.at[row, lane], mask=inside, other=0)
+    kept = _largest(x, inside, count_ref[row])
+    plgpu.store(out_ref.at[row, lane], jnp.where(kept, x, 0), mask=inside)
+
+
+def _norm_kernel(
+    x_ref: Any, count_ref: Any, gain_ref: Any, out_ref: Any, channels_ref: Any, kept_ref: Any, *, eps: float
+) -> None:
+    row, D = pl.program_id(0), x_ref.shape[1]
+    lane, inside = _lanes(D)
+    x = plgpu.load(x_ref.at[row, lane], mask=inside, other=0).astype(jnp.float32)
+    gain = plgpu.load(gain_ref.at[lane], mask=inside, other=0).astype(jnp.float32)
+    normed = x * lax.rsqrt(jnp.sum(x * x) / D + eps) * gain
+    kept = _largest(normed, inside, count_ref[row])
+    plgpu.store(out_ref.at[row, lane], jnp.where(kept, normed, 0), mask=inside)
+    _store_channels(kept, row, channels_ref, kept_ref)
+
+
+def _compact_kernel(x_ref: Any, channels_ref: Any, kept_ref: Any) -> None:
+    N, D = x_ref.shape
+    lane, inside = _lanes(D)
+    kept = jnp.zeros(lane.shape, jnp.bool_)
+    for row in range(N):
+        kept |= plgpu.load(x_ref.at[row, lane], mask=inside, other=0) != 0
+    _store_channels(kept, 0, channels_ref, kept_ref)
+
+
+def _lanes(D: int) -> tuple[jax.Array, jax.Array]:
+    """The lanes of a row, and whether each is a channel."""
+    lane = jnp.arange(pl.next_power_of_2(D))
+    return lane, lane < D
+
+
+def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
+    """Mask of the lanes whose |x| is at least the count-th largest (`topk.at_least_kth`)."""
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    # Bits order like the numbers, NaN above infinity; the padding goes below.
+    bits = lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
+    bits = jnp.where(inside, bits, -1)
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold | (jnp.int32(1) << (30 - i))
+        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, threshold)
+
+    return bits >= lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+
+
+def _store_channels(kept: jax.Array, row: Any, channels_ref: Any, kept_ref: Any) -> None:
+    """Writes which lanes are kept, ascending, then which are not, and how many are."""
+    lane, inside = _lanes(channels_ref.shape[1])
+    up_to = jnp.cumsum(kept.astype(jnp.int32))
+    count = jnp.sum(kept.astype(jnp.int32))
+    # A permutation of all lanes; the padding, which is never kept, stays at the end and is not written.
+    place = jnp.where(kept, up_to - 1, count + lane - up_to)
+    plgpu.store(channels_ref.at[row, place], lane, mask=inside)
+    kept_ref[row] = count

@@ -1,0 +1,145 @@
+"""TPU kernels of pruning (Pallas, lowered through Mosaic): a program holds eight rows, one a sublane.
+
+A TPU walks a grid serially and has no scatter: rows are batched here, and lists are compacted by shifting
+lanes a power of two at a time.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+ROWS = 8  # sublanes of a float32 register
+LANES = 128
+INDEX_BITS = 15  # a lane's index and its distance share 32 bits; rows are 16,384 at most (`tuning`)
+INDEX = (1 << INDEX_BITS) - 1
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
+
+
+def row_spec(N: int, D: int) -> pl.BlockSpec:
+    """Blocks of eight whole rows of [N, D]."""
+    return pl.BlockSpec((min(N, ROWS), D), lambda i: (i, 0))
+
+
+def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: Any = False) -> jax.Array:
+    """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
+    N, D = x_NxD.shape
+    return pl.pallas_call(
+        _keep_kernel,
+        out_shape=jax.ShapeDtypeStruct((N, D), x_NxD.dtype),
+        grid=(pl.cdiv(N, ROWS),),
+        in_specs=[row_spec(N, D), row_spec(N, 1)],
+        out_specs=row_spec(N, D),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="keep_channels",
+    )(x_NxD, count_N[:, None])
+
+
+def norm_prune(
+    x_NxD: jax.Array, count_N: jax.Array, gain_D: jax.Array, eps: float, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`prune.Pruned` of each row: [N, D], [N, D], [N]."""
+    N, D = x_NxD.shape
+    width = pl.cdiv(D, LANES) * LANES  # lanes shift within whole registers
+    pad = ((0, 0), (0, width - D))
+    pruned, channels, kept = pl.pallas_call(
+        functools.partial(_norm_kernel, D=D, eps=eps),
+        out_shape=(
+            jax.ShapeDtypeStruct((N, width), jnp.float32),
+            jax.ShapeDtypeStruct((N, width), jnp.int32),
+            jax.ShapeDtypeStruct((N, 1), jnp.int32),
+        ),
+        grid=(pl.cdiv(N, ROWS),),
+        in_specs=[
+            row_spec(N, width),
+            row_spec(N, 1),
+            pl.BlockSpec((1, width), lambda i: (0, 0)),
+        ],
+        out_specs=(row_spec(N, width), row_spec(N, width), row_spec(N, 1)),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="norm_prune",
+    )(jnp.pad(x_NxD, pad), count_N[:, None], jnp.pad(gain_D[None], pad))
+    return pruned[:, :D], channels[:, :D], kept[:, 0]
+
+
+def _keep_kernel(x_ref: Any, count_ref: Any, out_ref: Any) -> None:
+    x = x_ref[...]
+    kept = _bits(x) >= _kth_largest(_bits(x), count_ref[...])
+    out_ref[...] = jnp.where(kept, x, jnp.zeros_like(x))
+
+
+def _norm_kernel(
+    x_ref: Any,
+    count_ref: Any,
+    gain_ref: Any,
+    out_ref: Any,
+    channels_ref: Any,
+    kept_ref: Any,
+    *,
+    D: int,
+    eps: float,
+) -> None:
+    x = x_ref[...].astype(jnp.float32)
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    mean = jnp.sum(x * x, 1, keepdims=True) / D  # the padding is zero
+    normed = x * lax.rsqrt(mean + eps) * gain_ref[...].astype(jnp.float32)
+    bits = jnp.where(lane < D, _bits(normed), -1)  # the padding below every |x|
+    kept = bits >= _kth_largest(bits, count_ref[...])
+    out_ref[...] = jnp.where(kept, normed, 0.0)
+    kept_ref[...] = _count(kept)
+    channels_ref[...] = _channels(kept, lane)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Integers in the order of |x|; NaN above infinity."""
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    return lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
+
+
+def _kth_largest(bits: jax.Array, count: jax.Array) -> jax.Array:
+    """The count-th largest of each row, by bisection of its 31 bits, with two axes throughout."""
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold | (jnp.int32(1) << (30 - i))
+        return jnp.where(_count(bits >= higher) >= count, higher, threshold)
+
+    return lax.fori_loop(0, 31, set_bit, jnp.zeros(count.shape, jnp.int32))
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    """How many of each row, [N, 1]; summed as float32, exact to 2**24 and what the chip reduces natively."""
+    return jnp.sum(mask.astype(jnp.float32), 1, keepdims=True).astype(jnp.int32)
+
+
+def _channels(kept: jax.Array, lane: jax.Array) -> jax.Array:
+    """The lanes that are kept, ascending, and then the others."""
+    width = lane.shape[1]
+    before = kept.astype(jnp.int32)  # becomes: how many are kept up to each lane
+    for shift in _powers(width):
+        before += jnp.where(lane >= shift, pltpu.roll(before, shift, 1), 0)
+    left = _pack(lane, lane + 1 - before, kept)
+    right = _pack(lane, before[:, -1:] - before, ~kept)
+    for shift in _powers(width):
+        left, right = _shift(left, shift, width - shift), _shift(right, shift, shift)
+    return (jnp.where(left > 0, left, right) & INDEX) - 1
+
+
+def _powers(width: int) -> list[int]:
+    return [1 << i for i in range((width - 1).bit_length())]
+
+
+def _pack(lane: jax.Array, distance: jax.Array, live: jax.Array) -> jax.Array:
+    """Where a lane must go and, so that 0 is free, one more than its index; 0 in lanes that stay behind."""
+    return jnp.where(live, (distance << INDEX_BITS) | (lane + 1), 0)
+
+
+def _shift(packed: jax.Array, shift: int, roll: int) -> jax.Array:
+    """Moves the lanes whose distance has the bit `shift`.  Lowest bits first, no two lanes ever meet."""
+    moves = (packed >> INDEX_BITS) & shift != 0
+    return jnp.where(moves, 0, packed) + pltpu.roll(jnp.where(moves, packed, 0), roll, 1)

@@ -1,0 +1,100 @@
+"""TPU kernels of quantisation (Pallas, lowered through Mosaic): a program holds eight rows, one a sublane.
+
+The chip's division is not IEEE 754's, here as in XLA: a value on the very edge of a step may round to the
+other side.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.prune_tpu import PARAMS, ROWS, row_spec
+
+INFINITY_BITS = 0x7F800000
+
+
+def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: Any = False) -> jax.Array:
+    """Each row rounded to whole multiples, up to `top`, of its own scale; unchanged where `top` is 0."""
+    N, D = y_NxD.shape
+    return pl.pallas_call(
+        _quantize_kernel,
+        out_shape=jax.ShapeDtypeStruct((N, D), y_NxD.dtype),
+        grid=(pl.cdiv(N, ROWS),),
+        in_specs=[row_spec(N, D), row_spec(N, 1)],
+        out_specs=row_spec(N, D),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="fake_quantize",
+    )(y_NxD, top_N[:, None])
+
+
+def quantize_residual(
+    y_NxD: jax.Array,
+    top_N: jax.Array,
+    residual_NxD: jax.Array,
+    gain_D: jax.Array,
+    eps: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`fake_quantize`, the residual added, and the RMSNorm of that: two [N, D] of the residual's dtype."""
+    N, D = y_NxD.shape
+    stream = jax.ShapeDtypeStruct((N, D), residual_NxD.dtype)
+    return pl.pallas_call(
+        functools.partial(_residual_kernel, eps=eps),
+        out_shape=(stream, stream),
+        grid=(pl.cdiv(N, ROWS),),
+        in_specs=[
+            row_spec(N, D),
+            row_spec(N, 1),
+            row_spec(N, D),
+            pl.BlockSpec((1, D), lambda i: (0, 0)),
+        ],
+        out_specs=(row_spec(N, D), row_spec(N, D)),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="quantize_residual",
+    )(y_NxD, top_N[:, None], residual_NxD, gain_D[None])
+
+
+def _quantize_kernel(y_ref: Any, top_ref: Any, out_ref: Any) -> None:
+    out_ref[...] = _rounded(y_ref[...], top_ref[...])
+
+
+def _residual_kernel(
+    y_ref: Any,
+    top_ref: Any,
+    residual_ref: Any,
+    gain_ref: Any,
+    stream_ref: Any,
+    normed_ref: Any,
+    *,
+    eps: float,
+) -> None:
+    stream = residual_ref[...] + _rounded(y_ref[...], top_ref[...])
+    stream_ref[...] = stream
+    mean = jnp.sum(stream * stream, 1, keepdims=True) / stream.shape[1]
+    normed = stream * lax.rsqrt(mean + eps) * gain_ref[...].astype(jnp.float32)
+    normed_ref[...] = normed.astype(normed_ref.dtype)
+
+
+def _rounded(y: jax.Array, top: jax.Array) -> jax.Array:
+    wide = y.astype(jnp.float32)
+    magnitude = jnp.abs(wide)
+    largest = jnp.maximum(jnp.max(magnitude, 1, keepdims=True), 1e-8)
+    # A row with a NaN is NaN, whatever the chip's maximum does with one.  Found by its bits: x != x is false
+    # for all x in Mosaic.
+    is_nan = lax.bitcast_convert_type(magnitude, jnp.int32) > INFINITY_BITS
+    spoilt = jnp.sum(is_nan.astype(jnp.float32), 1, keepdims=True) > 0
+    scale = _divide(jnp.where(spoilt, jnp.nan, largest), top)
+    steps = lax.round(_divide(wide, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
+    steps = jnp.where(steps > top, top, jnp.where(steps < -top, -top, steps))
+    return jnp.where(top == 0, y, (steps * scale).astype(y.dtype))
+
+
+def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b; interpreted, the selection keeps XLA from rewriting it (`quantize._divide`)."""
+    return a / jnp.where(a == a, b, a)
