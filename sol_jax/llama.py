@@ -11,6 +11,7 @@ Source: Llama 3 (arXiv 2407.21783); numerics follow `transformers`' `LlamaForCau
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -218,6 +219,19 @@ def _mlp(layer: Weights, x: jax.Array) -> jax.Array:
     return dot(jax.nn.silu(dot(x, layer["gate"])) * dot(x, layer["up"]), layer["down"])
 
 
+def _dense_layer(
+    layer: Weights, x_NxD: jax.Array, rope: Rope, cfg: LlamaConfig, attend: Callable[..., jax.Array]
+) -> tuple[jax.Array, KVCache]:
+    """One layer over N tokens at once; `attend` takes their q [N, H, d], k and v [Hkv, N, d]."""
+    with jax.named_scope("attention"):
+        q_NxHxd, k_NxHxd, v_NxHxd = _qkv(layer, rms_norm(x_NxD, layer["attn_norm"], cfg.norm_eps), rope, cfg)
+        entries = KVCache(k_NxHxd.swapaxes(0, 1), v_NxHxd.swapaxes(0, 1))
+        x_NxD = x_NxD + dot(attend(q_NxHxd, *entries), layer["o"], 2)
+    with jax.named_scope("mlp"):
+        x_NxD = x_NxD + _mlp(layer, rms_norm(x_NxD, layer["mlp_norm"], cfg.norm_eps))
+    return x_NxD, entries
+
+
 def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, KVCache]:
     """One dense causal pass over a sequence.
 
@@ -226,19 +240,46 @@ def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[ja
     rope = rope_at(jnp.arange(tokens_S.shape[0]), cfg)
 
     def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-        layer = _at(weights["layers"], i)
-        with jax.named_scope("attention"):
-            normed_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
-            q_SxHxd, k_SxHxd, v_SxHxd = _qkv(layer, normed_SxD, rope, cfg)
-            k_HxSxd, v_HxSxd = k_SxHxd.swapaxes(0, 1), v_SxHxd.swapaxes(0, 1)
-            mixed_SxHxd = causal_attention(q_SxHxd, k_HxSxd, v_HxSxd)
-            x_SxD = x_SxD + dot(mixed_SxHxd, layer["o"], 2)
-        with jax.named_scope("mlp"):
-            x_SxD = x_SxD + _mlp(layer, rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps))
-        return x_SxD, KVCache(k_HxSxd, v_HxSxd)
+        return _dense_layer(_at(weights["layers"], i), x_SxD, rope, cfg, causal_attention)
 
     x_SxD, cache = lax.scan(block, embed(weights, tokens_S), jnp.arange(cfg.num_layers))
     return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
+
+
+def extend(
+    weights: Weights, tokens_N: jax.Array, cache: KVCache, length: jax.Array, cfg: LlamaConfig
+) -> tuple[jax.Array, KVCache]:
+    """One dense causal pass over the tokens that follow the first `length` entries of a dense cache.
+
+    Returns the tokens' final-norm hidden states [N, D] (float32) and their entries [L, Hkv, N, d].
+    """
+    N, Hkv, G = tokens_N.shape[0], cfg.num_kv_heads, cfg.group_size
+    rope = rope_at(length + jnp.arange(N), cfg)
+    before_S = jnp.arange(cache.k.shape[2]) < length
+    # To `split_attention` the N queries of each head are so many heads more, each with its own mask.
+    causal_GNxN = jnp.tile(jnp.tri(N, dtype=bool), (G, 1))
+
+    def block(x_NxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
+        def attend(q_NxHxd: jax.Array, k_HxNxd: jax.Array, v_HxNxd: jax.Array) -> jax.Array:
+            q_HkvxGNxd = q_NxHxd.reshape(N, Hkv, G, -1).transpose(1, 2, 0, 3).reshape(Hkv, G * N, -1)
+            own, keep = (k_HxNxd, v_HxNxd), (before_S[None, None], causal_GNxN[None])
+            mixed_HkvxGNxd = split_attention(q_HkvxGNxd, _at(cache, i), own, *keep)
+            return mixed_HkvxGNxd.reshape(Hkv, G, N, -1).transpose(2, 0, 1, 3).reshape(q_NxHxd.shape)
+
+        return _dense_layer(_at(weights["layers"], i), x_NxD, rope, cfg, attend)
+
+    x_NxD, entries = lax.scan(block, embed(weights, tokens_N), jnp.arange(cfg.num_layers))
+    return rms_norm(x_NxD, weights["final_norm"], cfg.norm_eps), entries
+
+
+def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
+    """`cache` with `entries` [L, Hkv, N, d] (of `extend`, or a suffix') after its first `length`."""
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        bits = _put(_bits(old), new, 0, 0, length)
+        return lax.bitcast_convert_type(bits, old.dtype)
+
+    return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
 
 
 def make_prefix(cache: KVCache, length: jax.Array, axes: tuple[Axis, ...]) -> Prefix:
