@@ -3,30 +3,37 @@
 The rule everywhere in SOL: keep what is **at least** the k-th largest, so ties keep more than k.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+_LOWEST = -(1 << 31)
+
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 whose unsigned order is the floats' order (both zeros alike; NaN above infinity)."""
+    """float32 -> int32 in the same order (both zeros alike; NaN above infinity, with a minus sign below)."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.int32)
-    magnitude_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return lax.bitcast_convert_type(magnitude_order, jnp.uint32) ^ jnp.uint32(1 << 31)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def kth_largest(bits: Sequence[jax.Array], k: jax.Array) -> jax.Array:
+    """The k-th largest [..., 1] of `ordered_bits` [..., N] in one or more parts; k [..., 1] counts from 1.
+
+    Bisects the 32 bits of the threshold: 32 counting passes over a row that stays in cache (or registers),
+    where a sort costs 10 to 20 times as much on a CPU and does not exist in the kernels' languages.
+    """
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold ^ (jnp.int32(1) << (31 - i))  # the first step decides the sign
+        counts = (jnp.sum((bits_N >= higher).astype(jnp.int32), -1, keepdims=True) for bits_N in bits)
+        return jnp.where(sum(counts) >= k, higher, threshold)
+
+    return lax.fori_loop(0, 32, set_bit, jnp.full(k.shape, _LOWEST, jnp.int32))
 
 
 def at_least_kth(x_N: jax.Array, k: jax.Array) -> jax.Array:
-    """Mask [..., N] of the entries >= the k-th largest of the last axis, for k in 1..N (k: [...]).
-
-    Bisects the 32 bits of the threshold: 32 counting passes over a row that stays in cache, where a
-    sort costs 10 to 20 times as much on a CPU and does not exist in the GPU kernels' language.
-    """
+    """Mask [..., N] of the entries >= the k-th largest of the last axis, for k in 1..N (k: [...])."""
     bits_N = ordered_bits(x_N)
-
-    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        enough = jnp.sum(bits_N >= higher[..., None], -1, dtype=jnp.int32) >= k
-        return jnp.where(enough, higher, threshold)
-
-    threshold = lax.fori_loop(0, 32, set_bit, jnp.zeros(x_N.shape[:-1], jnp.uint32))
-    return bits_N >= threshold[..., None]
+    return bits_N >= kth_largest([bits_N], jnp.broadcast_to(k, x_N.shape[:-1])[..., None])

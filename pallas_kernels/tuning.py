@@ -44,4 +44,29 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
     ),
     ("gated_hidden", "triton", "gpu"): Kernel(takes={"hidden": ROW}),
     ("gated_hidden", "pallas", "tpu"): Kernel(takes={"hidden": ROW, "ffn": range(128, NO_END, 128)}),
+    # Two launches against XLA's loop of 32; a program holds a head's scores in registers.
+    ("page_bounds", "pallas", "gpu"): Kernel(
+        takes={"tokens": range(1, NO_END)}, pays={"tokens": range(512, NO_END)}
+    ),
+    ("page_bounds", "pallas", "tpu"): Kernel(
+        takes={"tokens": range(1, NO_END), "page_size": range(8, NO_END, 8)}
+    ),
+    ("select_pages", "pallas", "gpu"): Kernel(takes={"pages": range(1, 32769)}, pays={}),
+    ("select_pages", "pallas", "tpu"): Kernel(takes={"pages": range(1, 32769), "select": ("head",)}),
+    # `attend` always asks again once it knows the rows: few of them read a list of pages (`paged_attention`),
+    # which pays from 10,000 (8B) to 20,000 cached tokens on; many share every page (`shared_attention`).
+    ("attend", "pallas", "gpu"): Kernel(pays={}),
+    ("attend", "triton", "gpu"): Kernel(),
+    ("attend", "pallas", "tpu"): Kernel(),
+    ("paged_attention", "pallas", "gpu"): Kernel(
+        takes={"head_size": range(1, 257)}, pays={"tokens": range(16384, NO_END)}
+    ),
+    ("paged_attention", "triton", "gpu"): Kernel(takes={"head_size": range(1, 257)}),
+    ("paged_attention", "pallas", "tpu"): Kernel(
+        takes={"head_size": range(1, 257), "page_size": range(8, NO_END, 8)}
+    ),
+    ("shared_attention", "pallas", "gpu"): Kernel(takes={"head_size": range(1, 257)}, pays={}),
+    ("shared_attention", "pallas", "tpu"): Kernel(
+        takes={"head_size": range(1, 257), "rows": range(1, 513), "page_size": range(8, NO_END, 8)}
+    ),
 }
