@@ -1,0 +1,194 @@
+"""Which implementation runs, what is said when none can, and what all kernels share."""
+
+import importlib.metadata
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.lowering import lowers
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Unavailable, choose, no_gradient, tracing_for
+from pallas_kernels.norm import rms_norm
+from pallas_kernels.one_row import one_row
+from pallas_kernels.prune import keep_channels
+from pallas_kernels.shapes import SHAPES, distinct
+from pallas_kernels.tuning import TABLE
+
+
+def test_auto_goes_by_platform_and_shape():
+    for auto in (None, "auto"):
+        assert choose("gated_hidden", auto, rows=1, hidden=4096) == "xla"  # a CPU
+        assert choose("gated_hidden", auto, platform="cuda", rows=1, hidden=4096) == "pallas"
+        assert choose("gated_hidden", auto, platform="gpu", rows=8, hidden=4096) == "xla"
+        assert choose("gated_hidden", auto, platform="gpu", rows=1, hidden=576) == "xla"
+        assert choose("keep_channels", auto, platform="gpu", hidden=576) == "pallas"
+        assert choose("keep_channels", auto, platform="gpu", hidden=1 << 20) == "xla"
+        assert choose("keep_channels", auto, platform="tpu", hidden=576) == "xla"  # only when named
+
+
+def test_named_implementations_run():
+    for platform in ("cpu", "gpu", "tpu"):
+        for name in ("xla", "pallas"):
+            assert choose("gated_hidden", name, platform=platform, rows=8, hidden=576, ffn=1536) == name
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_what_a_platform_traces_for(platform):
+    assert dispatch.interpret()
+    with tracing_for("cuda" if platform == "gpu" else platform):
+        assert dispatch.current_platform() == platform
+        assert not dispatch.interpret()
+        with tracing_for("cpu"):
+            assert dispatch.interpret()
+        assert dispatch.current_platform() == platform
+    assert dispatch.current_platform() == "cpu"
+
+
+def refused(op: str, implementation: str, **facts) -> str:
+    with pytest.raises(Unavailable) as caught:
+        choose(op, implementation, **facts)
+    return str(caught.value)
+
+
+def test_refusals_say_what_why_and_what_instead():
+    assert refused("gated_hidden", "triton") == (
+        "gated_hidden: 'triton' cannot run on this platform (cpu) because jax-triton has no interpreter; "
+        "use 'pallas' (interpreted) or 'xla' instead"
+    )
+    assert refused("gated_hidden", "triton", platform="tpu") == (
+        "gated_hidden: 'triton' cannot run on this platform (tpu) because it has no tpu kernel; "
+        "use 'pallas' or 'xla' instead"
+    )
+    assert refused("keep_channels", "pallas", platform="tpu", hidden=20000) == (
+        "keep_channels: 'pallas' cannot take this shape because hidden is 20000 and must be 1 to 16384; "
+        "use 'xla' instead"
+    )
+    assert "because ffn is 1500 and must be at least 128 in steps of 128;" in refused(
+        "gated_hidden", "pallas", platform="tpu", hidden=576, ffn=1500
+    )
+    with pytest.raises(ValueError, match="implementation 'cuda' is none of auto, xla, pallas, triton"):
+        choose("keep_channels", "cuda")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets the versions of jax and packages that the process believes in."""
+
+    def install(jax_version: str, **versions: str) -> None:
+        def version(package: str) -> str:
+            if (found := versions.get(package.replace("-", "_"))) is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return found
+
+        monkeypatch.setattr(jax, "__version__", jax_version)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        dispatch.triton_problem.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    dispatch.triton_problem.cache_clear()
+
+
+def test_triton_of_every_version(installed):
+    installed("0.10.2")
+    said = refused("gated_hidden", "triton", platform="gpu", rows=1)
+    assert "because jax 0.10.2 needs jax-triton >= 0.3.1 and there is none" in said
+    assert said.endswith("use 'pallas' or 'xla' instead")
+    installed("0.10.2", jax_triton="0.3.0", triton="3.9.0")
+    assert "needs jax-triton >= 0.3.1 and this is 0.3.0" in refused("gated_hidden", "triton", platform="gpu")
+    installed("0.10.2", jax_triton="0.3.1", triton="3.5.1")
+    assert "needs triton >= 3.6 and this is 3.5.1" in refused("gated_hidden", "triton", platform="gpu")
+    installed("0.11.2", jax_triton="0.3.1", triton="3.9.0")
+    assert "jax 0.11.2 needs jax-triton >= 0.4.1" in refused("gated_hidden", "triton", platform="gpu")
+    for versions in (("0.10.2", "0.3.1", "3.6.0"), ("0.11.0", "0.4.1", "3.10.0")):
+        installed(versions[0], jax_triton=versions[1], triton=versions[2])
+        assert choose("gated_hidden", "triton", platform="gpu", rows=1) == "triton"
+
+
+def test_auto_logs_each_pick_once(caplog):
+    with caplog.at_level(logging.INFO, logger="pallas_kernels.dispatch"):
+        for _ in range(3):
+            choose("gated_hidden", None, platform="gpu", rows=2, hidden=3072)
+        choose("gated_hidden", None, platform="gpu", rows=3, hidden=3072)
+        choose("gated_hidden", "pallas", platform="gpu", rows=3, hidden=3072)
+    assert caplog.messages == [
+        "gated_hidden on gpu: pallas (hidden=3072, rows=2)",
+        "gated_hidden on gpu: xla (hidden=3072, rows=3)",
+    ]
+
+
+def test_table_is_of_known_names():
+    assert {platform for _, _, platform in TABLE} == {"gpu", "tpu"}
+    assert {name for _, name, _ in TABLE} == {"pallas", "triton"}
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+def test_shapes():
+    assert len({str(shape) for shape in SHAPES}) == len(SHAPES)
+    for shape in SHAPES:
+        assert shape.group_size * shape.kv_heads == shape.heads
+        assert shape.context % shape.page_size == 0
+    assert {shape.batch for shape in SHAPES} == {1, 8, 128}
+    assert len(distinct("hidden", "batch")) == 4 * 3
+    assert distinct("name")[0] is SHAPES[0]
+
+
+# --- the frozen model has no gradient -----------------------------------------------------------
+
+
+def test_a_gradient_is_an_error_that_names_the_op():
+    double = no_gradient("double", lambda x: (2 * x, jnp.int32(1)))
+    assert double(3.0)[0] == 6.0
+    np.testing.assert_array_equal(jax.vmap(double)(jnp.arange(3.0))[0], [0.0, 2.0, 4.0])
+    for derivative in (jax.grad, jax.jacfwd):
+        for fn in (double, jax.jit(double), jax.vmap(double)):
+            with pytest.raises(TypeError, match=r"^double: no gradient goes through it"):
+                derivative(lambda x, fn=fn: jnp.sum(fn(x)[0]))(jnp.ones(2))
+    # What does not depend on the variable may be there.
+    assert jax.grad(lambda y: y * double(jnp.float32(3.0))[0])(1.0) == 6.0
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_all_vmaps_are_one_call():
+    calls = []
+
+    def rows(x_NxD, scale_N, shared_D):
+        calls.append(x_NxD.shape)
+        return x_NxD * scale_N[:, None] + shared_D, scale_N
+
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    scale, shared = jnp.arange(3.0), jnp.arange(4.0)
+    both = jax.vmap(jax.vmap(one_row(rows, num_shared=1), (0, 0, None)), (0, None, None))
+    out, kept = jax.jit(both)(x, scale, shared)
+    assert calls[-1] == (6, 4)
+    np.testing.assert_array_equal(out, x * scale[:, None] + shared)
+    np.testing.assert_array_equal(kept, jnp.broadcast_to(scale, (2, 3)))
+
+
+def test_batched_weights_run_one_after_another():
+    x, scale, weights = jnp.arange(12.0).reshape(3, 4), jnp.arange(3.0), jnp.arange(8.0).reshape(2, 4)
+    rows = jax.vmap(one_row(lambda x, s, w: x * s[:, None] + w, num_shared=1), (0, 0, None))
+    out = jax.vmap(rows, (None, None, 0))(x, scale, weights)
+    np.testing.assert_array_equal(out, x * scale[:, None] + weights[:, None])
+
+
+def test_rms_norm_by_hand():
+    np.testing.assert_allclose(rms_norm(jnp.array([3.0, -4.0]), jnp.array([1, 2]), 12.5), [0.6, -1.6])
+
+
+# --- lowering -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowering_without_a_kernel_is_noticed(platform):
+    args = jax.ShapeDtypeStruct((576,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    lowers(lambda x, keep: keep_channels(x, keep, "pallas"), *args, platform=platform)
+    with pytest.raises(AssertionError, match="no kernel was called"):
+        lowers(lambda x, keep: keep_channels(x, keep, "xla"), *args, platform=platform)
