@@ -7,11 +7,10 @@ import jax
 
 from pallas_kernels.dispatch import tracing_for
 
-# The custom calls a kernel becomes: Mosaic for TPUs; Triton (in jaxlib 0.10 and since) and Mosaic for GPUs.
-CUSTOM_CALLS = {
-    "tpu": ("tpu_custom_call",),
-    "cuda": ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2"),
-}
+# The custom calls a kernel becomes: Mosaic for TPUs; Triton or Mosaic for GPUs.
+CUSTOM_CALLS = {"tpu": ("tpu_custom_call",), "cuda": ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")}
+# Lowerings ask for the chip: kind, cores, platform.
+CHIPS = {"tpu": ("TPU v5", 1, "tpu"), "cuda": ("NVIDIA H200", 132, "gpu")}
 
 
 def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str) -> None:
@@ -21,7 +20,8 @@ def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str) -> None:
     """
     targets = CUSTOM_CALLS[platform]
     checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
-    with tracing_for(platform):
+    chip = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(*CHIPS[platform]))
+    with tracing_for(platform), jax.sharding.use_abstract_mesh(chip):
         # A new function, so that jit does not find what was traced for another platform.
         exported = jax.export.export(
             jax.jit(lambda *args: fn(*args)), platforms=[platform], disabled_checks=checks
