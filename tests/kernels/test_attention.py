@@ -1,0 +1,411 @@
+"""Attention kernels against numpy in float64, interpreted, and lowered for devices."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.interpreted import compiled, kernel_calls, platforms
+from kernels.lowering import lowers
+from pallas_kernels import attention_gpu, attention_tpu, attention_triton, decode
+from pallas_kernels.decode import attend, paged_attention, split_attention
+from pallas_kernels.dispatch import Unavailable
+from pallas_kernels.shapes import SHAPES
+
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+H, G, D, T = 2, 3, 24, 5
+RACES = pltpu.InterpretParams(detect_races=True)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def by_token(keep, length, page_size: int, S: int) -> np.ndarray:
+    return np.repeat(keep, page_size, -1)[..., :S] & (np.arange(S) < length)
+
+
+def exact(q, keys, values, keep) -> np.ndarray:
+    """Softmax attention [H, G, d] in float64 over the kept of [H, N, d] entries; 0 where none is."""
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    logit = np.where(keep, np.einsum("hgd,hnd->hgn", q, keys) * q.shape[-1] ** -0.5, -np.inf)
+    top = logit.max(-1, keepdims=True)
+    weight = np.exp(logit - np.where(top == -np.inf, 0, top))
+    total = weight.sum(-1, keepdims=True)
+    return np.einsum("hgn,hnd->hgd", weight, values) / np.where(total == 0, 1, total)
+
+
+# --- one row ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def attend_on(platform: str, page_size: int):
+    def attended(q, prefix, suffix, keep_prefix, keep_suffix, length):
+        return attend(q, prefix, suffix, keep_prefix, keep_suffix, length, page_size, implementation="pallas")
+
+    return compiled(attended, platform)
+
+
+@platforms
+@pytest.mark.parametrize(
+    ("S", "page_size", "dtype"), [(397, 8, "float32"), (160, 16, "float32"), (160, 8, "bfloat16")]
+)
+def test_attend(platform, S, page_size, dtype):
+    """Any budget per head, any length, a partial last page; pages of nothing, of everything, of one head."""
+    P = -(-S // page_size)
+
+    @quick
+    @given(st.data())
+    def check(data):
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+        q, *kv = (normal(rng, H, n, D, dtype=dtype) for n in (G, S, S, T, T))
+        share = data.draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]), label="share kept")
+        keep = rng.random((H, G, P)) < share * rng.random((H, G, 1)) ** data.draw(st.sampled_from([0, 1]))
+        keep_suffix = rng.random((1, 1, T)) < data.draw(st.sampled_from([0.0, 0.7, 1.0]), label="of suffix")
+        length = data.draw(st.integers(1, S), label="length")
+        got = attend_on(platform, page_size)(
+            q, kv[:2], kv[2:], jnp.asarray(keep), jnp.asarray(keep_suffix), jnp.int32(length)
+        )
+        both = [np.concatenate([a, b], 1) for a, b in zip(kv[:2], kv[2:], strict=True)]
+        tokens = np.concatenate(
+            [by_token(keep, length, page_size, S), np.broadcast_to(keep_suffix, (H, G, T))], -1
+        )
+        # Weights are rounded to the values' type as in the reference, so errors are absolute.
+        np.testing.assert_allclose(got, exact(q, *both, tokens), rtol=0, atol=4 * TOLERANCE[dtype])
+        assert got.dtype == jnp.float32
+
+    check()
+
+
+def test_pages_of_one_token():
+    """Masks that are not of pages (sinks, a window) are pages of one token."""
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, H, n, D) for n in (G, 50, 50))
+    keep = rng.random((H, 1, 50)) < 0.3
+    part = compiled(
+        lambda keep: paged_attention(q, (k, v), keep, jnp.int32(43), 1, implementation="pallas"), "gpu"
+    )(jnp.asarray(keep))
+    expected = exact(q, k, v, by_token(keep, 43, 1, 50))
+    np.testing.assert_allclose(decode.normalize(part), expected, rtol=0, atol=1e-5)
+
+
+@platforms
+def test_nothing_kept_is_nothing(platform):
+    q, kv, own = jnp.ones((H, G, D)), (jnp.ones((H, 40, D)),) * 2, (jnp.ones((H, T, D)),) * 2
+    nowhere = jnp.zeros((1, 1, 5), bool)
+    part = compiled(
+        lambda: paged_attention(q, kv, nowhere, jnp.int32(40), 8, implementation="pallas"), platform
+    )()
+    assert (part.total == 0).all()
+    assert (part.mixed == 0).all()
+    assert (part.top == -jnp.inf).all()
+    for keep_suffix in (jnp.ones((1, 1, T), bool), jnp.zeros((1, 1, T), bool)):
+        got = compiled(
+            lambda keep: attend(q, kv, own, nowhere, keep, jnp.int32(40), 8, implementation="pallas"),
+            platform,
+        )(keep_suffix)
+        np.testing.assert_allclose(got, jnp.broadcast_to(keep_suffix[0, 0, 0], got.shape), rtol=1e-6)
+
+
+@platforms
+@pytest.mark.parametrize("spoilt", ["q", "k", "v"])
+def test_nan_reaches_the_output(platform, spoilt):
+    rng = np.random.default_rng(0)
+    x = {"q": normal(rng, H, G, D), "k": normal(rng, H, 40, D), "v": normal(rng, H, 40, D)}
+    keep = jnp.zeros((H, G, 5), bool).at[:, :, 2].set(True).at[0, 1, 4].set(True)
+    x[spoilt] = x[spoilt].at[0, 1 if spoilt == "q" else 35, 7].set(jnp.nan)  # token 35 is of page 4
+    got = compiled(
+        lambda q, k, v: paged_attention(q, (k, v), keep, jnp.int32(40), 8, implementation="pallas"), platform
+    )(x["q"], x["k"], x["v"])
+    nan = np.isnan(decode.normalize(got)).any(-1)
+    assert nan[0, 1]
+    assert not nan[1].any()
+    if spoilt != "v":  # a value that another head of the group keeps counts 0 times NaN, as in the reference
+        assert nan.sum() == 1
+
+
+def test_pages_that_no_head_keeps_are_not_read():
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, H, n, D) for n in (G, 40, 40))
+    keep = jnp.asarray(rng.random((H, G, 5)) < 0.3)
+    read = np.repeat(keep.any(1), 8, -1)[..., None]
+    spoilt = (jnp.where(read, x, jnp.nan) for x in (k, v))
+    on_gpu = compiled(
+        lambda *kv: paged_attention(q, kv, keep, jnp.int32(40), 8, implementation="pallas"), "gpu"
+    )
+    for a, b in zip(on_gpu(*spoilt), on_gpu(k, v), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- many rows ----------------------------------------------------------------------------------
+
+
+@platforms
+@pytest.mark.parametrize("K", [2, 12])  # 6 query rows a head: a list of pages; 36: every page
+def test_rows_share_the_prefix(platform, K):
+    """B sequences of W episodes (of their own lengths) of K schedules: one kernel, whose k has no W or K."""
+    rng = np.random.default_rng(0)
+    B, W, L, S = 2, 2, 2, 77
+    q, prefix = normal(rng, B, W, K, H, G, D), (normal(rng, B, L, H, S, D), normal(rng, B, L, H, S, D))
+    suffix = normal(rng, B, W, K, H, T, D), normal(rng, B, W, K, H, T, D)
+    keep = jnp.asarray(rng.random((B, W, K, H, G, 10)) < 0.4)
+    keep_suffix = jnp.asarray(rng.random((B, W, K, 1, 1, T)) < 0.8)
+    length = jnp.asarray(rng.integers(1, S + 1, (B, W)), jnp.int32)
+
+    def one(q, prefix, suffix, keep, keep_suffix, length):
+        return attend(
+            q,
+            prefix,
+            suffix,
+            keep,
+            keep_suffix,
+            length,
+            8,
+            layer=jnp.int32(1),
+            implementation="pallas",
+        )
+
+    over_schedules = jax.vmap(one, in_axes=(0, None, 0, 0, 0, None))
+    over_episodes = jax.vmap(over_schedules, in_axes=(0, None, 0, 0, 0, 0))
+    batched = jax.vmap(over_episodes)
+    args = (q, prefix, suffix, keep, keep_suffix, length)
+    got = compiled(batched, platform)(*args)
+    for at in np.ndindex(B, W, K):
+        kv = [np.concatenate([a[at[0], 1], b[at]], 1) for a, b in zip(prefix, suffix, strict=True)]
+        tokens = np.concatenate(
+            [by_token(keep[at], length[at[:2]], 8, S), np.broadcast_to(keep_suffix[at], (H, G, T))], -1
+        )
+        np.testing.assert_allclose(got[at], exact(q[at], *kv, tokens), rtol=0, atol=1e-5)
+    operands = kernel_calls(batched, *args, platform=platform)["attend_pages"]
+    assert (B, H, W * K * G, D) in operands
+    cache = (B, L, H, S, D) if platform == "gpu" or K > 2 else (B, L, H, 10, 8, D)  # TPU lists: by page
+    assert operands.count(cache) == 2
+
+
+def test_many_tiles_of_rows_and_parts_of_keys():
+    """130 rows take two tiles and five words of bits; 700 keys are cut among programs."""
+    rng = np.random.default_rng(0)
+    K, S = 130, 700
+    q, keep = normal(rng, K, 1, 1, D), rng.random((K, 1, 1, 88)) < 0.5
+    k, v = normal(rng, 1, S, D), normal(rng, 1, S, D)
+    args = (q, (k, v), jnp.asarray(keep))
+
+    def one(q, kv, keep):
+        return paged_attention(q, kv, keep, jnp.int32(690), 8, implementation="pallas")
+
+    batched = jax.vmap(one, in_axes=(0, None, 0))
+    assert kernel_calls(batched, *args)["attend_pages"][-1] == (1, 1, 5, 88)
+    got = decode.normalize(compiled(batched, "gpu")(*args))
+    for i in range(K):
+        expected = exact(q[i], k, v, by_token(keep[i], 690, 8, S))
+        np.testing.assert_allclose(got[i], expected, rtol=0, atol=1e-5)
+
+
+def test_a_layer_is_the_same_for_all_rows():
+    def one(layer):
+        kv = (jnp.zeros((2, H, 16, D)),) * 2
+        keep = jnp.ones((1, 1, 2), bool)
+        return paged_attention(
+            jnp.zeros((H, G, D)), kv, keep, jnp.int32(16), 8, layer=layer, implementation="pallas"
+        )
+
+    with pytest.raises(ValueError, match="the layer to read must be the same"):
+        jax.vmap(one)(jnp.arange(2))
+
+
+@pytest.mark.parametrize("P", [1, 40, 5000])  # 5,000 pages are compacted in two blocks
+def test_page_lists(P):
+    @settings(quick, max_examples=8)
+    @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+    def check(seed, share):
+        rng = np.random.default_rng(seed)
+        bits = np.where(rng.random((2, H, P)) < share, rng.integers(1, 2**16, (2, H, P)), 0).astype(np.int32)
+        pages = attention_gpu.list_pages(jnp.asarray(bits), interpret=True)
+        for at in np.ndindex(2, H):
+            count, kept = int(pages.count_BxH[at]), np.flatnonzero(bits[at])
+            assert count == len(kept)
+            np.testing.assert_array_equal(pages.page_BxHxN[at][:count], kept)
+            np.testing.assert_array_equal(pages.bits_BxHxN[at][:count], bits[at][kept])
+
+    check()
+
+
+# --- the XLA form -------------------------------------------------------------------------------
+
+
+def test_xla_is_split_attention_to_the_bit():
+    """Numbers on a CPU do not change: `attend` chooses the same computation on a mask by token."""
+    rng = np.random.default_rng(0)
+    K, S = 3, 77
+    q, suffix = normal(rng, K, H, G, D), (normal(rng, K, H, T, D), normal(rng, K, H, T, D))
+    prefix, keep = (normal(rng, 2, H, S, D), normal(rng, 2, H, S, D)), rng.random((K, H, G, 10)) < 0.5
+    keep_suffix = jnp.ones((1, 1, T), bool)
+
+    def one(q, suffix, keep):
+        length = jnp.int32(70)
+        layer = jnp.int32(1)
+        return attend(q, prefix, suffix, keep, keep_suffix, length, 8, layer=layer)
+
+    def before(q, suffix, tokens):
+        return split_attention(q, (prefix[0][1], prefix[1][1]), suffix, tokens, keep_suffix)
+
+    got = jax.jit(jax.vmap(one))(q, suffix, jnp.asarray(keep))
+    expected = jax.jit(jax.vmap(before))(q, suffix, jnp.asarray(by_token(keep, 70, 8, S)))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_parts_by_xla():
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, H, n, D) for n in (G, 40, 40))
+    keep = jnp.asarray(rng.random((H, G, 5)) < 0.5).at[0, 0].set(False)
+    by_xla, by_kernel = (
+        compiled(
+            lambda keep, name=name: paged_attention(q, (k, v), keep, jnp.int32(37), 8, implementation=name),
+            "gpu",
+        )(keep)
+        for name in ("xla", "pallas")
+    )
+    for a, b in zip(by_xla, by_kernel, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- races, errors, lowering --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [1, 6])
+def test_tpu_kernels_do_not_race(K, capsys, monkeypatch):
+    monkeypatch.setattr(attention_tpu, "PAGES", 16)  # three blocks
+    rng = np.random.default_rng(0)
+    q, k, v = normal(rng, K, H, G, D), normal(rng, H, 350, D), normal(rng, H, 350, D)
+    keep = rng.random((K, H, G, 44)) < 0.6
+
+    def one(q, keep):
+        return paged_attention(q, (k, v), keep, jnp.int32(340), 8, implementation="pallas")
+
+    got = decode.normalize(compiled(jax.vmap(one), "tpu", RACES)(q, jnp.asarray(keep)))
+    for i in range(K):
+        expected = exact(q[i], k, v, by_token(keep[i], 340, 8, 350))
+        np.testing.assert_allclose(got[i], expected, rtol=0, atol=1e-5)
+    assert "RACE" not in capsys.readouterr().out
+
+
+def test_a_race_would_be_seen(capsys):
+    """What the test above looks for is printed: reading what is still being copied is a race."""
+
+    def kernel(source, out, buffer, copied):
+        copy = pltpu.make_async_copy(source, buffer, copied)
+        copy.start()
+        out[...] = buffer[...]
+        copy.wait()
+
+    x = jnp.ones((8, 128))
+    pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=RACES,
+    )(x).block_until_ready()
+    assert "RACE" in capsys.readouterr().out
+
+
+def test_what_cannot_run_says_why():
+    q, kv, keep = jnp.zeros((H, G, D)), (jnp.zeros((H, 16, D)),) * 2, jnp.ones((1, 1, 2), bool)
+    with pytest.raises(Unavailable, match=r"^attend: 'triton' cannot run on this platform \(cpu\) because"):
+        attend(q, kv, kv, keep, jnp.ones((1, 1, 16), bool), jnp.int32(16), 8, implementation="triton")
+    with pytest.raises(ValueError, match=r"^paged_attention: 2 pages of 4 in the mask, and 4 in the cache"):
+        paged_attention(q, kv, keep, jnp.int32(16), 4, implementation="pallas")
+    wide = (jnp.zeros((H, 16, 512)),) * 2
+    with pytest.raises(Unavailable, match=r"^paged_attention: .* head_size is 512 .*; use 'xla' instead"):
+        paged_attention(jnp.zeros((H, G, 512)), wide, keep, jnp.int32(16), 8, implementation="pallas")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_gradients_are_refused(implementation):
+    kv, keep = (jnp.ones((H, 16, D)),) * 2, jnp.ones((1, 1, 2), bool)
+
+    def attended(q):
+        keep_suffix = jnp.ones((1, 1, 16), bool)
+        return attend(q, kv, kv, keep, keep_suffix, jnp.int32(16), 8, implementation=implementation).sum()
+
+    def part(q):
+        return paged_attention(q, kv, keep, jnp.int32(16), 8, implementation=implementation).mixed.sum()
+
+    for name, fn in (("attend", attended), ("paged_attention", part)):
+        with pytest.raises(TypeError, match=rf"^{name}: no gradient"):
+            jax.grad(fn)(jnp.ones((H, G, D)))
+
+
+def lower_rows(shape, rows: int, platform: str) -> None:
+    """Decoding of `rows` schedules of each of `shape.batch` sequences against one layer of their caches."""
+    abstract = jax.ShapeDtypeStruct
+    B, kv_heads, d, page_size = shape.batch, shape.kv_heads, shape.head_size, shape.page_size
+
+    def attended(q, k, v, keep, length, layer):
+        def one(q, k, v, keep, length):
+            return paged_attention(q, (k, v), keep, length, page_size, layer=layer, implementation="pallas")
+
+        return jax.vmap(jax.vmap(one, in_axes=(0, None, None, 0, None)))(q, k, v, keep, length)
+
+    cache = abstract((B, 2, kv_heads, shape.context, d), jnp.bfloat16)
+    lowers(
+        attended,
+        abstract((B, rows, kv_heads, shape.group_size, d), jnp.bfloat16),
+        cache,
+        cache,
+        abstract((B, rows, kv_heads, shape.group_size, shape.context // page_size), bool),
+        abstract((B,), jnp.int32),
+        abstract((), jnp.int32),
+        platform=platform,
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowering(shape, platform):
+    lower_rows(shape, 1, platform)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.batch == 8 and s.context == 1024], ids=str)
+def test_lowering_of_shared_prefixes(shape, rows, platform):
+    """Training: 16 or 32 schedules of 8 sequences."""
+    lower_rows(shape, rows, platform)
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(64, "bf16"), (128, "bf16"), (128, "fp32")])
+def test_triton_kernel_compiles(d, dtype):
+    """For an H200, of which Triton needs none to compile; to run it there is `make gpu-check`."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = attention_triton.attend_kernel()
+    tile, tokens, warps, stages = attention_gpu.block_sizes(
+        4, d, jnp.dtype({"bf16": "bfloat16", "fp32": "float32"}[dtype])
+    )
+    sizes = {"SPLITS": 16, "H": 8, "L": 16, "R": 4, "S": 32768, "N": 4096, "D": d, "PAGE": 8}
+    sizes |= {"ROWS": tile, "TOKENS": tokens, "COLUMNS": d, "SCALE": d**-0.5}
+    pointers = dict.fromkeys(("layer", "length", "bits", "page", "count"), "*i32")
+    pointers |= dict.fromkeys(("q", "k", "v"), f"*{dtype}") | dict.fromkeys(
+        ("mixed", "top", "total"), "*fp32"
+    )
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature = {name: pointers.get(name.removesuffix("_ptr"), "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    built = triton.compile(
+        ASTSource(kernel, signature, sizes, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    assert "cp.async" in built.asm["ptx"]  # loads overlap the products
+    assert built.metadata.shared < 200 * 1024

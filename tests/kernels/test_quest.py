@@ -1,0 +1,276 @@
+"""Quest's kernels against its XLA reference and plain numpy, interpreted, and lowered for devices.
+
+Queries and keys are small whole numbers: scores are exact whatever the order of sums, and ties are common.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.interpreted import compiled, kernel_calls, platforms
+from kernels.lowering import lowers
+from pallas_kernels import quest, quest_tpu
+from pallas_kernels.dispatch import Unavailable, tracing_for
+from pallas_kernels.shapes import SHAPES
+
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+H, G, D = 2, 3, 24
+RACES = pltpu.InterpretParams(detect_races=True)
+
+
+def whole(rng: np.random.Generator, *shape: int, top: int = 3) -> jax.Array:
+    return jnp.asarray(rng.integers(-top, top + 1, shape), jnp.float32)
+
+
+def whole_bounds(rng: np.random.Generator, *shape: int, top: int = 3) -> jax.Array:
+    """Bounds [*shape, 2D]: no high below its low."""
+    ends = rng.integers(-top, top + 1, (2, *shape, D))
+    return jnp.asarray(np.concatenate([ends.max(0), ends.min(0)], -1), jnp.float32)
+
+
+# --- page bounds --------------------------------------------------------------------------------
+
+
+@functools.cache
+def bounds_of(platform: str, page_size: int):
+    return compiled(lambda k, valid: quest.page_bounds(k, valid, page_size, "pallas"), platform)
+
+
+@platforms
+@pytest.mark.parametrize(("N", "page_size"), [(37, 8), (64, 16), (5, 16)])
+def test_bounds(platform, N, page_size):
+    @quick
+    @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+    def check(seed, share, spoilt):
+        rng = np.random.default_rng(seed)
+        k, valid = whole(rng, H, N, D), jnp.asarray(rng.random(N) < share)
+        if spoilt:
+            k = k.at[rng.integers(H), rng.integers(N), rng.integers(D)].set(rng.choice([np.nan, np.inf]))
+        got = bounds_of(platform, page_size)(k, valid)
+        np.testing.assert_array_equal(got, quest.page_bounds(k, valid, page_size, "xla"))
+
+    check()
+
+
+@platforms
+def test_bounds_of_bfloat16_and_many_sequences(platform):
+    rng = np.random.default_rng(0)
+    k, valid = jnp.asarray(rng.normal(size=(2, H, 40, D)), jnp.bfloat16), rng.random((2, 40)) < 0.8
+
+    def each(implementation):
+        return jax.vmap(lambda k, valid: quest.page_bounds(k, valid, 8, implementation))
+
+    got = compiled(each("pallas"), platform)(k, jnp.asarray(valid))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, each("xla")(k, jnp.asarray(valid)))
+
+
+# --- the choice of pages ------------------------------------------------------------------------
+
+P, N = 19, 3  # shared and own pages
+
+
+def draw_case(data):
+    """Queries, bounds and masks of both parts, and a budget from 1 to more than all pages."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    top = data.draw(st.sampled_from([0, 1, 3, 1000]), label="largest")  # few values: many ties; 0: no other
+    share = data.draw(st.sampled_from([0.3, 0.9, 1.0]), label="share in use")
+    q = whole(rng, H, G, D)
+    bounds, own = whole_bounds(rng, H, P, top=top), whole_bounds(rng, H, N, top=top)
+    if data.draw(st.booleans(), label="a query of zeros"):
+        q = q.at[rng.integers(H), rng.integers(G)].set(0)
+    used = tuple(jnp.asarray(rng.random(n) < share) for n in (P, N))
+    empty = jnp.concatenate([jnp.full(D, -jnp.inf), jnp.full(D, jnp.inf)])
+    own = jnp.where(used[1][:, None], own, empty)
+    return q, (bounds, own), used, jnp.int32(data.draw(st.integers(1, P + N + 2), label="pages"))
+
+
+def chosen_by_sorting(q, bounds, used, pages) -> np.ndarray:
+    """Masks [H, G, P + N], in float64."""
+    used = np.concatenate(used)
+    finite = np.where(used[:, None], np.concatenate(bounds, 1), 0).astype(np.float64)
+    high, low = np.split(finite[:, None], 2, -1)
+    q = np.asarray(q, np.float64)[:, :, None]
+    score = np.where(used, np.maximum(q * high, q * low).sum(-1), -np.inf)
+    last = min(int(pages), score.shape[-1])
+    return score >= np.sort(score, -1)[..., -last, None]
+
+
+@functools.cache
+def select_on(platform: str, parts: int = 2, select: quest.Select = "head"):
+    def chosen(q, bounds, used, pages):
+        return quest.select_pages(
+            q, bounds[:parts], used[:parts], pages, select=select, implementation="pallas"
+        )
+
+    return compiled(chosen, platform)
+
+
+@jax.jit
+def select_by_xla(q, bounds, used, pages):
+    return quest.select_pages(q, bounds, used, pages, implementation="xla")
+
+
+@platforms
+@pytest.mark.parametrize("parts", [1, 2])
+def test_select_pages(platform, parts):
+    @quick
+    @given(st.data())
+    def check(data):
+        q, bounds, used, pages = draw_case(data)
+        got = select_on(platform, parts)(q, bounds, used, pages)
+        reference = select_by_xla(q, bounds[:parts], used[:parts], pages)
+        assert [mask.shape[-1] for mask in got] == [P, N][:parts]
+        expected = chosen_by_sorting(q, bounds[:parts], used[:parts], pages)
+        np.testing.assert_array_equal(np.concatenate(got, -1), expected)
+        np.testing.assert_array_equal(np.concatenate(reference, -1), expected)
+
+    check()
+
+
+def test_group_selection_is_another_choice():
+    rng = np.random.default_rng(0)
+    q, bounds, used = whole(rng, H, G, D), (whole_bounds(rng, H, P),), (jnp.ones(P, bool),)
+    got = select_on("gpu", 1, "group")(q, bounds, used, jnp.int32(5))[0]
+    reference = quest.select_pages(q, bounds, used, jnp.int32(5), select="group", implementation="xla")[0]
+    np.testing.assert_array_equal(got, reference)
+    score = quest.page_scores(q, bounds[0], used[0]).sum(1)
+    np.testing.assert_array_equal(got[:, 0], score >= jnp.sort(score, -1)[:, -5, None])
+    assert (got == got[:, :1]).all()  # one list for a group
+    assert (got != select_on("gpu", 1)(q, bounds, used, jnp.int32(5))[0]).any()
+
+
+@platforms
+def test_rows_share_what_they_read(platform):
+    """B sequences of K rows: a vmap over rows with the bounds unbatched adds query rows, nothing else."""
+    rng = np.random.default_rng(0)
+    B, K, L = 2, 3, 2
+    q, bounds = whole(rng, B, K, H, G, D), whole_bounds(rng, B, L, H, P)
+    own = whole_bounds(rng, B, K, H, N)
+    used, own_used = (jnp.asarray(rng.random((B, K, n)) < 0.8) for n in (P, N))
+    pages = jnp.asarray(rng.integers(1, P + N + 1, (B, K)), jnp.int32)
+
+    def one(q, bounds, own, used, own_used, pages):
+        layer = jnp.int32(1)
+        return quest.select_pages(
+            q, (bounds, own), (used, own_used), pages, layer=layer, implementation="pallas"
+        )
+
+    batched = jax.vmap(jax.vmap(one, in_axes=(0, None, 0, 0, 0, 0)))
+    args = (q, bounds, own, used, own_used, pages)
+    got = compiled(batched, platform)(*args)
+    for b in range(B):
+        for k in range(K):
+            expected = select_by_xla(
+                q[b, k], (bounds[b, 1], own[b, k]), (used[b, k], own_used[b, k]), pages[b, k]
+            )
+            for mask, want in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(mask[b, k], want)
+    calls = kernel_calls(batched, *args, platform=platform)
+    reader = "page_scores" if platform == "gpu" else "select_pages"
+    assert (B, L, H, P, 2 * D) in calls[reader]
+    assert (B, H, K * G, 2 * D) in calls[reader]
+
+
+@platforms
+def test_nan_is_kept(platform):
+    """A NaN query ranks all its pages alike and above any number, as in the reference."""
+    rng = np.random.default_rng(0)
+    q = whole(rng, H, G, D).at[1, 2].set(jnp.nan)
+    case = q, (whole_bounds(rng, H, P), whole_bounds(rng, H, N)), (jnp.ones(P, bool), jnp.ones(N, bool))
+    got = select_on(platform)(*case, jnp.int32(4))
+    expected = select_by_xla(*case, jnp.int32(4))
+    for mask, want in zip(got, expected, strict=True):
+        assert mask[1, 2].all()
+        np.testing.assert_array_equal(mask, want)
+
+
+@platforms
+def test_long_contexts_rank_all_blocks_together(platform):
+    """131,072 tokens in pages of 8, and a few own pages: scored in blocks, ranked as one row."""
+    rng = np.random.default_rng(0)
+    q = whole(rng, 1, 2, D)
+    bounds = whole_bounds(rng, 1, 16384, top=50), whole_bounds(rng, 1, N, top=50)
+    used, pages = (jnp.arange(16384) < 16001, jnp.ones(N, bool)), jnp.int32(1601)
+    got = select_on(platform)(q, bounds, used, pages)
+    np.testing.assert_array_equal(np.concatenate(got, -1), chosen_by_sorting(q, bounds, used, pages))
+
+
+def test_tpu_kernels_do_not_race(capsys):
+    rng = np.random.default_rng(0)
+    k, valid = whole(rng, H, 1100, D), jnp.asarray(rng.random(1100) < 0.8)  # three blocks
+    got = quest_tpu.page_bounds(k, valid, 8, RACES)
+    np.testing.assert_array_equal(got, quest.page_bounds(k, valid, 8, "xla"))
+    q, used = whole(rng, H, G, D), jnp.arange(len(got[0])) < 120
+    fresh = compiled(lambda *a: quest.select_pages(*a, implementation="pallas"), "tpu", RACES)
+    keep = fresh(q, (got,), (used,), jnp.int32(9))
+    np.testing.assert_array_equal(keep[0], chosen_by_sorting(q, (got,), (used,), 9))
+    assert "RACE" not in capsys.readouterr().out
+
+
+# --- errors and lowering ------------------------------------------------------------------------
+
+
+def test_what_cannot_run_says_why():
+    q, bounds, used = jnp.zeros((H, G, D)), (jnp.zeros((H, 40000, 2 * D)),), (jnp.ones(40000, bool),)
+    with pytest.raises(Unavailable, match=r"^select_pages: .* pages is 40000 .*; use 'xla' instead$"):
+        quest.select_pages(q, bounds, used, jnp.int32(1), implementation="pallas")
+    with pytest.raises(ValueError, match=r"^select_pages: select is 'heads' and must be"):
+        quest.select_pages(q, bounds, used, jnp.int32(1), select="heads")
+    with tracing_for("tpu"), pytest.raises(Unavailable, match=r"^page_bounds: .* page_size is 4 "):
+        quest.page_bounds(jnp.zeros((H, 32, D)), jnp.ones(32, bool), 4, "pallas")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_gradients_are_refused(implementation):
+    k, q, used = jnp.ones((H, 16, D)), jnp.ones((H, G, D)), (jnp.ones(2, bool),)
+    with pytest.raises(TypeError, match=r"^page_bounds: no gradient"):
+        jax.grad(lambda k: quest.page_bounds(k, jnp.ones(16, bool), 8, implementation).sum())(k)
+
+    def chosen(q):
+        bounds = (jnp.ones((H, 2, 2 * D)),)
+        return quest.select_pages(q, bounds, used, jnp.int32(1), implementation=implementation)[0].sum() * 1.0
+
+    with pytest.raises(TypeError, match=r"^select_pages: no gradient"):
+        jax.grad(chosen)(q)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowering(shape, platform):
+    """As in generation: each row its own cache, of which one layer is read, and a few own pages."""
+    abstract = jax.ShapeDtypeStruct
+    B, kv_heads, d, page_size = shape.batch, shape.kv_heads, shape.head_size, shape.page_size
+    pages = shape.context // page_size
+
+    def chosen(q, bounds, own, used, own_used, pages, layer):
+        def one(q, bounds, own, used, own_used, pages):
+            return quest.select_pages(
+                q, (bounds, own), (used, own_used), pages, layer=layer, implementation="pallas"
+            )
+
+        return jax.vmap(one)(q, bounds, own, used, own_used, pages)
+
+    lowers(
+        chosen,
+        abstract((B, kv_heads, shape.group_size, d), jnp.bfloat16),
+        abstract((B, 2, kv_heads, pages, 2 * d), jnp.bfloat16),
+        abstract((B, kv_heads, 3, 2 * d), jnp.bfloat16),
+        abstract((B, pages), bool),
+        abstract((B, 3), bool),
+        abstract((B,), jnp.int32),
+        abstract((), jnp.int32),
+        platform=platform,
+    )
+    lowers(
+        jax.vmap(lambda k, valid: quest.page_bounds(k, valid, page_size, "pallas")),
+        abstract((B, kv_heads, shape.context, d), jnp.bfloat16),
+        abstract((B, shape.context), bool),
+        platform=platform,
+    )
