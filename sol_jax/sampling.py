@@ -32,6 +32,9 @@ class Sampling:
             raise ValueError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
 
 
+GREEDY = Sampling()
+
+
 def nucleus(prob_V: jax.Array, mass: float) -> jax.Array:
     """Mask of the smallest set of most likely tokens with at least `mass`; ties with its last are in it.
 

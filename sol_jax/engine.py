@@ -1,0 +1,229 @@
+"""Batches of prompts through `decoding`: padding to few shapes, schedules to replay, and where texts end.
+
+    engine = Engine(weights, tokenizer, Decoder(model, space))
+    for outputs in stream(engine, [Request(tokenizer.encode("Once"), budget=(1.0, 1.0, 1.0))]):
+        ...  # after the prefill and after each episode: the texts so far
+
+A shape compiles once per (batch bucket, length bucket) and is logged when it does.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sol_jax import decoding, schedules
+from sol_jax.config import check_budgets
+from sol_jax.decoding import Decoder
+from sol_jax.errors import UserError
+from sol_jax.llama import LlamaConfig, Weights
+from sol_jax.tokenizer import Tokenizer
+from sol_jax.transcript import Transcript
+
+CONTROLLERS = ("policy", "dense", "fixed", "random")
+SMALLEST_LENGTH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to be continued."""
+
+    prompt: Sequence[int]  # token ids
+    budget: tuple[float, ...] = ()  # mean cost per axis, requested of the policy or met by a schedule
+    max_tokens: int = 128
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A model, who picks its actions, and how."""
+
+    weights: Weights
+    tokenizer: Tokenizer
+    cfg: Decoder
+    controller: str = "dense"
+    params: Any = None  # of the policy, for the controller "policy"
+    compiled: set = dataclasses.field(default_factory=set, compare=False)  # shapes so far, to log new ones
+
+    def __post_init__(self):
+        if self.controller not in CONTROLLERS:
+            raise ValueError(f"controller is {self.controller!r}; it must be one of {', '.join(CONTROLLERS)}")
+        if (self.controller == "policy") != (self.cfg.policy is not None):
+            raise ValueError(
+                "the controller 'policy' needs a policy's config in the decoder, others need none"
+            )
+
+
+class Episode(NamedTuple):
+    """What one episode did to one text."""
+
+    start: int  # keys before its first step
+    action_T: np.ndarray  # taken
+    controllable_T: np.ndarray
+    tokens: int  # that it added to the text
+    steps: int  # that count: to the end of the text, or, in lossless mode, all (it takes some back)
+
+
+@dataclasses.dataclass
+class Output:
+    """One text, growing."""
+
+    request: Request
+    transcript: Transcript
+    episodes: list[Episode]
+
+    def token_actions(self, dense: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each token the action of the step that drew it, and whether that was the controller's choice.
+
+        The first token comes of the dense prefill, and so may the last of a lossless episode.
+        """
+        action, chosen = [dense], [False]
+        for episode in self.episodes:
+            for n in range(episode.tokens):
+                drafted = n < len(episode.action_T)
+                action.append(int(episode.action_T[n]) if drafted else dense)
+                chosen.append(bool(drafted and episode.controllable_T[n]))
+        return np.array(action), np.array(chosen)
+
+    def steps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every step that counts: its action, the keys in its reach, and whether it was controllable."""
+        action = [e.action_T[: e.steps] for e in self.episodes]
+        keys = [e.start + 1 + np.arange(e.steps) for e in self.episodes]
+        controllable = [e.controllable_T[: e.steps] for e in self.episodes]
+        none = np.zeros(0, int)
+        return tuple(np.concatenate([none, *part]) for part in (action, keys, controllable))  # type: ignore
+
+    def mean_cost(self, costs_AxX: np.ndarray) -> np.ndarray:
+        """Realised budget per axis: the mean cost of the controllable steps; of none, that of dense ones."""
+        action, _, controllable = self.steps()
+        chosen = action[controllable.astype(bool)]
+        return costs_AxX[chosen].mean(0) if len(chosen) else costs_AxX[-1]
+
+
+def length_bucket(length: int) -> int:
+    """The smallest 2**n or 3 * 2**n that is at least `length` and `SMALLEST_LENGTH`."""
+    power = 1 << (max(length, SMALLEST_LENGTH) - 1).bit_length()
+    return power * 3 // 4 if power * 3 // 4 >= max(length, SMALLEST_LENGTH) else power
+
+
+def batch_bucket(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def check_request(request: Request, engine: Engine) -> None:
+    """Raises `UserError` for a request that cannot be answered."""
+    axes, context = engine.cfg.space.axes, engine.cfg.model.max_position
+    if not len(request.prompt):
+        raise UserError("the prompt is empty; it must have at least one token")
+    if len(request.prompt) + request.max_tokens > context:
+        raise UserError(
+            f"the prompt has {len(request.prompt)} tokens, which with {request.max_tokens} to generate "
+            f"exceed the model's context of {context}"
+        )
+    if engine.controller == "dense":
+        return
+    if len(request.budget) != len(axes):
+        names = ", ".join(axis.name for axis in axes)
+        raise UserError(f"budget: {len(request.budget)} numbers were given; the axes are {names}")
+    for axis, cost in zip(axes, request.budget, strict=True):
+        if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
+            check_budgets(axis, (cost,), "budget")
+
+
+def plan(engine: Engine, request: Request) -> np.ndarray:
+    """The schedule to replay, episode by episode [E, T]: at the requested costs, or dense."""
+    cfg, T = engine.cfg, engine.cfg.horizon
+    # A lossless episode may add a single token.
+    episodes = request.max_tokens if cfg.lossless else -(-request.max_tokens // T)
+    keys = len(request.prompt) + 1 + np.arange(episodes * T).reshape(episodes, T)
+    target, may_control = np.array(request.budget), keys > cfg.uncontrolled
+    if engine.controller == "fixed":
+        return schedules.fixed(cfg.space, target, may_control)
+    if engine.controller == "random":
+        rng = np.random.default_rng(request.seed)
+        return schedules.random(cfg.space, target, may_control, 1, rng)[:, 0]
+    return schedules.dense(cfg.space, episodes, T)
+
+
+def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Output]]:
+    """Answers requests in one batch; yields the same growing outputs after the prefill and each episode.
+
+    Raises `UserError` before anything runs if one of the requests cannot be answered.
+    """
+    for request in requests:
+        check_request(request, engine)
+    outputs = [
+        Output(request, Transcript(engine.tokenizer, request.max_tokens, request.stops), [])
+        for request in requests
+    ]
+    return _stream(engine, outputs)
+
+
+def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
+    cfg, T = engine.cfg, engine.cfg.horizon
+    B = batch_bucket(len(outputs))
+    requests = [outputs[b % len(outputs)].request for b in range(B)]  # filled up with repetitions
+    lengths = [len(request.prompt) for request in requests]
+    S = length_bucket(max(lengths))
+    # The last episode of a row may begin one token before its end.  Rows that have ended go on writing, past
+    # the end of the cache in the end, where XLA moves the write back into their own cache: nobody reads it.
+    capacity = length_bucket(max(len(r.prompt) + r.max_tokens + T for r in requests))
+    if (B, S, capacity) not in engine.compiled:
+        logging.info("bucket: batch %d, prompts up to %d, texts up to %d tokens", B, S, capacity)
+        engine.compiled.add((B, S, capacity))
+    tokens_BxS = np.zeros((B, S), np.int32)
+    for tokens_S, request in zip(tokens_BxS, requests, strict=True):
+        tokens_S[: len(request.prompt)] = request.prompt
+    key_B = jax.vmap(jax.random.key)(np.array([request.seed for request in requests], np.uint32))
+    budget = [request.budget or (1.0,) * len(cfg.space.axes) for request in requests]
+    budget_BxX = jnp.array(budget, jnp.float32)
+    plan_BxE = [plan(engine, request) for request in requests]
+    row_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
+    for output, token in zip(outputs, np.asarray(row_B.token), strict=False):
+        output.transcript.add(int(token))
+    yield outputs
+    for e in range(max(map(len, plan_BxE))):
+        if all(output.transcript.finish for output in outputs):
+            return
+        plan_BxT = jnp.asarray(np.stack([plan[e % len(plan)] for plan in plan_BxE]))
+        begin_B = np.asarray(row_B.length)
+        row_B, played = decoding.play(engine.weights, engine.params, row_B, budget_BxX, plan_BxT, cfg)
+        played = jax.device_get(played)
+        for b, output in enumerate(outputs):
+            if not output.transcript.finish:
+                _take(output, int(begin_B[b]), jax.tree.map(lambda x, b=b: x[b], played), cfg)
+        yield outputs
+
+
+def _take(output: Output, begin: int, played: decoding.Played, cfg: Decoder) -> None:
+    """Adds one episode's tokens to a text, up to its end."""
+    before = len(output.transcript.ids)
+    for token in played.token_N[: played.num_new]:
+        output.transcript.add(int(token))
+        if output.transcript.finish:
+            break
+    tokens = len(output.transcript.ids) - before
+    steps = cfg.horizon if cfg.lossless else tokens
+    actions = np.asarray(played.action_T), np.asarray(played.controllable_T)
+    output.episodes.append(Episode(begin, *actions, tokens, steps))
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> list[Output]:
+    """The finished answers to `requests`."""
+    *_, outputs = stream(engine, requests)
+    return outputs
+
+
+def dense_logp(weights: Weights, output: Output, cfg: LlamaConfig) -> np.ndarray:
+    """The dense model's log-probability of each generated token, given all before it."""
+    tokens = [*output.request.prompt, *output.transcript.ids]
+    padded = np.zeros(length_bucket(len(tokens)), np.int32)
+    padded[: len(tokens)] = tokens
+    logp_N = np.asarray(decoding.text_logp(weights, padded, cfg))
+    return logp_N[len(output.request.prompt) - 1 : len(tokens) - 1]
