@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.devices import IMPLEMENTATIONS, interpreted
 from kernels.lowering import lowers
 from pallas_kernels import mlp_gpu, mlp_tpu
 from pallas_kernels.dispatch import Unavailable, tracing_for
@@ -22,9 +23,19 @@ kernels = pytest.mark.parametrize("kernels", [mlp_gpu, mlp_tpu], ids=["gpu", "tp
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
+INTERPRET = {mlp_gpu: interpreted("gpu"), mlp_tpu: interpreted("tpu")}
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """A GPU's matrix product of float32 would round its operands to tensor floats."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @functools.cache
-def jitted(kernels, interpret=True):
-    return jax.jit(functools.partial(kernels.gated_hidden, interpret=interpret))
+def jitted(kernels, interpret=None):
+    return jax.jit(functools.partial(kernels.gated_hidden, interpret=interpret or INTERPRET[kernels]))
 
 
 def make_weights(D: int, F: int, dtype) -> tuple[jax.Array, jax.Array]:
@@ -99,7 +110,8 @@ def test_weights_of_pruned_channels_are_not_read(kernels):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("N", range(1, 10))
-def test_any_number_of_rows(N, dtype):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_any_number_of_rows(name, N, dtype):
     """Gather, union and dense product give what the reference gives row by row."""
     rng = np.random.default_rng(N)
     x = np.where(rng.random((N, 64)) < 0.4, rng.normal(size=(N, 64)), 0).astype(np.float32)
@@ -107,9 +119,9 @@ def test_any_number_of_rows(N, dtype):
     one = jax.jit(lambda x: gated_hidden(x, gate[1], up[1], "xla"))
     expected = [one(row) for row in x]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    by_layer = jax.jit(jax.vmap(lambda x: gated_hidden(x, gate, up, "pallas", jnp.int32(1))))
+    by_layer = jax.jit(jax.vmap(lambda x: gated_hidden(x, gate, up, name, jnp.int32(1))))
     close(by_layer(x), expected)
-    close(jax.jit(lambda x: gated_hidden(x, gate[1], up[1], "pallas"))(x), expected)  # a leading axis
+    close(jax.jit(lambda x: gated_hidden(x, gate[1], up[1], name))(x), expected)  # a leading axis
     close(jax.jit(jax.vmap(lambda x: gated_hidden(x, gate, up, "xla", jnp.int32(1))))(x), expected)
 
 
@@ -154,7 +166,8 @@ def test_gradients_are_refused():
 
 def test_triton_is_refused_on_a_cpu():
     gate, up = make_weights(64, 128, jnp.float32)
-    with pytest.raises(Unavailable, match=r"^gated_hidden: 'triton' cannot run on this platform"):
+    refusal = r"^gated_hidden: 'triton' cannot run on this platform"
+    with tracing_for("cpu"), pytest.raises(Unavailable, match=refusal):
         gated_hidden(jnp.ones(64), gate[0], up[0], "triton")
 
 

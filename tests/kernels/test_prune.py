@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.devices import interpreted
 from kernels.lowering import lowers
 from pallas_kernels import prune, prune_gpu, prune_tpu
 from pallas_kernels.shapes import distinct
@@ -20,14 +21,17 @@ kernels = pytest.mark.parametrize("kernels", [prune_gpu, prune_tpu], ids=["gpu",
 EPS = 1e-5
 
 
-@functools.cache
-def keep(kernels, interpret=True):
-    return jax.jit(functools.partial(kernels.keep_channels, interpret=interpret))
+INTERPRET = {prune_gpu: interpreted("gpu"), prune_tpu: interpreted("tpu")}
 
 
 @functools.cache
-def norm(kernels, interpret=True):
-    return jax.jit(lambda *args: kernels.norm_prune(*args, EPS, interpret))
+def keep(kernels, interpret=None):
+    return jax.jit(functools.partial(kernels.keep_channels, interpret=interpret or INTERPRET[kernels]))
+
+
+@functools.cache
+def norm(kernels, interpret=None):
+    return jax.jit(lambda *args: kernels.norm_prune(*args, EPS, interpret or INTERPRET[kernels]))
 
 
 def draw_rows(data, N: int, D: int) -> np.ndarray:
@@ -99,7 +103,7 @@ def test_norm_prune(kernels, N, D):
 
 @pytest.mark.parametrize(("N", "D"), [(1, 576), (3, 37)])
 def test_compact(N, D):
-    compact = jax.jit(functools.partial(prune_gpu.compact, interpret=True))
+    compact = jax.jit(functools.partial(prune_gpu.compact, interpret=interpreted("gpu")))
 
     @quick
     @given(st.data())
