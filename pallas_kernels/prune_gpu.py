@@ -106,11 +106,21 @@ def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
     bits = jnp.where(inside, bits, -1)
 
-    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (jnp.int32(1) << (30 - i))
-        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, threshold)
+    def unsettled(state: tuple[jax.Array, ...]) -> jax.Array:
+        i, _, at_least = state
+        return (i < 31) & (at_least != count)
 
-    return bits >= lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+    def set_bit(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        i, threshold, at_least = state
+        higher = threshold | (jnp.int32(1) << (30 - i))
+        above = jnp.sum((bits >= higher).astype(jnp.int32))
+        enough = above >= count
+        return i + 1, jnp.where(enough, higher, threshold), jnp.where(enough, above, at_least)
+
+    # Once exactly `count` lanes reach the threshold, its lower bits decide nothing: two thirds of the way in
+    # rows without ties.
+    _, threshold, _ = lax.while_loop(unsettled, set_bit, (jnp.int32(0), jnp.int32(0), jnp.int32(bits.size)))
+    return bits >= threshold
 
 
 def _store_channels(kept: jax.Array, row: Any, channels_ref: Any, kept_ref: Any) -> None:
