@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import mlp_gpu, mlp_tpu
+from pallas_kernels.cache import take_layer
 from pallas_kernels.dispatch import choose, current_platform, interpret, no_gradient
 from pallas_kernels.one_row import one_row
 
@@ -56,17 +56,9 @@ def gated_hidden(
 
 def _dense(x: jax.Array, layer: jax.Array | None, gate: jax.Array, up: jax.Array) -> jax.Array:
     if layer is not None:
-        gate, up = _at(gate, layer), _at(up, layer)
+        gate, up = take_layer(gate, layer), take_layer(up, layer)
 
     def dot(w_DxF: jax.Array) -> jax.Array:
         return jnp.tensordot(x.astype(w_DxF.dtype), w_DxF, 1, preferred_element_type=jnp.float32)
 
     return jax.nn.silu(dot(gate)) * dot(up)
-
-
-def _at(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    """One layer; bfloat16 is sliced as bits, for XLA's CPU compiler would widen the whole stack first."""
-    if stacked.dtype != jnp.bfloat16:
-        return lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
-    bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(stacked, jnp.uint16), layer, 0, keepdims=False)
-    return lax.bitcast_convert_type(bits, jnp.bfloat16)

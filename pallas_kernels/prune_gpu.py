@@ -106,11 +106,11 @@ def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
     bits = jnp.where(inside, bits, -1)
 
-    def unsettled(state: tuple[jax.Array, ...]) -> jax.Array:
+    def unsettled(state: tuple[Any, Any, Any]) -> jax.Array:
         i, _, at_least = state
         return (i < 31) & (at_least != count)
 
-    def set_bit(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def set_bit(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         i, threshold, at_least = state
         higher = threshold | (jnp.int32(1) << (30 - i))
         above = jnp.sum((bits >= higher).astype(jnp.int32))

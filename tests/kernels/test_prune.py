@@ -35,10 +35,11 @@ def norm(kernels, interpret=None):
 
 
 def draw_rows(data, N: int, D: int) -> np.ndarray:
-    """Rows with ties, zeros of both signs, and now and then NaN or infinity or nothing but zeros."""
+    """Rows with ties, neighbouring numbers, zeros of both signs, and now and then NaN or infinity."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     largest = data.draw(st.sampled_from([2, 20, 10**6]), label="largest")  # few values: many ties
     x = (rng.integers(-largest, largest + 1, (N, D)) / 8).astype(np.float32)
+    x = np.where(rng.random((N, D)) < 0.1, np.nextafter(x, 2 * x), x)
     x[x == 0] *= rng.choice([1.0, -1.0], (x == 0).sum())
     for odd in data.draw(
         st.lists(st.sampled_from([np.nan, -np.nan, np.inf, -np.inf]), max_size=3), label="odd"
