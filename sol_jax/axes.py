@@ -11,6 +11,7 @@ heads of each.
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,22 @@ class Selection(NamedTuple):
 
     def __or__(self, other: "Selection") -> "Selection":
         return Selection(self.prefix | other.prefix, self.suffix | other.suffix)
+
+
+class Work(NamedTuple):
+    """Bytes read and floating-point operations of a part of a decode step, or shares of them."""
+
+    bytes: float
+    flops: float
+
+
+class StepShape(NamedTuple):
+    """What an axis must know of a decode step to say what it saves."""
+
+    kv_len: int
+    group_size: int  # query heads of each key/value head
+    hidden_size: int
+    dtype_bits: int  # of weights, caches and activations
 
 
 def float32_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
@@ -136,6 +153,25 @@ class Axis:
     def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
         """Acts on the MLP's output, before the residual add."""
         return y_D
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        """What a level leaves of the parts of a dense step, by their names in `costs.StepCost`.
+
+        Parts that are not named stay whole.  `index`, which dense steps lack, is in units of `cache`.
+        """
+        return {}
+
+
+def _chosen(level: float, count: int) -> int:
+    """`float32_ceil` on the host, in 1 .. count."""
+    return int(np.clip(np.ceil(np.float32(level) * np.float32(count)), 1, count))
+
+
+def _cache_shares(entries: int, shape: StepShape) -> Work:
+    """Attention over `entries` keys per query head; at worst, each head of a group reads others."""
+    entries = min(entries, shape.kv_len)
+    read = min(entries * shape.group_size, shape.kv_len)
+    return Work(read / shape.kv_len, entries / shape.kv_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +257,16 @@ class Quest(Axis):
         )
         return keep | _always(keys, self.sinks, self.window + 1) if self.protect else keep
 
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        tokens = _chosen(level, shape.kv_len)
+        if tokens == shape.kv_len:
+            return {}
+        entries = -(-tokens // self.page_size) * self.page_size
+        protected = self.sinks + self.window + 1 if self.protect else 0
+        # The two bounds of a page are as long as a key and a value, and scoring it takes as many operations.
+        index = -(-shape.kv_len // self.page_size) / shape.kv_len
+        return {"cache": _cache_shares(entries + protected, shape), "index": Work(index, index)}
+
 
 def _always(keys: Keys, sinks: int, recent: int | jax.Array) -> Selection:
     """The first `sinks` and the last `recent` keys in reach."""
@@ -244,6 +290,13 @@ class Recency(Axis):
         # Up to `fixed` keys the two ends meet or overlap, and all are kept.
         recent = jnp.where(rest == 0, keys.kv_len, self.window + 1 + exact_ceil(value, rest))
         return _always(keys, self.sinks, recent)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        fixed = self.sinks + self.window + 1
+        rest = max(shape.kv_len - fixed, 0)
+        # Exact in Python's double precision, as `exact_ceil` is.
+        share = (fixed + math.ceil(float(np.float32(level)) * rest)) / shape.kv_len if rest else 1.0
+        return {"cache": Work(share, share)}  # the same keys for every head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +334,13 @@ class Relevancy(Axis):
         S = keys.prefix_HxSxd.shape[1]
         return Selection(best[..., :S], best[..., S:]) | always
 
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        always = self.sinks + self.window + 2
+        rest = max(shape.kv_len - always, 0)
+        values = _cache_shares(always + _chosen(level, rest) if rest else shape.kv_len, shape)
+        # It ranks by the logits themselves: every key is read, and only values are saved.
+        return {"cache": Work((1 + values.bytes) / 2, (1 + values.flops) / 2)}
+
 
 @dataclasses.dataclass(frozen=True)
 class ChannelPruning(Axis):
@@ -294,6 +354,10 @@ class ChannelPruning(Axis):
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
         return keep_channels(x_D, value)
 
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        share = _chosen(level, shape.hidden_size) / shape.hidden_size
+        return {"gate_up": Work(share, share)}
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputQuantization(Axis):
@@ -306,6 +370,9 @@ class OutputQuantization(Axis):
 
     def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
         return fake_quantize(y_D, value)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        return {"mlp_output": Work(level / shape.dtype_bits, 1.0)} if level < MAX_BITS else {}
 
 
 @dataclasses.dataclass(frozen=True)

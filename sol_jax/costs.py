@@ -1,0 +1,163 @@
+"""What a decode step really reads and computes: bytes and operations, beside the nominal keep rates.
+
+For one sequence alone (batch 1), where decoding waits for memory: every weight and cache entry that a step
+needs is read once.  Counted as a kernel that skips what the action drops would do it, whatever the kernel
+in use does; left out are norms, softmax, activations within a layer and looked-up rows.  A multiplication
+and an addition count as two operations, as in `flops`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sol_jax.axes import Axis, StepShape, Work
+from sol_jax.decoding import Decoder
+from sol_jax.engine import Output
+from sol_jax.llama import LlamaConfig
+from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
+
+NONE = Work(0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Bytes read and operations of one decode step, or of many, by part."""
+
+    attention: Work = NONE  # weights of q, k, v and o
+    gate_up: Work = NONE  # weights of the MLP's two input matrices
+    down: Work = NONE  # and of its output matrix
+    head: Work = NONE  # vocabulary logits
+    cache: Work = NONE  # keys and values attended to
+    mlp_output: Work = NONE  # read for the residual add
+    index: Work = NONE  # what is read to choose keys, such as the bounds of Quest's pages
+    policy: Work = NONE
+    refresh: Work = NONE  # the dense pass that ends an episode, spread over its steps
+
+    @property
+    def total(self) -> Work:
+        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return Work(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        names = [field.name for field in dataclasses.fields(self)]
+        return StepCost(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
+
+
+def _sum(a: Work, b: Work) -> Work:
+    return Work(a.bytes + b.bytes, a.flops + b.flops)
+
+
+def _product(a: Work, b: Work) -> Work:
+    return Work(a.bytes * b.bytes, a.flops * b.flops)
+
+
+def dense_step(kv_len: int, cfg: LlamaConfig) -> StepCost:
+    """A step without compression, `kv_len` keys in its reach."""
+    L, D, F, item = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, jnp.dtype(cfg.dtype).itemsize
+
+    def matrices(numbers: int) -> Work:
+        return Work(item * numbers, 2 * numbers)
+
+    return StepCost(
+        attention=matrices(L * D * cfg.head_size * 2 * (cfg.num_heads + cfg.num_kv_heads)),
+        gate_up=matrices(L * 2 * D * F),
+        down=matrices(L * F * D),
+        head=matrices(D * cfg.vocab_size),
+        cache=Work(
+            item * L * 2 * cfg.num_kv_heads * cfg.head_size * kv_len,
+            4 * L * cfg.num_heads * cfg.head_size * kv_len,
+        ),
+        mlp_output=Work(item * L * D, 0.0),
+    )
+
+
+def dense_pass(num_tokens: int, past: int, cfg: LlamaConfig, with_head: bool = False) -> Work:
+    """A dense pass over `num_tokens` tokens after `past` others, as a KV refresh makes it.
+
+    It reads the weights once.  `with_head`: also the logits at each token, by which drafts are checked.
+    """
+    step = dense_step(past + num_tokens, cfg)
+    parts = [step.attention, step.gate_up, step.down, *([step.head] if with_head else [])]
+    # Each token's keys: the past, and the new ones up to its own.
+    keys = num_tokens * past + num_tokens * (num_tokens + 1) / 2
+    attended = dense_step(1, cfg).cache.flops * keys
+    flops = num_tokens * sum(part.flops for part in parts) + attended
+    return Work(sum(part.bytes for part in parts) + step.cache.bytes, flops)
+
+
+@functools.cache
+def policy_step(cfg: PolicyConfig) -> Work:
+    """One step of the policy: all its matrices, float32; its own few keys are left out."""
+    network = functools.partial(Policy(cfg).init, method="step")
+    shapes = jax.eval_shape(network, jax.random.key(0), example_observation(cfg), initial_carry(cfg))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    numbers = sum(leaf.size for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("kernel"))
+    return Work(4.0 * numbers, 2.0 * numbers)
+
+
+def step_cost(
+    level_X: Sequence[float],
+    kv_len: int,
+    cfg: LlamaConfig,
+    axes: Sequence[Axis],
+    policy: PolicyConfig | None = None,
+    horizon: int = 0,
+    step: int = 0,
+) -> StepCost:
+    """One decode step under an action.
+
+    Args:
+      level_X: the action's level of each axis (a row of `ActionSpace.values_AxX`).
+      kv_len: keys in the step's reach, the current token's own included.
+      policy: of the controller; None if it costs nothing.
+      horizon: of the episodes whose end refreshes the cache; 0: nothing is refreshed.
+      step: of the episode, from 0; with it the shares of an episode's steps add up to its refresh.
+    """
+    dense = dense_step(kv_len, cfg)
+    whole = {field.name: getattr(dense, field.name) for field in dataclasses.fields(dense)}
+    whole["index"] = dense.cache
+    left = {name: Work(1.0, 1.0) for name in whole} | {"index": NONE}
+    shape = StepShape(kv_len, cfg.group_size, cfg.hidden_size, 8 * jnp.dtype(cfg.dtype).itemsize)
+    for axis, level in zip(axes, level_X, strict=True):
+        for name, share in axis.shares(float(level), shape).items():
+            if name not in left:
+                raise ValueError(f"axis {axis.name!r} names a part {name!r}; parts are {', '.join(left)}")
+            # Savings multiply; what several axes read to choose by adds up.
+            left[name] = (_sum if name == "index" else _product)(left[name], share)
+    parts = {name: _product(whole[name], left[name]) for name in whole}
+    if policy:
+        parts["policy"] = policy_step(policy)
+    if horizon:
+        refresh = dense_pass(horizon, kv_len - 1 - step, cfg)
+        parts["refresh"] = Work(refresh.bytes / horizon, refresh.flops / horizon)
+    return StepCost(**parts)
+
+
+def text_cost(output: Output, cfg: Decoder) -> StepCost:
+    """All that was spent on a text after its prefill.
+
+    In lossless mode that includes the steps whose tokens were refused, and the logits of the checking pass.
+    An episode in which the text ended needs no refresh.
+    """
+    total = StepCost()
+    for episode in output.episodes:
+        for t, action in enumerate(episode.action_T[: episode.steps]):
+            values_X = cfg.space.values_AxX[action]
+            total += step_cost(values_X, episode.start + 1 + t, cfg.model, cfg.space.axes, cfg.policy)
+        if cfg.lossless:
+            checked = dense_pass(cfg.horizon + 1, episode.start, cfg.model, with_head=True)
+            total += StepCost(refresh=checked)
+        elif cfg.refresh and not (episode is output.episodes[-1] and output.transcript.finish):
+            total += StepCost(refresh=dense_pass(cfg.horizon, episode.start, cfg.model))
+    return total
+
+
+def dense_text_cost(output: Output, cfg: LlamaConfig) -> StepCost:
+    """What the same tokens would have taken densely, one step each after the prefill's own."""
+    total, prompt = StepCost(), len(output.request.prompt)
+    for n in range(1, len(output.transcript.ids)):
+        total += dense_step(prompt + n, cfg)
+    return total
