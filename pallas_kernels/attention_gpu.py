@@ -21,7 +21,7 @@ LIST_LANES = 4096  # pages compacted at a time
 # stages), and registers let two programs share a processor: over 64 KB of loads where 40 hide the latency.
 # More rows make it a matrix product, whose accumulators fill the registers: shorter blocks, more warps.
 BLOCKS = {16: (64, 4, 5), 32: (64, 4, 3), 64: (32, 8, 3), 128: (32, 8, 2)}
-PROGRAMS = 512  # a launch for 132 processors, two waves of two: short enough to end together
+PROGRAMS = {16: 512, 32: 512, 64: 256, 128: 256}  # on 132 processors; tall tiles write more for each part
 MOST_TOKENS = 2048  # of one program where that makes more than PROGRAMS: uneven budgets then even out
 
 
@@ -99,7 +99,7 @@ def attend(
     (B, H, R, d), (_, L, _, S, _) = q_BxHxRxd.shape, k_BxLxHxSxd.shape
     tile, tokens, warps, stages = block_sizes(R, d, k_BxLxHxSxd.dtype)
     tiles = pl.cdiv(R, tile)
-    splits = num_splits(B * H * tiles, S, tokens)
+    splits = num_splits(B * H * tiles, tile, S, tokens)
     cache = pl.BlockSpec((None, L, None, S, d), lambda t, n, h, b: (b, 0, h, 0, 0))
 
     def of_head(*shape: int) -> pl.BlockSpec:
@@ -116,7 +116,12 @@ def attend(
     return tuple(
         pl.pallas_call(
             functools.partial(
-                _attend_kernel, page_size=page_size, tile=tile, tokens=tokens, interpret=interpret
+                _attend_kernel,
+                page_size=page_size,
+                tile=tile,
+                tokens=tokens,
+                splits=splits,
+                interpret=interpret,
             ),
             out_shape=[
                 jax.ShapeDtypeStruct((B, H, splits, R, d), jnp.float32),
@@ -149,9 +154,9 @@ def block_sizes(R: int, d: int, dtype: Any) -> tuple[int, int, int, int]:
     return tile, min(tokens * 256 // (pl.next_power_of_2(d) * dtype.itemsize), 128), warps, stages
 
 
-def num_splits(programs: int, S: int, tokens: int) -> int:
+def num_splits(programs: int, tile: int, S: int, tokens: int) -> int:
     """Into how many parts the keys of one head and tile of rows are cut."""
-    return min(pl.cdiv(S, tokens), max(pl.cdiv(PROGRAMS, programs), pl.cdiv(S, MOST_TOKENS)))
+    return min(pl.cdiv(S, tokens), max(pl.cdiv(PROGRAMS[tile], programs), pl.cdiv(S, MOST_TOKENS)))
 
 
 def _attend_kernel(
@@ -165,6 +170,7 @@ def _attend_kernel(
     page_size: int,
     tile: int,
     tokens: int,
+    splits: int,
     interpret: bool,
 ) -> None:
     *listed, mixed_ref, top_ref, total_ref = refs
@@ -179,7 +185,7 @@ def _attend_kernel(
 
     slots = listed[1][0] * page_size if listed else limit
     blocks = pl.cdiv(slots, tokens)
-    share = pl.cdiv(blocks, pl.num_programs(1))
+    share = pl.cdiv(blocks, splits)  # `pl.num_programs` would count a launch's axes, of which there are three
     first = pl.program_id(1) * share
 
     def kept(page: jax.Array, live: jax.Array) -> jax.Array:
@@ -201,7 +207,7 @@ def _attend_kernel(
             live &= token < limit
         at, here = (layer, token[:, None], column[None, :]), live[:, None] & (column < d)
         k = plgpu.load(k_ref.at[at], mask=here, other=0)
-        logit = dot(q, k.T, interpret) * d**-0.5
+        logit = dot(q, k.astype(q.dtype).T, interpret) * d**-0.5
         keep = kept(index, live) & (token < length[:, None])
         logit = jnp.where(keep, logit, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logit, 1))

@@ -28,7 +28,7 @@ def attend(
 
     (B, H, R, d), (_, L, _, S, _) = q_BxHxRxd.shape, k_BxLxHxSxd.shape
     tile, tokens, warps, stages = block_sizes(R, d, k_BxLxHxSxd.dtype)
-    splits = num_splits(B * H, S, tokens)
+    splits = num_splits(B * H, tile, S, tokens)
     shapes = [(B, H, splits, R, d), (B, H, splits, R), (B, H, splits, R)]
     return tuple(
         jax_triton.triton_call(
@@ -120,7 +120,7 @@ def attend_kernel() -> Any:
             at = token[:, None] * D + column[None, :]
             there = (listed & (token < limit))[:, None] & column_in[None, :]
             k = tl.load(k_ptr + cache + at, there, 0.0)
-            logit = tl.dot(q, tl.trans(k), input_precision="tf32x3") * SCALE
+            logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * SCALE
             keep = ((bits[None, :] >> row[:, None]) & 1 != 0) & (token[None, :] < length[:, None])
             logit = tl.where(keep, logit, float("-inf"))
             higher = tl.maximum(top, tl.max(logit, 1))

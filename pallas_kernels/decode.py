@@ -127,7 +127,8 @@ def _attend_rows(
         return x.swapaxes(1, 2).reshape(B, H, K * G, *x.shape[4:])
 
     on = _on_tpu if current_platform() == "tpu" else functools.partial(_on_gpu, triton=name == "triton")
-    part = on(layer, rows(q_BxKxHxGxd), cache, rows(keep_BxKxHxGxP), jnp.repeat(length_BxK, G, 1), page_size)
+    q_BxHxRxd = rows(q_BxKxHxGxd).astype(jnp.promote_types(q_BxKxHxGxd.dtype, cache[0].dtype))
+    part = on(layer, q_BxHxRxd, cache, rows(keep_BxKxHxGxP), jnp.repeat(length_BxK, G, 1), page_size)
     return jax.tree.map(lambda x: x.reshape(B, H, K, G, *x.shape[3:]).swapaxes(1, 2), part)
 
 
