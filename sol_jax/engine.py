@@ -116,17 +116,21 @@ def batch_bucket(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def check_request(request: Request, engine: Engine) -> None:
+def check_request(request: Request, cfg: Decoder, controller: str) -> None:
     """Raises `UserError` for a request that cannot be answered."""
-    axes, context = engine.cfg.space.axes, engine.cfg.model.max_position
+    axes, context = cfg.space.axes, cfg.model.max_position
     if not len(request.prompt):
         raise UserError("the prompt is empty; it must have at least one token")
+    if request.max_tokens < 1:
+        raise UserError(f"max-tokens is {request.max_tokens}; it must be at least 1")
+    if "" in request.stops:
+        raise UserError("a stop string is empty; it would end every text before it begins")
     if len(request.prompt) + request.max_tokens > context:
         raise UserError(
             f"the prompt has {len(request.prompt)} tokens, which with {request.max_tokens} to generate "
             f"exceed the model's context of {context}"
         )
-    if engine.controller == "dense":
+    if controller == "dense":
         return
     if len(request.budget) != len(axes):
         names = ", ".join(axis.name for axis in axes)
@@ -157,7 +161,7 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Output]
     Raises `UserError` before anything runs if one of the requests cannot be answered.
     """
     for request in requests:
-        check_request(request, engine)
+        check_request(request, engine.cfg, engine.controller)
     outputs = [
         Output(request, Transcript(engine.tokenizer, request.max_tokens, request.stops), [])
         for request in requests

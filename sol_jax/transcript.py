@@ -17,10 +17,6 @@ class Transcript:
     """A growing text.  `finish` says why it ended; `pieces` are the characters of each token."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, stops: Sequence[str] = ()):
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
-        if "" in stops:
-            raise ValueError("a stop string is empty; it would end every text before it begins")
         self.ids: list[int] = []  # with the end-of-sequence token, if it came
         self.pieces: list[str] = []
         self.text = ""

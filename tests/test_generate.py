@@ -257,16 +257,15 @@ def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
         ({"budget": (0.1, 0.7, 0.6)}, "budget: kappa = 0.1 cannot be met; the axis' levels cost 0.2 to 1"),
         ({"budget": (0.5, 0.7, float("nan"))}, "budget: eta = nan cannot be met"),
         ({"budget": (0.5, 0.7)}, "budget: 2 numbers were given; the axes are kappa, rho, eta"),
-        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 0}, "max-tokens is 0; it must be at least 1"),
         ({"stops": ("a", "")}, "a stop string is empty"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_sentence(tiny_model, change, sentence):
     request = dataclasses.replace(tiny_model.requests(max_tokens=20)[1], **change)
-    with pytest.raises(ValueError, match=sentence) as mistake:
+    with pytest.raises(UserError, match=sentence) as mistake:
         stream(tiny_model.engine("fixed"), [request])
     assert "\n" not in str(mistake.value)
-    assert isinstance(mistake.value, UserError) or "max_tokens" in change or "stops" in change
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""Continues a prompt under a policy, a schedule or densely, and says what each token was given.
+
+    python -m sol_jax.generate --model smollm2-135m --policy NAME --prompt "Once upon a time" \\
+        --budget 0.5,0.7,0.5 --show-compute --html story.html
+
+`--policy` is a committed policy's name, a folder that holds one, or the workdir of a training run.
+`--controller fixed` (or random) replays a schedule at the same budget, over the policy's levels or, without
+one, all those of SOL-J-FL; `dense` compresses nothing.  The text goes to standard output; what was spent
+on it, and how likely the dense model finds it, to standard error.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from configs import sol_j_fl
+from sol_jax import config as config_lib
+from sol_jax import costs, load, page, policy_files
+from sol_jax.axes import ActionSpace
+from sol_jax.chat import chat_prompt
+from sol_jax.decoding import Decoder
+from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
+from sol_jax.errors import UserError, exits_on_user_error, parse_flags
+from sol_jax.llama import LlamaConfig
+from sol_jax.sampling import Sampling
+from sol_jax.session import read_config
+from sol_jax.state import Checkpoints
+from sol_jax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from sol_jax.update import Setup, init_state
+
+
+def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:
+    """A policy's parameters, and the setup of its training with `model` in place of its own.
+
+    Raises `UserError` if there is none, or if it was trained for another model or other actions.
+    """
+    workdir = pathlib.Path(name).expanduser()
+    is_run = (workdir / "checkpoints").is_dir()
+    params, config, _ = (None, read_config(workdir), None) if is_run else policy_files.load_policy(name)
+    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
+    setup = config_lib.build(run, model)
+    if is_run:
+        params = _restore(workdir, config, setup)
+    policy_files.check_fits(name, params, config, run, setup)
+    return params, setup
+
+
+def _restore(workdir: pathlib.Path, config: ConfigDict, setup: Setup) -> Any:
+    """The parameters in a run's best checkpoint."""
+    checkpoints = Checkpoints(workdir, config_lib.flatten(config), config.train.keep, read_only=True)
+    like = jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
+    restored = checkpoints.restore(like, checkpoints.best_step())
+    if restored is None:
+        raise UserError(f"{workdir} holds no checkpoint yet; --policy takes a run that has written one")
+    return restored[1].params
+
+
+def paint(piece: str, net: float) -> str:
+    """A token for a terminal, on the background that its net keep rate has on the page."""
+    red, green, blue = bytes.fromhex(page.SHADES[page.shade(net)][1:])
+    colour = f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}m"
+    # The colour ends with the line, or terminals would fill the rest of it.
+    return "\n".join(f"{colour}{part}\x1b[0m" if part else "" for part in piece.split("\n"))
+
+
+def token_costs(output: Output, cfg: Decoder) -> np.ndarray:
+    """What each token was given, per axis [N, X]."""
+    action_N, _ = output.token_actions(cfg.space.dense)
+    return cfg.space.costs_AxX[action_N]
+
+
+def run(engine: Engine, request: Request, show: bool, shaded: bool) -> tuple[Output, float]:
+    """Answers one request, printing it as it grows; returns it and the tokens per second.
+
+    The rate leaves out the prefill and the first episode, which compile, unless there is no other.
+    """
+    printed, marks = 0, []
+    output = None
+    for (output,) in stream(engine, [request]):
+        marks.append((time.perf_counter(), len(output.transcript.ids)))
+        settled = output.transcript.settled()
+        pieces = [page.visible(piece) for piece in output.transcript.pieces[printed:settled]]
+        if shaded:
+            net_N = token_costs(output, engine.cfg)[printed:settled].mean(-1)
+            pieces = [paint(piece, net) for piece, net in zip(pieces, net_N, strict=True)]
+        if show:
+            print("".join(pieces), end="", flush=True)
+        printed = settled
+    if show:
+        print(flush=True)
+    assert output is not None
+    (begin, before), (end, after) = marks[min(1, max(len(marks) - 2, 0))], marks[-1]
+    return output, (after - before) / (end - begin) if after > before else 0.0
+
+
+def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
+    """What there is to say about a text, by name."""
+    cfg, names = engine.cfg, [axis.name for axis in engine.cfg.space.axes]
+    mean_X = output.mean_cost(cfg.space.costs_AxX)
+    logp_N = dense_logp(engine.weights, output, cfg.model)
+    tokens = len(output.transcript.ids)
+    told = [("controller", engine.controller + (", lossless" if cfg.lossless else ""))]
+    if engine.controller != "dense":
+        told.append(("requested", _by_axis(names, output.request.budget)))
+    told += [("realised", _by_axis(names, mean_X)), ("net keep rate", f"{mean_X.mean():.3f}")]
+    if output.episodes:
+        spent = costs.text_cost(output, cfg).total
+        dense = costs.dense_text_cost(output, cfg.model).total
+        each = tokens - 1  # the first is the prefill's
+        told += [
+            (
+                "bytes read",
+                f"{spent.bytes / each / 1e6:.1f} MB a token, {spent.bytes / dense.bytes:.3f} of dense",
+            ),
+            (
+                "operations",
+                f"{spent.flops / each / 1e6:.1f} M a token, {spent.flops / dense.flops:.3f} of dense",
+            ),
+        ]
+    if cfg.lossless and output.episodes:
+        kept = f"{(tokens - 1) / len(output.episodes):.2f} tokens an episode"
+        told.append(("accepted", f"{kept}, of {cfg.horizon} drafted and one of the dense model's"))
+    logp = f"{logp_N.sum():.2f} nats, {logp_N.mean():.3f} a token"
+    told += [
+        ("log-probability", f"{logp} (dense model)"),
+        ("tokens", f"{tokens}, ended by {output.transcript.finish}"),
+        ("tokens per second", f"{rate:.1f}"),
+    ]
+    return told
+
+
+def _by_axis(names: Sequence[str], values: Sequence[float] | np.ndarray) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", load.EMBEDDED, "A folder, a .gguf file, hub:OWNER/NAME or smollm2-135m.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights, caches and matmul operands.")
+    flags.DEFINE_string("policy", None, "A policy's name or folder, or the workdir of a training run.")
+    flags.DEFINE_enum("controller", None, CONTROLLERS, "Who picks the actions; the policy, if there is one.")
+    flags.DEFINE_string("budget", None, "Mean cost per axis, such as 0.5,0.7,0.5.")
+    flags.DEFINE_string("prompt", None, "The text to continue.", required=True)
+    flags.DEFINE_bool("chat", False, "The prompt is a user's message: apply the model's chat template.")
+    flags.DEFINE_string("system", "", "A system message before it.")
+    flags.DEFINE_integer("max-tokens", 128, "Tokens to generate at most.")
+    flags.DEFINE_multi_string("stop", [], "A text before which to stop; can be repeated.")
+    flags.DEFINE_float("temperature", 0.0, "0: always the most likely token.")
+    flags.DEFINE_integer("top-k", 0, "Draw from the k most likely tokens; 0: from all.")
+    flags.DEFINE_float("top-p", 1.0, "Draw from the most likely tokens that have this much probability.")
+    flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    flags.DEFINE_bool("refresh", True, "Replace compressed cache entries by dense ones after each episode.")
+    flags.DEFINE_bool("lossless", False, "Keep only tokens that the dense model accepts.")
+    flags.DEFINE_bool("show-compute", False, "Shade each token by what was spent on it.")
+    flags.DEFINE_string("html", None, "A page to write: the text shaded by compute, beside the dense one.")
+
+
+def _budget(text: str | None, controller: str) -> tuple[float, ...]:
+    if text is None and controller != "dense":
+        raise UserError(f"the controller {controller} needs a --budget, one number per axis: 0.5,0.7,0.5")
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if text)
+    except ValueError:
+        raise UserError(
+            f"--budget={text}: it must be numbers with commas between, such as 0.5,0.7,0.5"
+        ) from None
+
+
+def _prompt(args: Any, tokenizer: Tokenizer) -> list[int]:
+    if not args["prompt"].value:
+        raise UserError("--prompt is empty; give at least one character to continue")
+    if args["chat"].value:
+        return chat_prompt(tokenizer, args["prompt"].value, args["system"].value)
+    return tokenizer.encode(args["prompt"].value)
+
+
+def open_engine(args: Any) -> tuple[Engine, Request]:
+    """Everything that the flags name, checked before the weights are loaded."""
+    controller = args["controller"].value or ("policy" if args["policy"].value else "dense")
+    if controller == "policy" and not args["policy"].value:
+        raise UserError("the controller policy needs a --policy")
+    budget = _budget(args["budget"].value, controller)
+    path = load.resolve(args["model"].value)
+    model = load.load_config(path, args["dtype"].value)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, model)
+    prompt = _prompt(args, tokenizer)
+    params, policy = None, None
+    if args["policy"].value:
+        params, setup = open_policy(args["policy"].value, args["model"].value, model)
+        space, episode, policy = setup.space, setup.episode, setup.policy
+    else:
+        config = sol_j_fl.get_config()
+        space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
+    try:
+        sampling = Sampling(args["temperature"].value, args["top-k"].value, args["top-p"].value)
+        cfg = Decoder(
+            model,
+            space,
+            episode.horizon,
+            episode.uncontrolled,
+            policy if controller == "policy" else None,
+            sampling,
+            # Without compression there is nothing to refresh.
+            refresh=args["refresh"].value and (controller != "dense" or args["lossless"].value),
+            lossless=args["lossless"].value,
+        )
+        stops = tuple(args["stop"].value)
+        request = Request(prompt, budget, args["max-tokens"].value, stops, args["seed"].value)
+        check_request(request, cfg, controller)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    weights = load.load_weights(path, model)
+    return Engine(weights, tokenizer, cfg, controller, params if controller == "policy" else None), request
+
+
+@exits_on_user_error
+def main(argv: Sequence[str]) -> None:
+    del argv
+    args: Any = flags.FLAGS
+    out = pathlib.Path(args["html"].value) if args["html"].value else None
+    if out:
+        page.check_writable(out)
+    engine, request = open_engine(args)
+    output, rate = run(engine, request, show=True, shaded=args["show-compute"].value)
+    told = facts(engine, output, rate)
+    print("\n".join(f"{name:18} {value}" for name, value in told), file=sys.stderr)
+    if out is None:
+        return
+    sides = [page.Side(engine.controller, output.transcript.pieces, token_costs(output, engine.cfg), told)]
+    if engine.controller != "dense":
+        cfg = dataclasses.replace(engine.cfg, policy=None, refresh=False, lossless=False)
+        dense = Engine(engine.weights, engine.tokenizer, cfg)
+        other, rate = run(dense, request, show=False, shaded=False)
+        costs_NxX = token_costs(other, cfg)
+        sides.append(page.Side("dense", other.transcript.pieces, costs_NxX, facts(dense, other, rate)))
+    names = [axis.name for axis in engine.cfg.space.axes]
+    title = f"{args['model'].value}: compute per token"
+    page.write(out, page.render(title, engine.tokenizer.decode(list(request.prompt)), names, sides))
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main, flags_parser=parse_flags)
