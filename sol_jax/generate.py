@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from configs import sol_j_fl
+from configs import default, sol_j_fl
 from sol_jax import config as config_lib
 from sol_jax import costs, load, page, policy_files
 from sol_jax.axes import ActionSpace
@@ -45,7 +45,9 @@ def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Se
     workdir = pathlib.Path(name).expanduser()
     is_run = (workdir / "checkpoints").is_dir()
     params, config, _ = (None, read_config(workdir), None) if is_run else policy_files.load_policy(name)
-    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
+    # A field that came after the run has its default, which is what the code did before.
+    flat = config_lib.flatten(default.get_config()) | config_lib.flatten(config)
+    run = config_lib.unflatten(flat | {"model.path": model_path})
     setup = config_lib.build(run, model)
     if is_run:
         params = _restore(workdir, config, setup)

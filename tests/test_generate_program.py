@@ -24,6 +24,13 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def save_run(workdir, flat, setup):
+    """The workdir of a run that has written one checkpoint, of an untrained policy."""
+    checkpoints = Checkpoints(workdir, flat, keep=1)
+    checkpoints.save(1, init_state(jax.random.key(0), setup), {}, score=0.0)
+    checkpoints.close()
+
+
 @pytest.fixture(scope="module")
 def policy(tiny_session, tmp_path_factory):
     """An untrained policy of the tiny session as a folder, and as the workdir of a run."""
@@ -33,9 +40,7 @@ def policy(tiny_session, tmp_path_factory):
     about = {"title": "named", "model": "model", "documents": [], "updates": 0, "seed": 0}
     about |= {"command": "none", "commit": "none"}
     policy_files.save_policy(folder, state.params, session.config, about)
-    checkpoints = Checkpoints(workdir, flatten(session.config), keep=1)
-    checkpoints.save(1, state, {}, score=0.0)
-    checkpoints.close()
+    save_run(workdir, flatten(session.config), session.setup)
     return types.SimpleNamespace(folder=str(folder), workdir=str(workdir), params=state.params)
 
 
@@ -132,6 +137,15 @@ def test_a_policy_for_other_actions(tiny_folder, policy, tmp_path):
     (folder / "config.json").write_text(edited)
     with pytest.raises(UserError, match=r"does not fit .* 12 actions"):
         opened(tiny_folder, policy=str(folder), budget="0.5,0.7,0.5")
+
+
+def test_a_run_from_before_a_field_was_there(tiny_folder, tiny_session, policy, tmp_path):
+    """Its config and checkpoint lack the field; it has the default."""
+    flat = flatten(tiny_session.config)
+    del flat["policy.normalize_inputs"]
+    save_run(tmp_path, flat, tiny_session.setup)
+    engine, _ = opened(tiny_folder, policy=str(tmp_path), budget="0.5,0.7,0.5")
+    assert not engine.cfg.policy.normalize_inputs
 
 
 def test_a_run_without_a_checkpoint(tiny_folder, policy, tmp_path):
