@@ -114,19 +114,12 @@ def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
         told.append(("requested", _by_axis(names, output.request.budget)))
     told += [("realised", _by_axis(names, mean_X)), ("net keep rate", f"{mean_X.mean():.3f}")]
     if output.episodes:
-        spent = costs.text_cost(output, cfg).total
-        dense = costs.dense_text_cost(output, cfg.model).total
+        spent, dense = costs.text_cost(output, cfg), costs.dense_text_cost(output, cfg.model).total
         each = tokens - 1  # the first is the prefill's
-        told += [
-            (
-                "bytes read",
-                f"{spent.bytes / each / 1e6:.1f} MB a token, {spent.bytes / dense.bytes:.3f} of dense",
-            ),
-            (
-                "operations",
-                f"{spent.flops / each / 1e6:.1f} M a token, {spent.flops / dense.flops:.3f} of dense",
-            ),
-        ]
+        for name, part in (("bytes read", "bytes"), ("operations", "flops")):
+            whole, refresh, full = (getattr(work, part) for work in (spent.total, spent.refresh, dense))
+            share = f"{whole / full:.3f} of dense, the refresh {refresh / full:.3f}"
+            told.append((name, f"{whole / each / 1e6:.1f} M a token, {share}"))
     if cfg.lossless and output.episodes:
         kept = f"{(tokens - 1) / len(output.episodes):.2f} tokens an episode"
         told.append(("accepted", f"{kept}, of {cfg.horizon} drafted and one of the dense model's"))
