@@ -6,6 +6,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -202,6 +203,20 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = _listed(value)
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> ConfigDict:
+    """The config that `flatten` gave these values of."""
+    config = ConfigDict()
+    for name, value in flat.items():
+        node = config
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
+        node[leaf] = value
+    return config
 
 
 def _listed(value: Any) -> Any:

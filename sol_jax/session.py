@@ -66,16 +66,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(
             f"{file} cannot be read ({error}); --workdir must be the folder of a training run"
         ) from None
-    config = ConfigDict()
-    for name, value in flat.items():
-        node = config
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            if parent not in node:
-                node[parent] = ConfigDict()
-            node = node[parent]
-        node[leaf] = value
-    return config
+    return config_lib.unflatten(flat)
 
 
 def commit() -> str:

@@ -1,125 +1,117 @@
-"""The comparison of controllers: each plays what it is given; padding, chunks and files change nothing."""
+"""The evaluation program: its CSV, what it refuses, and that a killed sweep goes on."""
 
 import csv
 import dataclasses
+import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from sol_jax import evaluate, schedules
+from sol_jax import budgets, comparison, evaluate, policy_files, results, subject
+from sol_jax.comparison import Draw, Plan, Row
 from sol_jax.config import flatten
 from sol_jax.data import evaluation_batches
+from sol_jax.errors import UserError
+from sol_jax.scores import Scores
 from sol_jax.state import Checkpoints
 from sol_jax.update import init_state
 
 ROOT = pathlib.Path(__file__).parents[1]
-BUDGETS = np.array([[0.3, 0.6, 0.5], [0.7, 0.8, 0.75]], np.float32)
-NUM_RANDOM = 3
-FIELDS = {
-    "eval.budgets": tuple(map(tuple, BUDGETS.tolist())),
-    "eval.num_random": NUM_RANDOM,
-    "eval.batch_size": 2,
-    "eval.num_test_blocks": 5,
-}
+BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
+FIELDS = {"eval.budgets": BUDGETS, "eval.num_random": 3, "eval.batch_size": 2, "eval.num_test_blocks": 5}
+AXES = ("kappa", "rho", "eta")
 
 
 @pytest.fixture(scope="module")
-def params(tiny_session):
-    return init_state(jax.random.key(0), tiny_session.setup).params
+def session(tiny_folder, tiny_session):
+    return dataclasses.replace(tiny_session, config=tiny.config_for(tiny_folder, **FIELDS))
 
 
 @pytest.fixture(scope="module")
-def batches(tiny_session):
-    """Five blocks: two batches of 2 and one of 1."""
-    return list(evaluation_batches(tiny_session.split("test"), 2, 5))
+def state(session):
+    return init_state(jax.random.key(0), session.setup)
 
 
-def run(session, batches, given, params=None, setup=None):
-    return evaluate.run_blocks(session.weights, batches, given, setup or session.setup, params)
+@pytest.fixture
+def workdir(session, state, tmp_path):
+    """A run with one checkpoint."""
+    checkpoints = Checkpoints(tmp_path / "run", flatten(session.config), keep=1)
+    checkpoints.save(1, state, {"position": 0}, 0.0)
+    checkpoints.close()
+    return tmp_path / "run"
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_session, batches, params):
-    given = np.broadcast_to(BUDGETS, (5, 1, *BUDGETS.shape))
-    return run(tiny_session, batches, given, params)
+def command(*args):
+    return [sys.executable, "-m", "sol_jax.evaluate", *map(str, args)]
 
 
-@pytest.fixture(scope="module")
-def replayed(tiny_session, batches, policy):
-    """The policy's own actions, played as schedules."""
-    return run(tiny_session, batches, policy.action_NxWxJxT)
+def run_program(*args):
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_replaying_the_policys_actions_gives_its_scores(policy, replayed):
-    np.testing.assert_array_equal(replayed.action_NxWxJxT, policy.action_NxWxJxT)
-    np.testing.assert_allclose(replayed.logp_NxWxJ, policy.logp_NxWxJ, atol=1e-5)
-    np.testing.assert_allclose(replayed.cost_NxWxJxX, policy.cost_NxWxJxX, atol=1e-6)
+def told(ended):
+    """The one line of a refusal (JAX may log which backends it found)."""
+    assert ended.returncode == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "backend" not in line]
+    assert line.startswith("error: ")
+    return line
 
 
-def test_costs_are_means_over_the_steps(tiny_session, replayed):
-    costs = tiny_session.setup.space.costs_AxX[replayed.action_NxWxJxT]
-    np.testing.assert_allclose(replayed.cost_NxWxJxX, costs.mean(-2), atol=1e-6)
+# --- rows --------------------------------------------------------------------------------------------
 
 
-def test_padding_of_batches_and_schedules_changes_nothing(tiny_session, batches, policy, replayed):
-    """The last batch of 1 block was filled up to 2; here 5 schedules are, to two chunks of 4."""
-    odd = np.concatenate([policy.action_NxWxJxT[:, :, [0, 1, 0, 1]], policy.action_NxWxJxT[:, :, :1]], 2)
-    scores = run(tiny_session, batches, odd)
-    np.testing.assert_allclose(scores.logp_NxWxJ, replayed.logp_NxWxJ[:, :, [0, 1, 0, 1, 0]], atol=1e-5)
-    alone = run(tiny_session, batches[2:], policy.action_NxWxJxT[4:])
-    np.testing.assert_allclose(alone.logp_NxWxJ, replayed.logp_NxWxJ[4:], atol=1e-5)
+def made_up(logp_NxJ, T=4):
+    logp = np.repeat(np.array(logp_NxJ, float)[:, None, :, None], T, -1)
+    return Scores(logp, logp[..., :0], np.zeros(logp.shape, int))
 
 
-def test_the_dense_schedule_is_the_plain_model(tiny_session, batches):
-    """Without any of our rollout: the log-probabilities of one forward pass."""
-    from sol_jax import llama
-
-    setup = tiny_session.setup
-    T, S = setup.episode.horizon, setup.episode.prefix_len
-    given = schedules.dense(setup.space, 5, T)[:, None, None]
-    scores = run(tiny_session, batches, given)
-    tokens_NxM = np.concatenate([batch.tokens_BxN for batch in batches])
-    for n, tokens_M in enumerate(tokens_NxM):
-        hidden_MxD, _ = llama.prefill(tiny_session.weights, jnp.asarray(tokens_M[:-1]), setup.model)
-        logits = np.asarray(jax.vmap(lambda h: llama.logits(tiny_session.weights, h))(hidden_MxD[S:]))
-        logp = jax.nn.log_softmax(logits)[np.arange(T), tokens_M[S + 1 :]]
-        assert scores.logp_NxWxJ[n, 0, 0] == pytest.approx(float(logp.mean()), abs=1e-4)
-
-
-def made_up(logp_NxJ, cost=0.5, T=4):
-    logp = np.array(logp_NxJ, float)[:, None]
-    return evaluate.Scores(logp, np.full((*logp.shape, 3), cost), np.zeros((*logp.shape, T), int))
-
-
-def test_the_best_random_schedule_is_the_best_in_the_mean():
+def test_the_best_random_schedule_is_the_best_in_the_mean(session):
     """Draw 1 wins in one block by far and draw 2 in both by little; the mean decides."""
-    policy = made_up([[-1.0], [-1.0]])
-    #                 dense fixed draw0 draw1 draw2
-    others = made_up([[-0.5, -2.0, -3.0, -1.0, -1.5], [-0.5, -2.0, -3.0, -9.0, -1.5]])
-    rows = {
-        row.controller: row for row in evaluate._rows(policy, others, BUDGETS[:1], 3, np.array([0, 1]), 4)
+    others = {
+        "dense": made_up([[-0.5], [-0.5]]),
+        "fixed": made_up([[-2.0], [-2.0]]),
+        "random0": made_up([[-3.0, -1.0, -1.5], [-3.0, -9.0, -1.5]]),
     }
+    plan, documents = Plan(BUDGETS[:1], num_random=3), np.array([0, 1])
+    found, draws = comparison._rows(plan, [made_up([[-1.0], [-1.0]])], others, documents, session.setup)
+    rows = {row.controller: row for row in found}
+    assert list(rows) == ["policy", "fixed", "random", "random_best", "dense"]
     assert rows["random_best"].nats == pytest.approx(1.5)
     assert rows["random"].nats == pytest.approx((3 + 3 + 1 + 9 + 1.5 + 1.5) / 6)
     assert rows["fixed"].gain == pytest.approx(1.0)
     assert rows["dense"].gain == pytest.approx(-0.5)
     assert rows["policy"].gain == 0.0
     assert rows["policy"].perplexity == pytest.approx(np.e)
-    assert rows["policy"].tokens == 8
+    assert (rows["policy"].tokens, rows["policy"].documents) == (8, 2)
+    assert [draw.nats for draw in draws] == pytest.approx([3.0, 5.0, 1.5])
 
 
-def test_the_summary_is_what_training_tries_to_raise(tiny_session):
-    setup = tiny_session.setup
-    row = evaluate.Row("policy", (0.3, 0.6, 0.5), (0.4, 0.6, 0.6), 0.5, 2.0, 7.4, 0.0, 0.0, 0.0, 8)
-    dense = dataclasses.replace(row, controller="dense", gain=-0.25)
-    scalars = evaluate.summary([row, dense], setup)
-    penalty = 100 * 0.08**2 + 200 * 0.08**2
+def test_the_interval_is_over_documents(session):
+    """Two documents, of three blocks and one: resampled whole, so the gain is 1, 1.5 or 3 at the most."""
+    policy, fixed = made_up([[-1.0]] * 4), made_up([[-2.0]] * 3 + [[-4.0]])
+    others, plan = {"dense": policy, "fixed": fixed}, Plan(BUDGETS[:1], ("fixed",))
+    rows, _ = comparison._rows(plan, [policy], others, np.array([0, 0, 0, 1]), session.setup)
+    row = rows[1]
+    assert (row.gain, row.gain_low, row.gain_high) == pytest.approx((1.5, 1.0, 3.0))
+
+
+def row_of(controller="policy", **fields):
+    made = Row(
+        controller, "", (0.3, 0.6, 0.5), (0.4, 0.6, 0.6), 0.5, 2.0, 7.4, 0.0, 0.0, 0.0, 8, 2, ("1:1",) * 3
+    )
+    return dataclasses.replace(made, **fields)
+
+
+def test_the_summary_is_what_training_tries_to_raise(session):
+    scalars = evaluate.summary([row_of(), row_of("dense", gain=-0.25)], session.setup)
+    penalty = 100 * (0.1 - 0.02) ** 2 + 200 * (0.1 - 0.02) ** 2
     assert scalars["eval/penalty"] == pytest.approx(penalty)
     assert scalars["eval/score"] == pytest.approx(-2.0 - penalty)
     assert scalars["eval/budget_gap/kappa"] == pytest.approx(0.1)
@@ -127,27 +119,142 @@ def test_the_summary_is_what_training_tries_to_raise(tiny_session):
     assert "eval/gain_over_random" not in scalars
 
 
-def test_the_command_reproduces_the_report(tiny_folder, tiny_session, tmp_path, capsys):
+# --- files -------------------------------------------------------------------------------------------
+
+ABOUT = {"config": "c0ffee", "text": "text.txt:test", "stale_prefill": False, "commit": "abc"}
+
+
+def test_rows_are_replaced_or_added(tmp_path):
+    path = tmp_path / "deep" / "results.csv"
+    first = [row_of(), row_of("fixed", nats=2.5), row_of("fixed", held="rho", nats=2.6)]
+    results.merge(path, results.records(first, AXES, ABOUT))
+    second = [row_of("fixed", nats=2.25), row_of("fixed", requested=(0.5, 0.5, 0.5), nats=3.0)]
+    results.merge(path, results.records(second, AXES, ABOUT | {"commit": "def"}))
+    rows = results.read(path)
+    shown = [
+        (row["controller"], row["held"], row["requested_kappa"], row["nats"], row["commit"]) for row in rows
+    ]
+    assert shown == [
+        ("policy", "", "0.3", "2", "abc"),
+        ("fixed", "rho", "0.3", "2.6", "abc"),
+        ("fixed", "", "0.3", "2.25", "def"),
+        ("fixed", "", "0.5", "3", "def"),
+    ]
+    draws = [Draw("", (0.5, 0.5, 0.5), d, 0.5, 2.0 + d) for d in range(3)]
+    results.merge(tmp_path / "draws.csv", results.records(draws, AXES, ABOUT))
+    assert [row["draw"] for row in results.read(tmp_path / "draws.csv")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("config", "beef"), ("text", "other.txt:test"), ("stale_prefill", True)]
+)
+def test_results_of_another_config_are_not_added_to(field, value, tmp_path):
+    path = tmp_path / "results.csv"
+    results.check_same(path, ABOUT)  # there is none yet
+    results.merge(path, results.records([row_of()], AXES, ABOUT))
+    results.check_same(path, ABOUT | {"commit": "def"})
+    with pytest.raises(UserError) as mistake:
+        results.check_same(path, ABOUT | {field: value})
+    expected = f"{path} holds results of {field} {str(ABOUT[field])!r}, and these are of {str(value)!r}"
+    assert str(mistake.value).startswith(expected)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "controller\npolicy\n", "\xff"])
+def test_a_csv_of_something_else_is_not_added_to(content, tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"CSV of sol_jax\.evaluate"):
+        results.check_same(path, ABOUT)
+    assert path.read_text(encoding="latin-1") == content
+
+
+# --- budgets -----------------------------------------------------------------------------------------
+
+
+def test_budgets_by_hand(session):
+    space = session.setup.space
+    assert budgets.diagonal(space, 1) == ((0.55, 0.7, 0.65625),)
+    assert budgets.diagonal(space, 2)[0] == (0.4, 0.6, 0.541667)
+    swept = budgets.axis_sweeps(space, 3)
+    assert swept[:3] == ((0.1, 0.7, 0.65625), (0.55, 0.7, 0.65625), (1.0, 0.7, 0.65625))
+    assert swept[3] == (0.55, 0.4, 0.65625)
+    assert len(swept) == 9
+    one_level = tiny.config_for(pathlib.Path("."), **{"axes.eta.levels": (16,)})
+    from sol_jax.axes import ActionSpace
+    from sol_jax.config import build_axes
+
+    single = budgets.axis_sweeps(ActionSpace(build_axes(one_level)), 2)
+    assert single == ((0.1, 0.7, 1.0), (1.0, 0.7, 1.0), (0.55, 0.4, 1.0), (0.55, 1.0, 1.0))
+
+
+def test_an_even_choice():
+    assert budgets.spread(0, 3) == (0, 1, 2)
+    assert budgets.spread(7, 3) == (0, 1, 2)
+    assert budgets.spread(2, 4) == (1, 3)
+    assert budgets.spread(6, 20) == (1, 5, 8, 11, 15, 18)
+
+
+def test_budgets_on_the_command_line(session):
+    space = session.setup.space
+    assert budgets.parse("0.4,0.6,0.5;1,1,1", space, "--budgets") == ((0.4, 0.6, 0.5), (1.0, 1.0, 1.0))
+    for text in ("", "0.5", "0.4,0.6,0.5;", "a,b,c", "0.4 0.6 0.5"):
+        with pytest.raises(UserError, match="must be costs of kappa, rho, eta"):
+            budgets.parse(text, space, "--budgets")
+    with pytest.raises(
+        UserError, match=r"--budgets: rho = 0\.3 cannot be met; the axis' levels cost 0\.4 to 1"
+    ):
+        budgets.parse("0.5,0.3,0.5", space, "--budgets")
+
+
+# --- text --------------------------------------------------------------------------------------------
+
+
+def test_training_text_is_refused_by_name(tiny_folder, session, tmp_path):
+    """One article of the training text among new ones; each is told by title and hash."""
+    lines = (tiny_folder / "corpus.jsonl").read_text().splitlines()
+    trained = set(session.blocks["train"].documents)
+    from sol_jax.corpus import Document, document_hashes
+
+    def is_trained(line):
+        return document_hashes([Document(json.loads(line)["text"], "")])[0] in trained
+
+    leak = next(line for line in lines if is_trained(line))
+    text = tmp_path / "text.jsonl"
+    fresh = json.dumps({"text": "a new text about walls " * 30})
+    text.write_text(fresh + "\n" + json.dumps(json.loads(leak) | {"title": "Grey Birds"}) + "\n")
+    config = session.config
+    other = subject.open_text(config, str(text), "")
+    assert list(other.blocks) == ["test"]
+    documents = subject.training_documents(config, other)
+    assert set(documents) == {name[:16] for name in trained}
+    with pytest.raises(UserError) as mistake:
+        subject.refuse_training_text(other, "test", documents)
+    assert "holds documents that the policy was trained on: 'Grey Birds' (sha256 " in str(mistake.value)
+    text.write_text(fresh + "\n")
+    subject.refuse_training_text(subject.open_text(config, str(text), ""), "test", documents)
+    subject.refuse_training_text(session, "test", documents)
+    with pytest.raises(UserError, match="the train text of"):
+        subject.refuse_training_text(session, "train", documents)
+
+
+# --- the program ---------------------------------------------------------------------------------------
+
+
+def test_the_command_reproduces_the_report(session, state, workdir, capsys):
     """results.csv of a run, by the program and in the process."""
-    config = tiny.config_for(tiny_folder, **FIELDS)
-    session = dataclasses.replace(tiny_session, config=config)
-    state = init_state(jax.random.key(0), session.setup)
-    checkpoints = Checkpoints(tmp_path, flatten(config), keep=1)
-    checkpoints.save(1, state, {"position": 0}, 0.0)
-    checkpoints.close()
-    rows = evaluate.report(session, state.params, tmp_path)
+    rows = evaluate.report(session, state.params, workdir)
     shown = capsys.readouterr().out
-    written = (tmp_path / "results.csv").read_text()
+    written = (workdir / "results.csv").read_text()
     records = list(csv.DictReader(written.splitlines()))
     assert [record["controller"] for record in records] == [row.controller for row in rows]
     assert [record["controller"] for record in records] == [
         "policy", "fixed", "random", "random_best", "dense"
     ] * 2  # fmt: skip
-    axes = ("kappa", "rho", "eta")
     assert list(records[0]) == [
-        "controller", "net", "nats", "perplexity", "gain", "gain_low", "gain_high", "tokens",
-        *(f"requested_{axis}" for axis in axes), *(f"cost_{axis}" for axis in axes),
-        "split", "documents", "blocks", "num_random", "seed", "commit",
+        "controller", "held", *(f"requested_{axis}" for axis in AXES), *(f"cost_{axis}" for axis in AXES),
+        "net", "nats", "perplexity", "gain", "gain_low", "gain_high", "tokens", "documents",
+        *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
+        "blocks", "seed", "config", "commit", "stale_prefill", "num_random",
     ]  # fmt: skip
     assert {record["blocks"] for record in records} == {"5"}
     for row in rows:
@@ -155,11 +262,128 @@ def test_the_command_reproduces_the_report(tiny_folder, tiny_session, tmp_path, 
         assert row.controller == "policy" or row.gain_low <= row.gain <= row.gain_high
         assert row.net == pytest.approx(np.mean(row.cost))
 
-    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
-    (tmp_path / "results.csv").unlink()
-    command = [sys.executable, "-m", "sol_jax.evaluate", "--workdir", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    before = {p: p.read_bytes() for p in (workdir / "checkpoints").rglob("*") if p.is_file()}
+    (workdir / "results.csv").unlink()
+    ended = run_program("--workdir", workdir)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"evaluating the policy of update 1\n{shown}"
-    assert (tmp_path / "results.csv").read_text() == written
-    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
+    again = (workdir / "results.csv").read_text()
+    assert again.replace(",1,model", f",{records[0]['updates']},model") == written
+    assert len(results.read(workdir / "results-draws.csv")) == 6
+    assert {p: p.read_bytes() for p in (workdir / "checkpoints").rglob("*") if p.is_file()} == before
+
+
+def finished(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npz"))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(workdir, tmp_path):
+    """Killed in the middle, it ends with the very CSV of an undisturbed one, and repeats nothing."""
+    args = ("--workdir", workdir, "--controllers", "fixed,random,entropy", "--num_random", 40, "--output")
+    whole, torn = tmp_path / "whole.csv", tmp_path / "torn.csv"
+    assert run_program(*args, whole).returncode == 0
+    process = subprocess.Popen(command(*args, torn), cwd=ROOT, stderr=subprocess.DEVNULL)
+    folder, deadline = tmp_path / "torn.scores", time.monotonic() + 120
+    while len(finished(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the sweep was over before it could be killed"
+    kept = {name: (folder / name).stat().st_mtime_ns for name in finished(folder)}
+    assert len(kept) >= 5
+    assert not torn.exists()
+    ended = run_program(*args, torn)
+    assert ended.returncode == 0, ended.stderr
+    assert torn.read_text() == whole.read_text()
+    assert finished(folder) == finished(tmp_path / "whole.scores")
+    for name, stamp in kept.items():
+        assert (folder / name).stat().st_mtime_ns == stamp
+
+
+def test_a_policy_by_folder(session, state, workdir, tmp_path):
+    """Saved in bfloat16 and loaded by the program, on another text, beside a heuristic."""
+    about = {
+        "title": "tiny/test", "model": "tiny", "command": "none", "updates": 7, "seed": 0, "commit": "abc",
+        "documents": policy_files.document_names(session.blocks["train"].documents), "results": [],
+    }  # fmt: skip
+    policy_files.save_policy(tmp_path / "policy", state.params, session.config, about)
+    text = tmp_path / "other.txt"
+    text.write_text("".join(f"= {n} =\n" + "new words on walls and birds " * 9 + "\n" for n in range(4)))
+    output = tmp_path / "other.csv"
+    args = ("--policy", tmp_path / "policy", "--source", text, "--document_start", "^= .* =$")
+    ended = run_program(*args, "--output", output, "--controllers", "drift", "--grid", "1", "--hold", "rho")
+    assert ended.returncode == 0, ended.stderr
+    rows = results.read(output)
+    assert [row["controller"] for row in rows[:3]] == ["policy", "drift", "dense"]
+    assert [row["held"] for row in rows] == [""] * 21 + ["rho"] * 21  # 1 + 3 * 2 budgets
+    assert {(row["updates"], row["text"], row["documents"]) for row in rows} == {("7", "other.txt:test", "4")}
+
+
+REFUSED = {
+    "no run": (("--workdir", "{tmp}"), "config.json cannot be read"),
+    "nothing": ((), "give --workdir RUN or --policy NAME"),
+    "no output": (("--policy", "tiny"), "give --output FILE.csv with --policy"),
+    "unknown policy": (("--policy", "none/such", "--output", "x.csv"), "there is no policy 'none/such'"),
+    "unknown flag": (("--workdir", "{run}", "--number", "3"), "number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_at_once(name, workdir, tmp_path):
+    args, expected = REFUSED[name]
+    ended = run_program(*(arg.format(tmp=tmp_path, run=workdir) for arg in args))
+    assert expected in told(ended)
+
+
+def test_a_run_without_a_checkpoint(session, tmp_path):
+    Checkpoints(tmp_path, flatten(session.config), keep=1).close()
+    message = told(run_program("--workdir", tmp_path))
+    assert message == (
+        f"error: {tmp_path} holds no checkpoint; --workdir must be the folder of a training run"
+    )
+
+
+class Args:
+    """The flags as the program has them."""
+
+    budgets, grid, controllers, num_random, random_budgets = None, 0, ["fixed", "random"], None, 0
+    hold: tuple = ()
+    seed = None
+
+    def __init__(self, **given):
+        self.__dict__ |= given
+
+
+def test_plans(session):
+    config, setup = session.config, session.setup
+    plan = evaluate._plan(config, setup, Args())
+    assert plan == Plan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
+    plan = evaluate._plan(
+        config, setup, Args(grid=20, random_budgets=6, num_random=500, hold=["eta"], seed=3)
+    )
+    assert len(plan.budgets) == 50
+    assert plan.random_at == (1, 5, 8, 11, 15, 18)  # of the diagonal
+    assert (plan.num_random, plan.hold, plan.seed) == (500, ("eta",), 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"controllers": ["fixt"]}, "--controllers: there is no 'fixt'; there are fixed, fixed_official"),
+        ({"hold": ["tau"]}, "--hold: there is no axis 'tau'; the axes are kappa, rho, eta"),
+        ({"budgets": "0.5,0.5,0.5", "grid": 3}, "give --budgets or --grid, not both"),
+        ({"budgets": "0.05,0.5,0.5"}, "--budgets: kappa = 0.05 cannot be met"),
+    ],
+)
+def test_plans_that_are_refused(session, given, expected):
+    with pytest.raises(UserError) as mistake:
+        evaluate._plan(session.config, session.setup, Args(**given))
+    assert expected in str(mistake.value)
+
+
+def test_compare_for_training(session, state):
+    batches = list(evaluation_batches(session.split("test"), 2, 3))
+    asked = np.array(BUDGETS, np.float32)
+    rows = evaluate.compare(session.weights, state.params, batches, asked, 2, session.setup)
+    assert [row.controller for row in rows] == ["policy", "fixed", "random", "random_best", "dense"] * 2
+    np.testing.assert_allclose([row.requested for row in rows[::5]], asked)

@@ -1,0 +1,263 @@
+"""The policy at requested budgets, beside controllers that need no training at the costs it realised.
+
+Every comparison is paired: all controllers decode the same tokens after the same prefill, and intervals
+are bootstrapped over documents.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sol_jax import schedules
+from sol_jax.axes import ActionSpace
+from sol_jax.budgets import Budgets
+from sol_jax.scores import HEURISTICS, POLICY, Kind, Scores
+from sol_jax.statistics import document_bootstrap
+from sol_jax.sweep import Job, Sweep
+from sol_jax.update import Setup
+
+# Besides `dense`, which is always there.
+BASELINES = ("fixed", "fixed_official", "random", *HEURISTICS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    For every axis of `hold` the policy also runs with that axis kept dense, and the others are then matched
+    to what it realised so.
+    """
+
+    budgets: Budgets
+    controllers: tuple[str, ...] = ("fixed", "random")
+    num_random: int = 16  # schedules per episode and budget
+    random_at: tuple[int, ...] | None = None  # which budgets have them; None: all
+    hold: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def subjects(self) -> list[tuple[str, tuple[float, ...]]]:
+        """What the others are matched to: the axis held dense, if any, and the budget asked for."""
+        return [(held, budget) for held in ("", *self.hold) for budget in self.budgets]
+
+    @property
+    def drawn(self) -> list[int]:
+        """The subjects that have random schedules."""
+        if "random" not in self.controllers or not self.num_random:
+            return []
+        at = range(len(self.budgets)) if self.random_at is None else self.random_at
+        return [s for s in range(len(self.subjects)) if s % len(self.budgets) in at]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One controller at one requested budget.  Costs and `net` are realised; nats are per token.
+
+    `gain` is the policy's mean log-probability minus this controller's, on the same tokens, with its 95 %
+    interval over documents.  `net` is the mean of the axes' episode-average costs (sol.md section 1).
+    `random_best` is the draw that did best on the very text it is scored on, as the paper takes it: this
+    favours it.
+    """
+
+    controller: str
+    held: str  # the axis kept dense, or ""
+    requested: tuple[float, ...]
+    cost: tuple[float, ...]
+    net: float
+    nats: float
+    perplexity: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    tokens: int
+    documents: int
+    levels: tuple[str, ...]  # per axis the share of controllable steps at each level, "0.1:0.25 1:0.75"
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One random schedule of a budget, over the whole text."""
+
+    held: str
+    requested: tuple[float, ...]
+    draw: int
+    net: float
+    nats: float
+
+
+# Told of columns (a schedule of every episode of a batch) as they are done.
+Stage = Callable[[int], None]
+
+
+def _silent(total: int, done: int, label: str) -> Stage:
+    return lambda columns: None
+
+
+def run(
+    sweep: Sweep, plan: Plan, progress: Callable[[int, int, str], Stage] = _silent
+) -> tuple[list[Row], list[Draw]]:
+    """Runs a plan: the policy first, then whatever is matched to its costs.
+
+    `progress` gets the columns of a stage, those that are there already and a label, and returns what is told
+    of columns as they are done.
+    """
+    setup, N = sweep.setup, sum(len(batch.tokens_BxN) for batch in sweep.batches)
+    W = setup.episode.episodes_per_prefix
+
+    def scored(jobs: Sequence[Job], label: str) -> dict[tuple[str, str], Scores]:
+        scores = sweep.run(jobs, progress(*sweep.columns(jobs), label))
+        return {(job.name, job.kind.held): found for job, found in zip(jobs, scores, strict=True)}
+
+    asked = _spread(np.array(plan.budgets, np.float32), N, W)
+    own = scored(
+        [Job(POLICY, asked, Kind(POLICY, held), plan.budgets) for held in ("", *plan.hold)], "policy"
+    )
+    policy = [own[POLICY, held] for held in ("", *plan.hold)]
+    target_SxX = np.concatenate([scores.costs(setup).mean((0, 1)) for scores in policy])
+    others = scored(_jobs(plan, target_SxX, setup, N, len(sweep.batches[0].tokens_BxN)), "baselines")
+    document_N = np.concatenate([batch.document_B for batch in sweep.batches])
+    return _rows(plan, policy, {name: found for (name, _), found in others.items()}, document_N, setup)
+
+
+def _spread(given_JxY: np.ndarray, N: int, W: int) -> np.ndarray:
+    return np.broadcast_to(given_JxY, (N, W, *given_JxY.shape))
+
+
+def _jobs(plan: Plan, target_SxX: np.ndarray, setup: Setup, N: int, batch_size: int) -> list[Job]:
+    """Everything but the policy, matched to `target_SxX`; column s of a job is subject s."""
+    shape, space = setup.episode, setup.space
+    W, T = shape.episodes_per_prefix, shape.horizon
+    requested = tuple(budget for _, budget in plan.subjects)
+    may_control = schedules.controllable(shape, N)
+
+    def replayed(name: str, columns: list[np.ndarray], asked: Budgets, with_entropy: bool = False) -> Job:
+        action = np.concatenate(columns, 1).reshape(N, W, -1, T)
+        return Job(name, action, Kind(with_entropy=with_entropy), asked)
+
+    jobs = [replayed("dense", [schedules.dense(space, N * W, T)[:, None]], (), with_entropy=True)]
+    for name in plan.controllers:
+        if name == "fixed":
+            columns = [schedules.fixed(space, target_X, may_control)[:, None] for target_X in target_SxX]
+            jobs.append(replayed(name, columns, requested))
+        elif name == "fixed_official":
+            rows = batch_size * W
+            columns = [
+                schedules.fixed_official(space, target_X, may_control, rows)[:, None]
+                for target_X in target_SxX
+            ]
+            jobs.append(replayed(name, columns, requested))
+        elif name == "random":
+            for s in plan.drawn:  # a generator for each, so that a budget's draws do not depend on the others
+                rng = np.random.default_rng([plan.seed, s])
+                drawn = schedules.random(space, target_SxX[s], may_control, plan.num_random, rng)
+                jobs.append(replayed(_draws_of(s), [drawn], (requested[s],) * plan.num_random))
+        else:
+            jobs.append(Job(name, _spread(target_SxX.astype(np.float32), N, W), Kind(name), requested))
+    return jobs
+
+
+def _draws_of(subject: int) -> str:
+    return f"random{subject}"
+
+
+def _rows(
+    plan: Plan, policy: Sequence[Scores], others: dict[str, Scores], document_N: np.ndarray, setup: Setup
+) -> tuple[list[Row], list[Draw]]:
+    """`policy` has a job per held axis, the budgets in its columns."""
+    rows: list[Row] = []
+    draws: list[Draw] = []
+    J = len(plan.budgets)
+    for s, (held, requested) in enumerate(plan.subjects):
+        own = _column(policy[s // J], s % J)
+        compared = {POLICY: own}
+        for name in plan.controllers:
+            if name != "random":
+                compared[name] = _column(others[name], s)
+        if s in plan.drawn:
+            drawn = others[_draws_of(s)]
+            nats_R = -drawn.logp_NxWxJxT.mean((0, 1, 3), dtype=np.float64)
+            net_R = drawn.costs(setup).mean((0, 1, 3))
+            draws += [
+                Draw(held, requested, r, *pair) for r, pair in enumerate(zip(net_R, nats_R, strict=True))
+            ]
+            compared |= {"random": drawn, "random_best": _column(drawn, int(np.argmin(nats_R)))}
+        compared["dense"] = others["dense"]
+        reference_N = _by_block(own)
+        for name, scores in compared.items():
+            rows.append(_row(name, held, requested, scores, reference_N, document_N, setup))
+    return rows, draws
+
+
+def _column(scores: Scores, j: int) -> Scores:
+    return Scores(*(array[:, :, j : j + 1] for array in scores))
+
+
+def _by_block(scores: Scores) -> np.ndarray:
+    return scores.logp_NxWxJxT.mean((1, 2, 3), dtype=np.float64)
+
+
+def _row(
+    name: str,
+    held: str,
+    requested: tuple[float, ...],
+    scores: Scores,
+    reference_N: np.ndarray,
+    document_N: np.ndarray,
+    setup: Setup,
+) -> Row:
+    logp_N = _by_block(scores)
+    cost_X = scores.costs(setup).mean((0, 1, 2))
+    nats = -float(logp_N.mean())
+    N, W, _, T = scores.logp_NxWxJxT.shape
+    gain = document_bootstrap(reference_N - logp_N, document_N)
+    return Row(
+        name,
+        held,
+        tuple(float(c) for c in requested),
+        tuple(float(c) for c in cost_X),
+        float(cost_X.mean()),
+        nats,
+        float(np.exp(nats)),
+        *gain,
+        N * W * T,
+        len(np.unique(document_N)),
+        level_shares(scores, setup),
+    )
+
+
+def level_shares(scores: Scores, setup: Setup) -> tuple[str, ...]:
+    """Per axis the share of controllable steps at each level; levels never taken are left out."""
+    N, W, _, T = scores.action_NxWxJxT.shape
+    may_control = schedules.controllable(setup.episode, N).reshape(N, W, 1, T)
+    taken = scores.action_NxWxJxT[np.broadcast_to(may_control, scores.action_NxWxJxT.shape)]
+    return tuple(_shares(setup.space, x, taken) for x in range(len(setup.space.axes)))
+
+
+def _shares(space: ActionSpace, x: int, action: np.ndarray) -> str:
+    levels, counts = np.unique(space.values_AxX[action][:, x], return_counts=True)
+    return " ".join(
+        f"{level:g}:{count / len(action):.4g}" for level, count in zip(levels, counts, strict=True)
+    )
+
+
+def summary(rows: Sequence[Row], setup: Setup) -> dict[str, float]:
+    """Scalars for the training log, averaged over the requested budgets.
+
+    `eval/penalty` is the training penalty of the realised mean costs, so `eval/score` is what training
+    tries to raise, and what the best checkpoint has most of.
+    """
+    policy = [row for row in rows if row.controller == POLICY]
+    miss_JxX = np.abs([np.subtract(row.cost, row.requested) for row in policy])
+    weight_X = np.array([axis.penalty_weight for axis in setup.space.axes])
+    penalty = np.mean(np.sum(weight_X * np.maximum(miss_JxX - setup.grpo.dead_zone, 0) ** 2, -1))
+    nats = np.mean([row.nats for row in policy])
+    scalars = {"eval/nats": nats, "eval/penalty": penalty, "eval/score": -nats - penalty}
+    scalars |= {
+        f"eval/budget_gap/{a.name}": g for a, g in zip(setup.space.axes, miss_JxX.mean(0), strict=True)
+    }
+    for name in (*BASELINES, "random_best", "dense"):
+        gains = [row.gain for row in rows if row.controller == name]
+        if gains:
+            scalars[f"eval/gain_over_{name}"] = np.mean(gains)
+    return {name: float(value) for name, value in scalars.items()}

@@ -1,0 +1,128 @@
+"""What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
+
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from sol_jax import data, policy_files
+from sol_jax.config import flatten
+from sol_jax.corpus import document_hashes, read_documents
+from sol_jax.data import Batch
+from sol_jax.errors import UserError
+from sol_jax.policy_files import HASH_LENGTH
+from sol_jax.session import Session, commit, open_session
+from sol_jax.state import FREE_FIELDS, Checkpoints
+from sol_jax.sweep import array_digest, digest
+from sol_jax.update import Setup, init_state
+
+
+class Subject(NamedTuple):
+    """A policy, the config of the run it comes from, and that run's name."""
+
+    params: Any
+    config: ConfigDict
+    name: str
+    updates: int
+
+
+def open_run(workdir: pathlib.Path, config: ConfigDict) -> Checkpoints:
+    """The checkpoints of a run; `UserError` if it has none."""
+    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
+    if not checkpoints.steps():
+        raise UserError(f"{workdir} holds no checkpoint; --workdir must be the folder of a training run")
+    return checkpoints
+
+
+def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str) -> Subject:
+    """The policy of the best checkpoint of the run `name`."""
+    restored = checkpoints.restore(init_state(jax.random.key(0), setup), checkpoints.best_step())
+    assert restored is not None
+    step, state, _ = restored
+    return Subject(state.params, config, name, step)
+
+
+def open_text(config: ConfigDict, source: str, document_start: str) -> Session:
+    """The session of a run's model on another text, all of it test text; on its own without a `source`."""
+    if not source:
+        return open_session(config)
+    other = ConfigDict(config.to_dict())
+    other.data.source, other.data.document_start = source, document_start
+    other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
+    return open_session(other)
+
+
+def training_documents(config: ConfigDict, session: Session) -> Collection[str]:
+    """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
+    if session.config.data.source == config.data.source:
+        blocks = session.blocks
+    else:
+        blocks = data.prepare(
+            config.data.source,
+            session.tokenizer,
+            block_length=session.setup.episode.block_length,
+            validation_fraction=config.data.validation_fraction,
+            test_fraction=config.data.test_fraction,
+            document_start=config.data.document_start,
+            cache_dir=config.data.cache_dir or None,
+        )
+    return policy_files.document_names(blocks["train"].documents)
+
+
+def refuse_training_text(session: Session, split: str, trained_on: Collection[str]) -> None:
+    """Raises `UserError`, naming documents, if the text to be scored is part of the training text."""
+    trained = set(trained_on)
+    leaked = {digest for digest in session.split(split).documents if digest[:HASH_LENGTH] in trained}
+    if not leaked:
+        return
+    source = session.config.data
+    titles = [
+        f"{document.title!r} (sha256 {document_hashes([document])[0][:HASH_LENGTH]})"
+        for document in read_documents(source.source, source.document_start)
+        if document_hashes([document])[0] in leaked
+    ]
+    more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+    raise UserError(
+        f"the {split} text of {source.source} holds documents that the policy was trained on: "
+        f"{', '.join(titles[:3])}{more}; evaluate on another text"
+    )
+
+
+def describe(subject: Subject, session: Session, split: str, batches: Sequence[Batch]) -> dict[str, Any]:
+    """What every row of results says of where it comes from."""
+    episode, flat = session.setup.episode, flatten(subject.config)
+    trained = {name: value for name, value in flat.items() if not name.startswith(FREE_FIELDS)}
+    return {
+        "run": subject.name,
+        "updates": subject.updates,
+        "model": policy_files.model_name(subject.config),
+        "prefix": episode.prefix_len,
+        "horizon": episode.horizon,
+        "text": text_name(session.config.data.source, split),
+        "blocks": sum(len(batch.tokens_BxN) for batch in batches),
+        "seed": subject.config.seed,
+        "config": digest(trained),
+        "commit": commit(),
+    }
+
+
+def text_name(source: str, split: str) -> str:
+    """A source without its folders, and the split of it."""
+    files = ",".join(pathlib.PurePath(part).name for part in source.split(","))
+    return f"{files}:{split}"
+
+
+def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str, Any]:
+    """All that decides scores besides the controllers; it names the folder in which they are kept."""
+    setup = session.setup
+    return {
+        "model": session.config.model.path,
+        "architecture": repr(setup.model),
+        "axes": repr(setup.space.axes),
+        "episode": repr(setup.episode),
+        "text": session.config.data.source,
+        "blocks": [array_digest([batch.tokens_BxN, batch.document_B]) for batch in batches],
+        "stale_prefill": stale,
+    }
