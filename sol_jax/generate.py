@@ -116,10 +116,10 @@ def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
     if output.episodes:
         spent, dense = costs.text_cost(output, cfg), costs.dense_text_cost(output, cfg.model).total
         each = tokens - 1  # the first is the prefill's
-        for name, part in (("bytes read", "bytes"), ("operations", "flops")):
+        for name, part, unit in (("bytes read", "bytes", "MB"), ("operations", "flops", "M")):
             whole, refresh, full = (getattr(work, part) for work in (spent.total, spent.refresh, dense))
             share = f"{whole / full:.3f} of dense, the refresh {refresh / full:.3f}"
-            told.append((name, f"{whole / each / 1e6:.1f} M a token, {share}"))
+            told.append((name, f"{whole / each / 1e6:.1f} {unit} a token, {share}"))
     if cfg.lossless and output.episodes:
         kept = f"{(tokens - 1) / len(output.episodes):.2f} tokens an episode"
         told.append(("accepted", f"{kept}, of {cfg.horizon} drafted and one of the dense model's"))
