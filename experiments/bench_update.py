@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import functools
 import pathlib
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -51,9 +50,15 @@ def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float
     return first, best, result
 
 
-def peak_gib() -> float:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def resident_gib(peak: bool) -> float:
+    """Resident size of this process, now or at its highest since `reset_peak` (Linux)."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
+
+
+def reset_peak() -> None:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
@@ -72,13 +77,14 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
     weights = jax.block_until_ready(
         jax.jit(functools.partial(llama.init_weights, cfg=setup.model))(jax.random.key(0))
     )
-    before = peak_gib()
+    reset_peak()
+    before = resident_gib(peak=False)
     shape = (args.batch_size, setup.episode.block_length)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, setup.model.vocab_size)
     state = update.init_state(jax.random.key(2), setup)
     run = jax.jit(update.train_step, static_argnames="setup")  # not donated: the state is used again
     first, whole, _ = timed(lambda: run(state, weights, tokens, setup=setup), repeats=args.repeats)
-    memory = peak_gib() - before
+    memory = resident_gib(peak=True) - before
     rate = flops.matmul_rate(dtype)
     work = flops.update_flops(setup, args.batch_size)
     decoded = args.batch_size * windows * args.num_schedules * args.horizon
