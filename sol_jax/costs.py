@@ -9,16 +9,21 @@ and an addition count as two operations, as in `flops`.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cost_model import CostModel
 from sol_jax.axes import Axis, StepShape, Work
 from sol_jax.decoding import Decoder
-from sol_jax.engine import Output
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
 
+if TYPE_CHECKING:  # the engine imports `config`, which may ask for `level_costs`
+    from sol_jax.engine import Output
+
+BudgetUnit = Literal["nominal", "bytes", "time"]
 NONE = Work(0.0, 0.0)
 
 
@@ -136,7 +141,39 @@ def step_cost(
     return StepCost(**parts)
 
 
-def text_cost(output: Output, cfg: Decoder) -> StepCost:
+def level_costs(
+    axis: Axis, unit: BudgetUnit, model: LlamaConfig, kv_len: int, prices: CostModel | None = None
+) -> tuple[float, ...]:
+    """Cost of each level of an axis, in the unit in which budgets are stated.
+
+    "nominal" is the paper's: what `axis.cost` says.  "bytes" and "time" are shares of what a *whole* step
+    takes, other axes at their top, of what it takes with this axis at its top.  So costs of several axes add
+    up, 1 - sum(1 - cost) being the share of a joint action (but for what two axes save on one part), and an
+    axis that saves nothing costs 1 at every level.
+
+    Args:
+      kv_len: keys in the step's reach.
+      prices: of the device, for "time".
+    """
+    if unit == "nominal":
+        return tuple(axis.cost(level) for level in axis.levels)
+    if unit == "time" and prices is None:
+        raise ValueError("costs in time need the prices of a device (a pallas_kernels.cost_model.CostModel)")
+    if unit not in ("bytes", "time"):
+        raise ValueError(f"the unit of budgets is {unit!r} and must be nominal, bytes or time")
+
+    def of_step(level: float) -> float:
+        total = step_cost((level,), kv_len, model, (axis,)).total
+        if prices is None or unit == "bytes":
+            return total.bytes
+        # The level is data of one program, which launches as much at any.
+        return prices.seconds(*total, launches=prices.launches_per_layer * model.num_layers)
+
+    top = of_step(axis.levels[-1])
+    return tuple(of_step(level) / top for level in axis.levels)
+
+
+def text_cost(output: "Output", cfg: Decoder) -> StepCost:
     """All that was spent on a text after its prefill.
 
     In lossless mode that includes the steps whose tokens were refused, and the logits of the checking pass.
@@ -155,7 +192,7 @@ def text_cost(output: Output, cfg: Decoder) -> StepCost:
     return total
 
 
-def dense_text_cost(output: Output, cfg: LlamaConfig) -> StepCost:
+def dense_text_cost(output: "Output", cfg: LlamaConfig) -> StepCost:
     """What the same tokens would have taken densely, one step each after the prefill's own."""
     total, prompt = StepCost(), len(output.request.prompt)
     for n in range(1, len(output.transcript.ids)):
