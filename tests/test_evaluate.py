@@ -104,7 +104,7 @@ def test_the_interval_is_over_documents(session):
 
 def row_of(controller="policy", **fields):
     made = Row(
-        controller, "", (0.3, 0.6, 0.5), (0.4, 0.6, 0.6), 0.5, 2.0, 7.4, 0.0, 0.0, 0.0, 8, 2, ("1:1",) * 3
+        controller, "", "", (0.3, 0.6, 0.5), (0.4, 0.6, 0.6), 0.5, 2.0, 7.4, 0.0, 0.0, 0.0, 8, 2, ("1:1",) * 3
     )
     return dataclasses.replace(made, **fields)
 
@@ -175,7 +175,8 @@ def test_budgets_by_hand(session):
     space = session.setup.space
     assert budgets.diagonal(space, 1) == ((0.55, 0.7, 0.65625),)
     assert budgets.diagonal(space, 2)[0] == (0.4, 0.6, 0.541667)
-    swept = budgets.axis_sweeps(space, 3)
+    swept, names = budgets.axis_sweeps(space, 3)
+    assert names == ("kappa",) * 3 + ("rho",) * 3 + ("eta",) * 3
     assert swept[:3] == ((0.1, 0.7, 0.65625), (0.55, 0.7, 0.65625), (1.0, 0.7, 0.65625))
     assert swept[3] == (0.55, 0.4, 0.65625)
     assert len(swept) == 9
@@ -183,7 +184,7 @@ def test_budgets_by_hand(session):
     from sol_jax.axes import ActionSpace
     from sol_jax.config import build_axes
 
-    single = budgets.axis_sweeps(ActionSpace(build_axes(one_level)), 2)
+    single, _ = budgets.axis_sweeps(ActionSpace(build_axes(one_level)), 2)
     assert single == ((0.1, 0.7, 1.0), (1.0, 0.7, 1.0), (0.55, 0.4, 1.0), (0.55, 1.0, 1.0))
 
 
@@ -251,8 +252,9 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
         "policy", "fixed", "random", "random_best", "dense"
     ] * 2  # fmt: skip
     assert list(records[0]) == [
-        "controller", "held", *(f"requested_{axis}" for axis in AXES), *(f"cost_{axis}" for axis in AXES),
-        "net", "nats", "perplexity", "gain", "gain_low", "gain_high", "tokens", "documents",
+        "controller", "held", "along", *(f"requested_{axis}" for axis in AXES),
+        *(f"cost_{axis}" for axis in AXES), "net", "nats", "perplexity",
+        "gain", "gain_low", "gain_high", "tokens", "documents",
         *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
         "blocks", "seed", "config", "commit", "stale_prefill", "num_random",
     ]  # fmt: skip
@@ -363,6 +365,7 @@ def test_plans(session):
     )
     assert len(plan.budgets) == 50
     assert plan.random_at == (1, 5, 8, 11, 15, 18)  # of the diagonal
+    assert plan.along == ("",) * 20 + ("kappa",) * 10 + ("rho",) * 10 + ("eta",) * 10
     assert (plan.num_random, plan.hold, plan.seed) == (500, ("eta",), 3)
 
 

@@ -1,0 +1,22 @@
+"""Figure 10: the policy beside handcrafted controllers (entropy, drift) of the same cost.
+
+    python -m experiments.figure10
+
+Reads `sol-j-2l-s*`, `sol-j-3l-s*` and `sol-j-fl-t16-s*` of SmolLM2-135M.
+"""
+
+import pathlib
+
+from matplotlib.figure import Figure
+
+from experiments import plots
+from experiments.figure2 import RUNS
+
+
+def draw(folder: pathlib.Path) -> Figure:
+    controllers = ("fixed", "fixed_official", "entropy", "drift", "drift_official")
+    return plots.fronts(plots.panels(folder, RUNS), controllers)
+
+
+if __name__ == "__main__":
+    plots.run("figure10", draw, __doc__)

@@ -1,0 +1,62 @@
+"""CSVs of evaluations and of the pollution experiment with made-up numbers, for tests of what reads them."""
+
+import pathlib
+
+import numpy as np
+
+from experiments import pollution
+from sol_jax import budgets, results
+from sol_jax.axes import ActionSpace
+from sol_jax.comparison import BASELINES, Draw, Row
+from sol_jax.config import build_axes
+
+AXES = ("kappa", "rho", "eta")
+# Nats that a controller is behind the policy.
+BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "random": 0.25, "random_best": 0.15,
+          "entropy": 0.12, "drift": 0.2, "drift_official": 0.22, "dense": -0.3}  # fmt: skip
+
+
+def write(
+    folder: pathlib.Path, name: str, config, seed: int = 0, num_random: int = 0, **about
+) -> pathlib.Path:
+    """`folder/smollm2-135m/NAME-sSEED.csv`, and the draws beside it: a policy that is better everywhere."""
+    space = ActionSpace(build_axes(config))
+    rng = np.random.default_rng([seed, *name.encode()])
+    diagonal = budgets.diagonal(space, 5)
+    swept, along = budgets.axis_sweeps(space, 4)
+    rows, draws = [], []
+    for requested, axis in zip(diagonal + swept, ("",) * 5 + along, strict=True):
+        cost = tuple(float(c) for c in np.array(requested) + 0.01 * rng.normal(size=3))
+        own = 2.7 + 2 * (1 - np.mean(cost)) ** 2 + 0.01 * rng.normal()
+        drawn = own + BEHIND["random"] + 0.05 * rng.normal(size=num_random)
+        draws += [Draw("", requested, d, float(np.mean(cost)), float(x)) for d, x in enumerate(drawn)]
+        for controller in ("policy", *BASELINES, "random_best", "dense"):
+            gain = BEHIND[controller] + 0.01 * rng.normal() * (controller != "policy")
+            net = 1.0 if controller == "dense" else float(np.mean(cost))
+            nats = own + gain
+            place = (controller, "", axis, requested, cost, net, nats, float(np.exp(nats)))
+            rows.append(Row(*place, gain, gain - 0.05, gain + 0.05, 12800, 62, ("1:1",) * 3))
+    said = {"run": name, "updates": 300, "model": "smollm2-135m", "prefix": 256, "horizon": 16,
+            "text": "wiki.test.raw.gz:test", "blocks": 50, "seed": seed, "config": f"{name}{seed}",
+            "commit": "abc", "stale_prefill": False, "num_random": num_random} | about  # fmt: skip
+    path = folder / "smollm2-135m" / f"{name}-s{seed}.csv"
+    results.write(path, results.records(rows, AXES, said))
+    if draws:
+        drawn_path = path.with_name(f"{path.stem}-draws.csv")
+        results.write(drawn_path, results.records(draws, AXES, said))
+    return path
+
+
+def write_pollution(folder: pathlib.Path) -> None:
+    """`pollution.csv` and its curves: losses that fade."""
+    protocol = pollution.Protocol()
+    rng = np.random.default_rng(0)
+    T = protocol.compressed + protocol.tail
+    lost = 0.3 * np.exp(-np.arange(T) / 8) / np.arange(1, 10)[:, None]
+    nll = np.concatenate([np.zeros((64, 1, T)), lost + 0.1 * rng.normal(size=(64, 9, T))], 1)
+    rows, curves = pollution.rows_of(nll, rng.integers(0, 40, 64), protocol)
+    about = {"model": "smollm2-135m", "windows": 64, "documents": 40, "prefix": 512, "compressed": 4,
+             "text": "wiki.test.raw.gz"}  # fmt: skip
+    folder = folder / "smollm2-135m"
+    results.write(folder / "pollution.csv", [row | results.texts(about) for row in rows])
+    results.write(folder / "pollution-curves.csv", curves)

@@ -1,0 +1,130 @@
+"""Every figure, from made-up CSVs: what it draws, that it repeats, and what it says without them."""
+
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import made_up_results
+import numpy as np
+import pytest
+
+from configs import single_axis, sol_j_2l, sol_j_3l, sol_j_fl
+from experiments import figures, front, plots
+from sol_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two seeds of FL, one of everything else; all but two of the single-axis sets."""
+    folder = tmp_path_factory.mktemp("results")
+    made_up_results.write(folder, "sol-j-2l", sol_j_2l.get_config(), num_random=20)
+    made_up_results.write(folder, "sol-j-3l", sol_j_3l.get_config(), num_random=20)
+    for seed in (0, 1):
+        made_up_results.write(folder, "sol-j-fl-t16", sol_j_fl.get_config(), seed, num_random=20)
+    for T in (4, 64):
+        made_up_results.write(folder, f"sol-j-fl-t{T}", sol_j_fl.get_config(), horizon=T)
+    for name in list(single_axis.LEVELS)[:7]:
+        made_up_results.write(folder, name, single_axis.get_config(name))
+    made_up_results.write_pollution(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", figures.NUMBERS)
+def test_it_is_drawn_and_repeats(number, folder, tmp_path):
+    module = importlib.import_module(f"experiments.figure{number}")
+    images = [plots.save(module.draw(folder), tmp_path / f"{n}.png").read_bytes() for n in range(2)]
+    assert images[0] == images[1]
+    assert images[0].startswith(b"\x89PNG")
+    figure = module.draw(folder)
+    texts = [text.get_text() for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
+    if number not in (4, 7, 11):
+        assert plots.NET in texts  # what the net keep rate is stands on the figure
+    assert figure._suptitle.get_text().startswith("smollm2-135m")
+    plots.plt.close(figure)
+
+
+def test_panels_and_numbers(folder):
+    """Three panels; the policy's line is what the CSV says, seeds averaged."""
+    from experiments import figure2
+
+    figure = figure2.draw(folder)
+    top, bottom = figure.axes[:3], figure.axes[3:]
+    assert [axes.get_title() for axes in top] == list(figure2.RUNS.values())
+    rows = plots.front(plots.load(folder, "smollm2-135m/sol-j-fl-t16-s*"))
+    requested = sorted({row.per_axis("requested") for row in rows})
+    assert len(requested) == 5  # the sweeps of single axes are left out
+    policy = top[2].containers[0].lines[0]
+    expected = [
+        np.mean(
+            [row.perplexity for row in rows if row.controller == "policy" and row.per_axis("requested") == r]
+        )
+        for r in requested
+    ]
+    np.testing.assert_allclose(policy.get_ydata(), expected)
+    gains = plots.points(rows, "fixed", "gain")
+    one = [row for row in rows if row.controller == "fixed" and row.per_axis("requested") == requested[0]]
+    assert len(one) == 2
+    assert gains[0].low == min(row.gain_low for row in one)
+    assert gains[0].high == max(row.gain_high for row in one)
+    assert {container.get_label() for container in bottom[0].containers} == {
+        plots.STYLES[name]["label"] for name in ("fixed", "random", "random_best")
+    }
+    plots.plt.close(figure)
+
+
+def test_shares_of_draws_beaten(folder):
+    """The made-up policy beats nearly every draw: 0.25 nats behind, spread by 0.05."""
+    from experiments import figure9
+
+    figure = figure9.draw(folder)
+    shares = [float(text.get_text().rstrip("%")) for axes in figure.axes for text in axes.texts]
+    assert len(shares) == 3 * 5  # of the diagonal
+    assert min(shares) >= 95
+    plots.plt.close(figure)
+
+
+def test_what_is_missing_is_said(folder, tmp_path, capsys):
+    missing = figures.draw_all(tmp_path / "none", tmp_path / "drawn")
+    assert list(missing) == list(figures.NUMBERS)
+    for why in missing.values():
+        assert "\n" not in why
+        assert re.search(r"evaluate|experiments\.pollution", why)
+    assert not (tmp_path / "drawn").exists()
+    assert figures.draw_all(folder, tmp_path / "drawn") == {}
+    assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NUMBERS)
+
+
+def test_names_of_results(tmp_path):
+    for stem in ("sol-j-fl-t16-s12", "kappa-0.1-s0", "plain"):
+        made_up_results.write(tmp_path, "x", sol_j_2l.get_config()).rename(tmp_path / f"{stem}.csv")
+    assert [(r.run, r.seed) for r in (plots.read(path)[0] for path in sorted(tmp_path.glob("*.csv")))] == [
+        ("kappa-0.1", "0"), ("plain", ""), ("sol-j-fl-t16", "12")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="no CSV named none"):
+        plots.load(tmp_path, "none")
+
+
+def test_the_demos_front(folder, tmp_path):
+    path = folder / "smollm2-135m" / "sol-j-2l-s0.csv"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.front",
+        "--results",
+        str(path),
+        "--output",
+        str(tmp_path / "f.png"),
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "no.csv").write_text("a,b\n1,2\n")
+    command[4] = str(tmp_path / "no.csv")
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "is not a CSV of sol_jax.evaluate" in ended.stderr
+    assert len(front.draw(plots.read(path)).axes) == 2
