@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 def get_config(variants: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
+    config.kernels = "auto"  # of decode steps: by platform and shape; or xla, pallas, triton
 
     config.model = ConfigDict()
     config.model.path = "smollm2-135m"  # or a folder, a .gguf file, hub:OWNER/NAME

@@ -52,6 +52,11 @@ def choose(op: str, implementation: str | None, *, platform: str | None = None, 
     return implementation
 
 
+def without_triton(implementation: str | None) -> str | None:
+    """What "triton" means for an op of which jax-triton has no kernel: the Pallas one."""
+    return "pallas" if implementation == "triton" else implementation
+
+
 def _pays(name: str, kernel: Kernel, facts: Mapping[str, Any]) -> bool:
     if kernel.pays is None or (name == "triton" and triton_problem() is not None):
         return False

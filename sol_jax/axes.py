@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.dispatch import without_triton
 from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import MAX_BITS, fake_quantize
-from pallas_kernels.quest import extend_bounds, page_bounds, page_scores
+from pallas_kernels.quest import extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
 
 
@@ -56,16 +57,25 @@ class Keys(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which keys a step attends to: masks that broadcast to [H, G, S] and [H, G, T]."""
+    """Which keys a step attends to: masks that broadcast to [H, G, P] and [H, G, T].
+
+    The prefix' is by page of `page_size` consecutive positions, the suffix' by position.
+    """
 
     prefix: jax.Array
     suffix: jax.Array
+    page_size: int = 1
 
-    def __and__(self, other: "Selection") -> "Selection":
-        return Selection(self.prefix & other.prefix, self.suffix & other.suffix)
+    def by_token(self, prefix_len: int) -> "Selection":
+        """The same with pages of one position, for a prefix (its room, not its filled part) so long."""
+        return Selection(jnp.repeat(self.prefix, self.page_size, -1)[..., :prefix_len], self.suffix)
 
-    def __or__(self, other: "Selection") -> "Selection":
-        return Selection(self.prefix | other.prefix, self.suffix | other.suffix)
+    def both(self, other: "Selection", prefix_len: int) -> "Selection":
+        """The keys that are in both."""
+        a, b = self, other
+        if a.page_size != b.page_size:
+            a, b = a.by_token(prefix_len), b.by_token(prefix_len)
+        return Selection(a.prefix & b.prefix, a.suffix & b.suffix, a.page_size)
 
 
 class Work(NamedTuple):
@@ -117,6 +127,7 @@ class Axis:
     budget: tuple[float, float]
     penalty: float
     budget_choices: tuple[float, ...] = ()
+    kernels: str = "auto"  # which implementation of its operations: see `llama.LlamaConfig.kernels`
     name: str = dataclasses.field(default="", init=False)
 
     @property
@@ -141,9 +152,19 @@ class Axis:
         return suffix_index
 
     def select(
-        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
     ) -> Selection | None:
-        """The keys that attention reads; None means all."""
+        """The keys that attention reads; None means all.
+
+        With `layer`, `prefix_index` is that of all layers, of which one is read in place: a slice of it would
+        be copied before a kernel sees it.
+        """
         return None
 
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
@@ -191,7 +212,8 @@ class Quest(Axis):
 
     def index_prefix(self, k_HxSxd: jax.Array) -> jax.Array:
         """Bounds of the prefix' pages, [H, P, 2d]."""
-        return page_bounds(k_HxSxd, jnp.ones(k_HxSxd.shape[1], bool), self.page_size)
+        every_S = jnp.ones(k_HxSxd.shape[1], bool)
+        return page_bounds(k_HxSxd, every_S, self.page_size, without_triton(self.kernels))
 
     def index_suffix(self, prefix_index: jax.Array, keys: Keys) -> jax.Array:
         """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""
@@ -228,17 +250,16 @@ class Quest(Axis):
         keys: Keys,
         prefix_index: jax.Array,
         suffix_index: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+        layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
         """Masks of the attended pages: whole prefix pages [H, G, P] and trailing pages."""
-        P = prefix_index.shape[1]
-        whole_P = jnp.arange(P) < keys.prefix_len // self.page_size
+        whole_P = jnp.arange(prefix_index.shape[-2]) < keys.prefix_len // self.page_size
         begun_P = jnp.arange(suffix_index.shape[1]) <= self._slot(keys, keys.step)
-        prefix_score = page_scores(q_HxGxd, prefix_index, whole_P)
-        score = jnp.concatenate([prefix_score, page_scores(q_HxGxd, suffix_index, begun_P)], -1)
         tokens = jnp.clip(float32_ceil(value, keys.kv_len), 1, keys.kv_len)
         pages = (tokens + self.page_size - 1) // self.page_size
-        keep = at_least_kth(score, jnp.broadcast_to(pages, score.shape[:-1]))
-        return keep[..., :P], keep[..., P:]
+        bounds, used = (prefix_index, suffix_index), (whole_P, begun_P)
+        chosen = without_triton(self.kernels)
+        return select_pages(q_HxGxd, bounds, used, pages, layer=layer, implementation=chosen)
 
     def select(
         self,
@@ -247,15 +268,20 @@ class Quest(Axis):
         keys: Keys,
         prefix_index: jax.Array,
         suffix_index: jax.Array,
+        layer: jax.Array | None = None,
     ) -> Selection:
-        whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index)
+        whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index, layer)
         S, T = keys.prefix_HxSxd.shape[1], keys.suffix_HxTxd.shape[1]
-        by_token = jnp.repeat(whole_HxGxP, self.page_size, -1)[..., :S]
+        whole_P = jnp.arange(whole_HxGxP.shape[-1]) < keys.prefix_len // self.page_size
         keep = Selection(
-            prefix=jnp.where(jnp.arange(S) < self._boundary(keys), by_token, trailing_HxGxP[..., :1]),
+            prefix=jnp.where(whole_P, whole_HxGxP, trailing_HxGxP[..., :1]),
             suffix=jnp.take(trailing_HxGxP, self._slot(keys, jnp.arange(T)), -1, mode="clip"),
+            page_size=self.page_size,
         )
-        return keep | _always(keys, self.sinks, self.window + 1) if self.protect else keep
+        if not self.protect:
+            return keep
+        keep, always = keep.by_token(S), _always(keys, self.sinks, self.window + 1)
+        return Selection(keep.prefix | always.prefix, keep.suffix | always.suffix)
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         tokens = _chosen(level, shape.kv_len)
@@ -283,7 +309,13 @@ class Recency(Axis):
     name: str = dataclasses.field(default="kappa", init=False)
 
     def select(
-        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
     ) -> Selection:
         fixed = self.sinks + self.window + 1
         rest = jnp.maximum(keys.kv_len - fixed, 0)
@@ -312,27 +344,28 @@ class Relevancy(Axis):
     name: str = dataclasses.field(default="kappa", init=False)
 
     def select(
-        self, value: jax.Array, q_HxGxd: jax.Array, keys: Keys, prefix_index: Any, suffix_index: Any
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
     ) -> Selection:
         always = _always(keys, self.sinks, self.window + 2)
         rest = jnp.maximum(keys.kv_len - self.sinks - self.window - 2, 0)
-        logit = Selection(
-            *(
-                jnp.where(
-                    valid & ~kept,
-                    jnp.einsum("hgd,hnd->hgn", q_HxGxd, k_HxNxd, preferred_element_type=jnp.float32),
-                    -jnp.inf,
-                )
-                for k_HxNxd, valid, kept in zip(
-                    (keys.prefix_HxSxd, keys.suffix_HxTxd), keys.valid, always, strict=True
-                )
-            )
-        )
-        both = jnp.concatenate(logit, -1)
+
+        def logits(k_HxNxd: jax.Array, valid: jax.Array, kept: jax.Array) -> jax.Array:
+            logit = jnp.einsum("hgd,hnd->hgn", q_HxGxd, k_HxNxd, preferred_element_type=jnp.float32)
+            return jnp.where(valid & ~kept, logit, -jnp.inf)
+
+        of_prefix = logits(keys.prefix_HxSxd, keys.valid.prefix, always.prefix)
+        of_suffix = logits(keys.suffix_HxTxd, keys.valid.suffix, always.suffix)
+        both = jnp.concatenate([of_prefix, of_suffix], -1)
         count = jnp.maximum(float32_ceil(value, rest), 1)
         best = at_least_kth(both, jnp.broadcast_to(count, both.shape[:-1]))
         S = keys.prefix_HxSxd.shape[1]
-        return Selection(best[..., :S], best[..., S:]) | always
+        return Selection(best[..., :S] | always.prefix, best[..., S:] | always.suffix)
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         always = self.sinks + self.window + 2
@@ -352,7 +385,7 @@ class ChannelPruning(Axis):
         return level / max(self.levels)
 
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
-        return keep_channels(x_D, value)
+        return keep_channels(x_D, value, without_triton(self.kernels))
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         share = _chosen(level, shape.hidden_size) / shape.hidden_size
@@ -369,7 +402,7 @@ class OutputQuantization(Axis):
         return level / MAX_BITS
 
     def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
-        return fake_quantize(y_D, value)
+        return fake_quantize(y_D, value, without_triton(self.kernels))
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         return {"mlp_output": Work(level / shape.dtype_bits, 1.0)} if level < MAX_BITS else {}

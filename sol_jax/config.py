@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
 from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig
@@ -21,6 +23,7 @@ from sol_jax.update import GrpoConfig, Memory, OptimConfig, Setup
 RULES = ("quest", "recency", "relevancy")
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "kernels": ("auto", *IMPLEMENTATIONS),
     "axes.kappa.rule": RULES,
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
@@ -135,10 +138,11 @@ def build_axes(config: ConfigDict) -> tuple[Axis, ...]:
         "recency": lambda common: Recency(**common, **ends),
         "relevancy": lambda common: Relevancy(**common, **ends),
     }
+    common = functools.partial(_common, kernels=config.kernels)
     axes = (
-        rules[kappa.rule](_common(kappa)),
-        ChannelPruning(**_common(rho)),
-        OutputQuantization(**_common(eta)),
+        rules[kappa.rule](common(kappa)),
+        ChannelPruning(**common(rho)),
+        OutputQuantization(**common(eta)),
     )
     return tuple(
         dataclasses.replace(a, budget=(a.cost(a.levels[0]),) * 2, budget_choices=())
@@ -148,8 +152,9 @@ def build_axes(config: ConfigDict) -> tuple[Axis, ...]:
     )
 
 
-def _common(axis: ConfigDict) -> dict[str, Any]:
+def _common(axis: ConfigDict, kernels: str) -> dict[str, Any]:
     return {
+        "kernels": kernels,
         "levels": tuple(float(level) for level in axis.levels),
         "budget": tuple(axis.budget),
         "penalty": axis.penalty,
@@ -184,7 +189,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
     )
     grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
     return Setup(
-        model,
+        dataclasses.replace(model, kernels=config.kernels),
         space,
         episode,
         policy,

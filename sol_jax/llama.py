@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.decode import split_attention
+from pallas_kernels.decode import attend, split_attention
+from pallas_kernels.mlp import gated_hidden
 from pallas_kernels.prefill import causal_attention
 from sol_jax.axes import Axis, Keys
 
@@ -53,6 +54,9 @@ class LlamaConfig:
     tie_embeddings: bool
     rope_scaling: RopeScaling | None = None
     dtype: str = "float32"  # of weights, caches and matmul operands; sums are float32
+    # Of decode steps: "auto" (by platform and shape), "xla", "pallas", or "triton" (jax-triton where it has a
+    # kernel, Pallas elsewhere).  A named one runs or raises `dispatch.Unavailable`.
+    kernels: str = "auto"
 
     @property
     def group_size(self) -> int:
@@ -326,20 +330,32 @@ def decode_step(
             q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
-            prefix_kv, prefix_index = _at(prefix.cache, i), _at(prefix.axis_index, i)
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
-            keys = Keys(prefix_kv.k, suffix_kv.k, prefix.length, step)
-            keep = keys.valid
-            for axis, value, *index in zip(axes, action_X, prefix_index, suffix_index, strict=True):
-                chosen = axis.select(value, q_HxGxd, keys, *index)
-                keep = keep if chosen is None else keep & chosen
-            mixed_HxGxd = split_attention(q_HxGxd, prefix_kv, suffix_kv, *keep)
+            keys = Keys(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
+            S, keep = prefix.cache.k.shape[2], None
+            for axis, value, whole, own in zip(axes, action_X, prefix.axis_index, suffix_index, strict=True):
+                chosen = axis.select(value, q_HxGxd, keys, whole, own, i)
+                if chosen is not None:
+                    keep = chosen if keep is None else keep.both(chosen, S)
+            keep = keys.valid if keep is None else keep._replace(suffix=keep.suffix & keys.valid.suffix)
+            mixed_HxGxd = attend(
+                q_HxGxd,
+                prefix.cache,
+                suffix_kv,
+                keep.prefix,
+                keep.suffix,
+                prefix.length,
+                keep.page_size,
+                layer=i,
+                implementation=cfg.kernels,
+            )
             x_D = x_D + dot(mixed_HxGxd.reshape(cfg.num_heads, cfg.head_size), layer["o"], 2)
         with jax.named_scope("mlp"):
             y_D = rms_norm(x_D, layer["mlp_norm"], cfg.norm_eps)
             for axis, value in zip(axes, action_X, strict=True):
                 y_D = axis.mlp_input(value, y_D)
-            y_D = _mlp(layer, y_D)
+            stacked = weights["layers"]["gate"], weights["layers"]["up"]
+            y_D = dot(gated_hidden(y_D, *stacked, cfg.kernels, i), layer["down"])
             for axis, value in zip(axes, action_X, strict=True):
                 y_D = axis.mlp_output(value, y_D)
         return (x_D + y_D, suffix), None

@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from sol_jax.errors import UserError
 from sol_jax.step_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
 
-FREE_FIELDS = ("train.", "eval.", "memory.", "data.cache_dir")  # do not change what is learned
+# What changes how a run goes, but not what it learns (beyond rounding).
+FREE_FIELDS = ("train.", "eval.", "memory.", "data.cache_dir", "kernels")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 

@@ -137,6 +137,7 @@ OTHER = {
     "episode.prefix_len": 40,
     "episode.horizon": 5,
     "episode.episodes_per_prefix": 2,
+    "kernels": "pallas",
     "episode.sinks": 3,
     "episode.window": 5,
     "axes.kappa.levels": (0.2, 1.0),
