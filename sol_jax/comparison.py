@@ -5,6 +5,7 @@ are bootstrapped over documents.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,17 +39,16 @@ class Plan:
     along: tuple[str, ...] = ()  # the axis swept at each budget, or ""; () if none is at any
 
     @property
-    def subjects(self) -> list[tuple[str, tuple[float, ...]]]:
-        """What the others are matched to: the axis held dense, if any, and the budget asked for."""
-        return [(held, budget) for held in ("", *self.hold) for budget in self.budgets]
+    def holds(self) -> tuple[str, ...]:
+        """Nothing held dense, then each axis of `hold`."""
+        return ("", *self.hold)
 
     @property
-    def drawn(self) -> list[int]:
-        """The subjects that have random schedules."""
+    def drawn(self) -> Sequence[int]:
+        """The budgets, by index, that have random schedules."""
         if "random" not in self.controllers or not self.num_random:
-            return []
-        at = range(len(self.budgets)) if self.random_at is None else self.random_at
-        return [s for s in range(len(self.subjects)) if s % len(self.budgets) in at]
+            return ()
+        return range(len(self.budgets)) if self.random_at is None else self.random_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,90 +104,96 @@ def run(
     `progress` gets the columns of a stage, those that are there already and a label, and returns what is told
     of columns as they are done.
     """
-    setup, N = sweep.setup, sum(len(batch.tokens_BxN) for batch in sweep.batches)
-    W = setup.episode.episodes_per_prefix
+    setup, batches = sweep.setup, sweep.batches
+    document_N = np.concatenate([batch.document_B for batch in batches])
 
-    def scored(jobs: Sequence[Job], label: str) -> dict[tuple[str, str], Scores]:
+    def scored(jobs: Sequence[Job], label: str) -> Found:
         scores = sweep.run(jobs, progress(*sweep.columns(jobs), label))
         return {(job.name, job.kind.held): found for job, found in zip(jobs, scores, strict=True)}
 
-    asked = _spread(np.array(plan.budgets, np.float32), N, W)
-    own = scored(
-        [Job(POLICY, asked, Kind(POLICY, held), plan.budgets) for held in ("", *plan.hold)], "policy"
-    )
-    policy = [own[POLICY, held] for held in ("", *plan.hold)]
-    target_SxX = np.concatenate([scores.costs(setup).mean((0, 1)) for scores in policy])
-    others = scored(_jobs(plan, target_SxX, setup, N, len(sweep.batches[0].tokens_BxN)), "baselines")
-    document_N = np.concatenate([batch.document_B for batch in sweep.batches])
-    return _rows(plan, policy, {name: found for (name, _), found in others.items()}, document_N, setup)
+    asked = _spread(np.array(plan.budgets), len(document_N), setup)
+    own = scored([Job(POLICY, asked, Kind(POLICY, held), plan.budgets) for held in plan.holds], "policy")
+    jobs = [_dense(len(document_N), setup)]
+    for g, held in enumerate(plan.holds):
+        target_JxX = own[POLICY, held].costs(setup).mean((0, 1))
+        seeds = [(plan.seed, g, j) for j in range(len(plan.budgets))]
+        jobs += _jobs(plan, held, target_JxX, setup, len(document_N), len(batches[0].tokens_BxN), seeds)
+    return _rows(plan, own | scored(jobs, "baselines"), document_N, setup)
 
 
-def _spread(given_JxY: np.ndarray, N: int, W: int) -> np.ndarray:
-    return np.broadcast_to(given_JxY, (N, W, *given_JxY.shape))
+Found = dict[tuple[str, str], Scores]  # by job and the axis held dense
 
 
-def _jobs(plan: Plan, target_SxX: np.ndarray, setup: Setup, N: int, batch_size: int) -> list[Job]:
-    """Everything but the policy, matched to `target_SxX`; column s of a job is subject s."""
+def _spread(given_JxX: np.ndarray, N: int, setup: Setup) -> np.ndarray:
+    shape = (N, setup.episode.episodes_per_prefix, *given_JxX.shape)
+    return np.broadcast_to(given_JxX.astype(np.float32), shape)
+
+
+def _dense(N: int, setup: Setup) -> Job:
+    W, T = setup.episode.episodes_per_prefix, setup.episode.horizon
+    action = schedules.dense(setup.space, N * W, T).reshape(N, W, 1, T)
+    return Job("dense", action, Kind(with_entropy=True))
+
+
+def _jobs(
+    plan: Plan,
+    held: str,
+    target_JxX: np.ndarray,
+    setup: Setup,
+    N: int,
+    batch_size: int,
+    seeds: Sequence[tuple[int, ...]],
+) -> list[Job]:
+    """Everything that is matched to `target_JxX`, budget by budget."""
     shape, space = setup.episode, setup.space
     W, T = shape.episodes_per_prefix, shape.horizon
-    requested = tuple(budget for _, budget in plan.subjects)
     may_control = schedules.controllable(shape, N)
-
-    def replayed(name: str, columns: list[np.ndarray], asked: Budgets, with_entropy: bool = False) -> Job:
-        action = np.concatenate(columns, 1).reshape(N, W, -1, T)
-        return Job(name, action, Kind(with_entropy=with_entropy), asked)
-
-    jobs = [replayed("dense", [schedules.dense(space, N * W, T)[:, None]], (), with_entropy=True)]
+    rows = batch_size * W
+    static = {
+        "fixed": lambda target_X: schedules.fixed(space, target_X, may_control),
+        "fixed_official": lambda target_X: schedules.fixed_official(space, target_X, may_control, rows),
+    }
+    jobs = []
     for name in plan.controllers:
-        if name == "fixed":
-            columns = [schedules.fixed(space, target_X, may_control)[:, None] for target_X in target_SxX]
-            jobs.append(replayed(name, columns, requested))
-        elif name == "fixed_official":
-            rows = batch_size * W
-            columns = [
-                schedules.fixed_official(space, target_X, may_control, rows)[:, None]
-                for target_X in target_SxX
-            ]
-            jobs.append(replayed(name, columns, requested))
+        if name in static:
+            action = np.stack([static[name](target_X) for target_X in target_JxX], 1)
+            jobs.append(Job(name, action.reshape(N, W, -1, T), Kind(held=held), plan.budgets))
         elif name == "random":
-            for s in plan.drawn:  # a generator for each, so that a budget's draws do not depend on the others
-                rng = np.random.default_rng([plan.seed, s])
-                drawn = schedules.random(space, target_SxX[s], may_control, plan.num_random, rng)
-                jobs.append(replayed(_draws_of(s), [drawn], (requested[s],) * plan.num_random))
+            for j in plan.drawn:  # a generator for each, so that a budget's draws do not depend on the others
+                rng = np.random.default_rng(seeds[j])
+                action = schedules.random(space, target_JxX[j], may_control, plan.num_random, rng)
+                asked = (plan.budgets[j],) * plan.num_random
+                jobs.append(Job(_draws_of(j), action.reshape(N, W, -1, T), Kind(held=held), asked))
         else:
-            jobs.append(Job(name, _spread(target_SxX.astype(np.float32), N, W), Kind(name), requested))
+            jobs.append(Job(name, _spread(target_JxX, N, setup), Kind(name, held), plan.budgets))
     return jobs
 
 
-def _draws_of(subject: int) -> str:
-    return f"random{subject}"
+def _draws_of(budget: int) -> str:
+    return f"random{budget}"
 
 
-def _rows(
-    plan: Plan, policy: Sequence[Scores], others: dict[str, Scores], document_N: np.ndarray, setup: Setup
-) -> tuple[list[Row], list[Draw]]:
-    """`policy` has a job per held axis, the budgets in its columns."""
+def _rows(plan: Plan, found: Found, document_N: np.ndarray, setup: Setup) -> tuple[list[Row], list[Draw]]:
     rows: list[Row] = []
     draws: list[Draw] = []
-    J = len(plan.budgets)
-    for s, (held, requested) in enumerate(plan.subjects):
-        own = _column(policy[s // J], s % J)
+    for held, (j, requested) in itertools.product(plan.holds, enumerate(plan.budgets)):
+        own = _column(found[POLICY, held], j)
         compared = {POLICY: own}
         for name in plan.controllers:
             if name != "random":
-                compared[name] = _column(others[name], s)
-        if s in plan.drawn:
-            drawn = others[_draws_of(s)]
+                compared[name] = _column(found[name, held], j)
+        if j in plan.drawn:
+            drawn = found[_draws_of(j), held]
             nats_R = -drawn.logp_NxWxJxT.mean((0, 1, 3), dtype=np.float64)
             net_R = drawn.costs(setup).mean((0, 1, 3))
             draws += [
                 Draw(held, requested, r, *pair) for r, pair in enumerate(zip(net_R, nats_R, strict=True))
             ]
             compared |= {"random": drawn, "random_best": _column(drawn, int(np.argmin(nats_R)))}
-        compared["dense"] = others["dense"]
+        compared["dense"] = found["dense", ""]
         reference_N = _by_block(own)
         for name, scores in compared.items():
-            place = (held, plan.along[s % J] if plan.along else "", requested)
+            place = (held, plan.along[j] if plan.along else "", requested)
             rows.append(_row(name, place, scores, reference_N, document_N, setup))
     return rows, draws
 

@@ -11,12 +11,14 @@ beside the CSV.  `random_best` is the best of the random schedules on the very t
 paper takes it, which favours it.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from sol_jax import budgets, policy_files, results
 from sol_jax.comparison import BASELINES, Plan, Row, Stage, run, summary
@@ -24,6 +26,7 @@ from sol_jax.data import Batch, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.llama import Weights
 from sol_jax.metrics import progress
+from sol_jax.score_files import Store
 from sol_jax.session import Session, read_config
 from sol_jax.subject import (
     Subject,
@@ -35,7 +38,7 @@ from sol_jax.subject import (
     refuse_training_text,
     training_documents,
 )
-from sol_jax.sweep import Store, Sweep
+from sol_jax.sweep import Sweep
 from sol_jax.update import Setup
 
 __all__ = ["compare", "report", "summary"]  # what training needs
@@ -101,6 +104,29 @@ def _bar(total: int, done: int, label: str) -> Stage:
     return tell
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What an evaluation is asked for; None stands for what the run's config says."""
+
+    workdir: str | None = None
+    policy: str | None = None
+    source: str = ""
+    document_start: str = ""
+    split: str = "test"
+    output: str | None = None
+    budgets: str | None = None
+    grid: int = 0
+    controllers: Sequence[str] = ("fixed", "random")
+    num_random: int | None = None
+    random_budgets: int = 0
+    num_blocks: int | None = None
+    hold: Sequence[str] = ()
+    stale_prefill: bool = False
+    batch_size: int | None = None
+    parallel: int | None = None
+    seed: int | None = None
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the training run to evaluate.")
     flags.DEFINE_string("policy", None, "Name of a committed policy, or its folder, instead of a checkpoint.")
@@ -121,70 +147,75 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", None, "Of the random schedules; default: the run's.", 0)
 
 
-def _plan(run: Any, setup: Setup, args: Any) -> Plan:
-    """What the flags ask for; the rest is as in the config of the run."""
-    for name in args.controllers:
+def plan_of(options: Options, config: ConfigDict, setup: Setup) -> Plan:
+    """What is compared, of the budgets and controllers asked for; `UserError` if there are no such."""
+    for name in options.controllers:
         if name not in BASELINES:
             raise UserError(f"--controllers: there is no {name!r}; there are {', '.join(BASELINES)}")
     names = [axis.name for axis in setup.space.axes]
-    for name in args.hold:
+    for name in options.hold:
         if name not in names:
             raise UserError(f"--hold: there is no axis {name!r}; the axes are {', '.join(names)}")
-    if args.budgets and args.grid:
+    if options.budgets and options.grid:
         raise UserError("give --budgets or --grid, not both")
-    asked = _tuples(run.eval.budgets)
+    asked = _tuples(config.eval.budgets)
     along: tuple[str, ...] = ()
-    if args.budgets:
-        asked = budgets.parse(args.budgets, setup.space, "--budgets")
-    elif args.grid:
-        asked = budgets.diagonal(setup.space, args.grid)
-        swept, names_of_swept = budgets.axis_sweeps(setup.space, max(args.grid // 2, 2))
+    if options.budgets:
+        asked = budgets.parse(options.budgets, setup.space, "--budgets")
+    elif options.grid:
+        asked = budgets.diagonal(setup.space, options.grid)
+        swept, names_of_swept = budgets.axis_sweeps(setup.space, max(options.grid // 2, 2))
         asked, along = asked + swept, ("",) * len(asked) + names_of_swept
     return Plan(
         asked,
-        tuple(args.controllers),
-        run.eval.num_random if args.num_random is None else args.num_random,
-        budgets.spread(args.random_budgets, along.count("") or len(asked)),
-        tuple(args.hold),
-        run.seed if args.seed is None else args.seed,
+        tuple(options.controllers),
+        config.eval.num_random if options.num_random is None else options.num_random,
+        budgets.spread(options.random_budgets, along.count("") or len(asked)),
+        tuple(options.hold),
+        config.seed if options.seed is None else options.seed,
         along,
     )
+
+
+def evaluate(options: Options) -> list[Row]:
+    """The whole of the program; raises `UserError` for whatever is wrong."""
+    if not options.workdir and not options.policy:
+        raise UserError("give --workdir RUN or --policy NAME")
+    if not options.workdir and not options.output:
+        raise UserError("give --output FILE.csv with --policy")
+    workdir = pathlib.Path(options.workdir or ".")
+    if options.policy:
+        params, own, about = policy_files.load_policy(options.policy)
+        config = read_config(workdir) if options.workdir else own
+        session = open_text(config, options.source, options.document_start)
+        policy_files.check_fits(options.policy, params, own, config, session.setup)
+        subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
+    else:
+        config = read_config(workdir)
+        checkpoints = open_run(workdir, config)  # before anything heavy
+        session = open_text(config, options.source, options.document_start)
+        subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
+        trained_on = training_documents(config, session)
+    refuse_training_text(session, options.split, trained_on)
+    print(f"evaluating the policy of update {subject.updates}")
+    plan = plan_of(options, config, session.setup)
+    limit = options.num_blocks or config.eval.num_test_blocks or None
+    blocks = session.split(options.split)
+    batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
+    output = pathlib.Path(options.output) if options.output else workdir / "results.csv"
+    store = Store(output.with_suffix(".scores"), decides(session, batches, options.stale_prefill))
+    parallel = options.parallel or config.grpo.num_schedules
+    sweep = Sweep(
+        session.weights, subject.params, batches, session.setup, store, parallel, options.stale_prefill
+    )
+    return run_and_write(sweep, plan, describe(subject, session, options.split, batches), output)
 
 
 @exits_on_user_error
 def main(argv: Sequence[str]) -> None:
     del argv
-    args = flags.FLAGS
-    if not args.workdir and not args.policy:
-        raise UserError("give --workdir RUN or --policy NAME")
-    if not args.workdir and not args.output:
-        raise UserError("give --output FILE.csv with --policy")
-    workdir = pathlib.Path(args.workdir or ".")
-    if args.policy:
-        params, own, about = policy_files.load_policy(args.policy)
-        run_config = read_config(workdir) if args.workdir else own
-        session = open_text(run_config, args.source, args.document_start)
-        policy_files.check_fits(args.policy, params, own, run_config, session.setup)
-        subject, trained_on = Subject(params, own, args.policy, about["updates"]), about["documents"]
-    else:
-        run_config = read_config(workdir)
-        checkpoints = open_run(workdir, run_config)  # before anything heavy
-        session = open_text(run_config, args.source, args.document_start)
-        subject = best_of_run(checkpoints, run_config, session.setup, workdir.absolute().name)
-        trained_on = training_documents(run_config, session)
-    refuse_training_text(session, args.split, trained_on)
-    print(f"evaluating the policy of update {subject.updates}")
-    plan = _plan(run_config, session.setup, args)
-    batch_size = args.batch_size or run_config.eval.batch_size
-    limit = args.num_blocks or run_config.eval.num_test_blocks or None
-    batches = list(evaluation_batches(session.split(args.split), batch_size, limit))
-    output = pathlib.Path(args.output) if args.output else workdir / "results.csv"
-    store = Store(output.with_suffix(".scores"), decides(session, batches, args.stale_prefill))
-    parallel = args.parallel or run_config.grpo.num_schedules
-    sweep = Sweep(
-        session.weights, subject.params, batches, session.setup, store, parallel, args.stale_prefill
-    )
-    run_and_write(sweep, plan, describe(subject, session, args.split, batches), output)
+    given: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
+    evaluate(Options(**given))
 
 
 if __name__ == "__main__":

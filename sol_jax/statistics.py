@@ -25,3 +25,34 @@ def document_bootstrap(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return mean, float(low), float(high)
+
+
+def document_correlation(
+    x_N: np.ndarray, y_N: np.ndarray, document_N: np.ndarray, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Pearson's correlation with a percentile bootstrap interval over documents.
+
+    Returns (r, low, high); nan where it does not exist: of a constant, or the interval of one document.
+    """
+    names, index_N = np.unique(document_N, return_inverse=True)
+    # Centred, so that the sums of squares below do not cancel; r does not change.
+    x_N, y_N = x_N - np.mean(x_N), y_N - np.mean(y_N)
+    products = (np.ones(len(x_N)), x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N)
+    total_Gx6 = np.stack([np.bincount(index_N, product) for product in products], -1)
+    r = float(_correlation(total_Gx6.sum(0)))
+    if len(names) < 2:
+        return r, float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(len(names), size=(NUM_RESAMPLES, len(names)))
+    resampled = _correlation(total_Gx6[draws].sum(1))
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail]) if np.isfinite(resampled).any() else (np.nan,) * 2
+    return r, float(low), float(high)
+
+
+def _correlation(sums: np.ndarray) -> np.ndarray:
+    """Pearson's r from the sums of 1, x, y, x^2, y^2 and xy, [..., 6]; nan without variance."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    # Rounding leaves a constant some 1e-16 of variance, relative to its squares.
+    exists = spread > 1e-18 * (n * xx) * (n * yy)
+    return np.where(exists, (n * xy - x * y) / np.sqrt(np.where(exists, spread, 1.0)), np.nan)

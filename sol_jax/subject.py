@@ -13,9 +13,9 @@ from sol_jax.corpus import document_hashes, read_documents
 from sol_jax.data import Batch
 from sol_jax.errors import UserError
 from sol_jax.policy_files import HASH_LENGTH
+from sol_jax.score_files import array_digest, digest
 from sol_jax.session import Session, commit, open_session
 from sol_jax.state import FREE_FIELDS, Checkpoints
-from sol_jax.sweep import array_digest, digest
 from sol_jax.update import Setup, init_state
 
 
@@ -121,6 +121,7 @@ def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str
         "model": session.config.model.path,
         "architecture": repr(setup.model),
         "axes": repr(setup.space.axes),
+        "costs": {axis.name: [axis.cost(level) for level in axis.levels] for axis in setup.space.axes},
         "episode": repr(setup.episode),
         "text": session.config.data.source,
         "blocks": [array_digest([batch.tokens_BxN, batch.document_B]) for batch in batches],

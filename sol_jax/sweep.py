@@ -1,32 +1,21 @@
-"""Runs the columns of an evaluation batch by batch; what is scored is on disk, so a killed sweep goes on.
-
-Scores lie under a folder named by a digest of all that decides them besides the controllers: model, axes,
-episodes, text.  In it each job (a controller with what it is given) has a folder of its own, named by the
-same rule, with one file per batch and set of columns, written all at once or not at all.  So scores of
-different configurations cannot be mixed, and a sweep that asks for more finds what it has.
-"""
+"""Runs the columns of an evaluation batch by batch; what is scored is on disk, so a killed sweep goes on."""
 
 import dataclasses
 import functools
-import hashlib
-import json
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from absl import logging
 
 from sol_jax.axes import Quest
 from sol_jax.data import Batch
 from sol_jax.errors import UserError
 from sol_jax.llama import Weights
+from sol_jax.score_files import Store, array_digest, digest, file_name
 from sol_jax.scores import POLICY, Kind, Player, Scores, join
 from sol_jax.stale_prefill import leftover_rows, stale_prefill
 from sol_jax.update import Setup
 
-VERSION = 1  # raise it when the same inputs would give other scores
 COLUMNS = 256  # of one file: some minutes' work on a CPU
 
 
@@ -47,86 +36,6 @@ class Job:
     def starts(self) -> range:
         """First column of each file."""
         return range(0, self.given_NxWxJxY.shape[2], COLUMNS)
-
-
-class Store:
-    """Files of scores under `root`; without a root nothing is kept.
-
-    Args:
-      about: all that decides scores besides the jobs; anything JSON can hold.
-
-    Raises `UserError` if the folder holds scores of something else.
-    """
-
-    def __init__(self, root: pathlib.Path | None, about: Mapping[str, Any]):
-        self.digest = digest(about)
-        self.folder = root and root / self.digest
-        if self.folder is None:
-            return
-        file, text = self.folder / "about.json", json.dumps(about, indent=2)
-        if file.is_file() and file.read_text() != text:
-            raise UserError(
-                f"{self.folder} holds scores of another evaluation (see its about.json); move it away"
-            )
-        self._write(file, lambda path: path.write_text(text))
-
-    def read(self, job: str, file: str, shape: tuple[int, ...]) -> Scores | None:
-        """Scores of so many blocks, episodes, columns and steps; None if there are none, or damaged ones."""
-        if self.folder is None:
-            return None
-        path = self.folder / job / f"{file}.npz"
-        try:
-            with np.load(path) as found:
-                scores = Scores(found["logp"], found["entropy"], found["action"])
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # a damaged file makes NumPy fail in many ways
-            logging.warning("%s is damaged (%s); its columns are run again", path, error)
-            return None
-        if scores.logp_NxWxJxT.shape != shape or scores.action_NxWxJxT.shape != shape:
-            logging.warning("%s is damaged (shapes); its columns are run again", path)
-            return None
-        return scores
-
-    def write(self, job: str, file: str, scores: Scores) -> None:
-        """Keeps scores, all or nothing."""
-
-        def save(path: pathlib.Path) -> None:
-            logp, entropy, action = scores
-            with open(path, "wb") as out:
-                np.savez(out, logp=logp, entropy=entropy, action=action)
-
-        if self.folder is not None:
-            self._write(self.folder / job / f"{file}.npz", save)
-
-    def describe(self, job: str, what: Mapping[str, Any]) -> None:
-        """What the files of a job are, in `job.json` beside them."""
-        if self.folder is not None:
-            text = json.dumps(what, indent=2)
-            self._write(self.folder / job / "job.json", lambda path: path.write_text(text))
-
-    def _write(self, file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-        unfinished = file.with_name(f"{file.name}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(unfinished)
-            unfinished.replace(file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {(error.strerror or str(error)).lower()}") from error
-
-
-def digest(what: Any) -> str:
-    """Short hex name of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def array_digest(tree: Any) -> str:
-    """Short hex name of a tree of arrays."""
-    state = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
-        state.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-    return state.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +72,7 @@ class Sweep:
             for b, batch in enumerate(self.batches):
                 for start in job.starts:
                     count = min(COLUMNS, J - start)
-                    found = self.store.read(name, _file(b, start), self._shape(batch, count))
+                    found = self.store.read(name, file_name(b, start), self._shape(batch, count))
                     total, done = total + count, done + count * (found is not None)
         return total, done
 
@@ -176,6 +85,7 @@ class Sweep:
         for job in jobs:
             what = {"controller": job.name, "held": job.kind.held, "requested": job.requested}
             self.store.describe(self._folder(job), what)
+        self.store.keep_blocks(*(np.concatenate(part) for part in zip(*self.batches, strict=True)))
         first = 0
         for b, batch in enumerate(self.batches):
             tokens_BxN = batch.tokens_BxN
@@ -201,14 +111,14 @@ class Sweep:
         for start in job.starts:
             columns = slice(start, start + COLUMNS)
             piece = given[:, :, columns]
-            scores = self.store.read(name, _file(b, start), self._shape(batch, piece.shape[2]))
+            scores = self.store.read(name, file_name(b, start), self._shape(batch, piece.shape[2]))
             if scores is None:
                 if self.stale and before is not None:
                     ended = before.action_NxWxJxT[:, 0, columns, -1]
                     scores = self._play_stale(player, batch, piece, ended, job.kind, progress)
                 else:
                     scores = player.play(piece, job.kind, progress=progress)
-                self.store.write(name, _file(b, start), scores)
+                self.store.write(name, file_name(b, start), scores)
             pieces.append(scores)
         return join(pieces, axis=2)
 
@@ -260,7 +170,3 @@ class Sweep:
         policy = self._policy if job.kind.controller == POLICY else ""
         decides = [job.kind, job.given_digest, policy]
         return "-".join(filter(None, [job.name, job.kind.held, digest(decides)]))
-
-
-def _file(batch: int, column: int) -> str:
-    return f"batch-{batch:04d}-column-{column:05d}"

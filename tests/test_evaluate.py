@@ -19,6 +19,7 @@ from sol_jax.comparison import Draw, Plan, Row
 from sol_jax.config import flatten
 from sol_jax.data import evaluation_batches
 from sol_jax.errors import UserError
+from sol_jax.evaluate import Options
 from sol_jax.scores import Scores
 from sol_jax.state import Checkpoints
 from sol_jax.update import init_state
@@ -74,13 +75,14 @@ def made_up(logp_NxJ, T=4):
 
 def test_the_best_random_schedule_is_the_best_in_the_mean(session):
     """Draw 1 wins in one block by far and draw 2 in both by little; the mean decides."""
-    others = {
-        "dense": made_up([[-0.5], [-0.5]]),
-        "fixed": made_up([[-2.0], [-2.0]]),
-        "random0": made_up([[-3.0, -1.0, -1.5], [-3.0, -9.0, -1.5]]),
+    scores = {
+        ("policy", ""): made_up([[-1.0], [-1.0]]),
+        ("dense", ""): made_up([[-0.5], [-0.5]]),
+        ("fixed", ""): made_up([[-2.0], [-2.0]]),
+        ("random0", ""): made_up([[-3.0, -1.0, -1.5], [-3.0, -9.0, -1.5]]),
     }
     plan, documents = Plan(BUDGETS[:1], num_random=3), np.array([0, 1])
-    found, draws = comparison._rows(plan, [made_up([[-1.0], [-1.0]])], others, documents, session.setup)
+    found, draws = comparison._rows(plan, scores, documents, session.setup)
     rows = {row.controller: row for row in found}
     assert list(rows) == ["policy", "fixed", "random", "random_best", "dense"]
     assert rows["random_best"].nats == pytest.approx(1.5)
@@ -96,8 +98,9 @@ def test_the_best_random_schedule_is_the_best_in_the_mean(session):
 def test_the_interval_is_over_documents(session):
     """Two documents, of three blocks and one: resampled whole, so the gain is 1, 1.5 or 3 at the most."""
     policy, fixed = made_up([[-1.0]] * 4), made_up([[-2.0]] * 3 + [[-4.0]])
-    others, plan = {"dense": policy, "fixed": fixed}, Plan(BUDGETS[:1], ("fixed",))
-    rows, _ = comparison._rows(plan, [policy], others, np.array([0, 0, 0, 1]), session.setup)
+    scores = {("policy", ""): policy, ("dense", ""): policy, ("fixed", ""): fixed}
+    plan = Plan(BUDGETS[:1], ("fixed",))
+    rows, _ = comparison._rows(plan, scores, np.array([0, 0, 0, 1]), session.setup)
     row = rows[1]
     assert (row.gain, row.gain_low, row.gain_high) == pytest.approx((1.5, 1.0, 3.0))
 
@@ -276,7 +279,7 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
 
 
 def finished(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npz"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("batch-*.npz"))
 
 
 @pytest.mark.slow
@@ -345,23 +348,12 @@ def test_a_run_without_a_checkpoint(session, tmp_path):
     )
 
 
-class Args:
-    """The flags as the program has them."""
-
-    budgets, grid, controllers, num_random, random_budgets = None, 0, ["fixed", "random"], None, 0
-    hold: tuple = ()
-    seed = None
-
-    def __init__(self, **given):
-        self.__dict__ |= given
-
-
 def test_plans(session):
     config, setup = session.config, session.setup
-    plan = evaluate._plan(config, setup, Args())
+    plan = evaluate.plan_of(Options(), config, setup)
     assert plan == Plan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
-    plan = evaluate._plan(
-        config, setup, Args(grid=20, random_budgets=6, num_random=500, hold=["eta"], seed=3)
+    plan = evaluate.plan_of(
+        Options(grid=20, random_budgets=6, num_random=500, hold=["eta"], seed=3), config, setup
     )
     assert len(plan.budgets) == 50
     assert plan.random_at == (1, 5, 8, 11, 15, 18)  # of the diagonal
@@ -380,7 +372,7 @@ def test_plans(session):
 )
 def test_plans_that_are_refused(session, given, expected):
     with pytest.raises(UserError) as mistake:
-        evaluate._plan(session.config, session.setup, Args(**given))
+        evaluate.plan_of(Options(**given), session.config, session.setup)
     assert expected in str(mistake.value)
 
 

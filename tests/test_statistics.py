@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sol_jax.statistics import document_bootstrap
+from sol_jax.statistics import document_bootstrap, document_correlation
 
 
 def test_against_all_resamples():
@@ -51,3 +51,53 @@ def test_coverage_where_blocks_of_a_document_are_alike():
         naive_hits += low <= 0 <= high
     assert 0.88 <= hits / runs <= 0.99
     assert naive_hits / runs < 0.75
+
+
+def test_correlation_by_hand():
+    """(1, 2), (2, 1), (3, 4), (4, 3): deviations' products sum to 3, their squares to 5 and 5."""
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 4.0, 3.0])
+    r, low, high = document_correlation(x, y, np.arange(4))
+    assert r == pytest.approx(3 / 5)
+    assert -1 <= low <= r <= high <= 1
+    assert document_correlation(x, -10 * y + 7, np.arange(4))[0] == pytest.approx(-3 / 5)
+    assert document_correlation(x + 1e6, 1e-6 * y, np.arange(4))[0] == pytest.approx(3 / 5)
+
+
+def test_correlation_against_all_resamples():
+    """Two documents: both of one, both of the other, or one of each, in the shares 1 : 1 : 2."""
+    x, y = np.array([0.0, 1.0, 2.0, 0.0, 1.0, 2.0]), np.array([0.0, 1.0, 2.0, 2.0, 1.0, 0.0])
+    documents = np.array([0, 0, 0, 1, 1, 1])
+    assert document_correlation(x, y, documents) == pytest.approx((0.0, -1.0, 1.0))
+    assert document_correlation(x, y, documents, level=0.3) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+
+
+def test_correlations_that_do_not_exist():
+    x, documents = np.arange(6.0), np.arange(6)
+    for constant in (0.0, 0.1, 1e6):
+        assert np.isnan(document_correlation(x, np.full(6, constant), documents)).all()
+    r, low, high = document_correlation(x, 2 * x, np.zeros(6, int))
+    assert r == pytest.approx(1.0)
+    assert np.isnan([low, high]).all()
+
+
+def test_coverage_of_the_correlation():
+    """95 % intervals hold the truth about as often where documents share part of both variables."""
+    rng, hits, runs, rho = np.random.default_rng(2), 0, 200, 0.5
+    document_N = np.repeat(np.arange(50), 8)
+    for run in range(runs):
+        shared, own = rng.normal(size=(2, 50))[:, document_N], rng.normal(size=(2, 400))
+        first, second = (shared + own) / np.sqrt(2)
+        hits += (
+            np.diff(
+                np.sign(
+                    np.array(
+                        document_correlation(
+                            first, rho * first + np.sqrt(1 - rho**2) * second, document_N, seed=run
+                        )[1:]
+                    )
+                    - rho
+                )
+            )[0]
+            == 2
+        )
+    assert 0.88 <= hits / runs <= 0.99

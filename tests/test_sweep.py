@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax import llama, schedules, stale_prefill, sweep
+from sol_jax import llama, schedules, score_files, stale_prefill
 from sol_jax.axes import Quest
 from sol_jax.comparison import Plan, run
 from sol_jax.data import evaluation_batches
 from sol_jax.errors import UserError
+from sol_jax.score_files import Store
 from sol_jax.scores import POLICY, REPLAY, Kind, Player
-from sol_jax.sweep import Job, Store, Sweep
+from sol_jax.sweep import Job, Sweep
 from sol_jax.update import init_state
 
 BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
@@ -129,7 +130,7 @@ def jobs_of(policy):
 
 
 def files(root: pathlib.Path) -> dict[str, float]:
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*.npz")}
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("batch-*.npz")}
 
 
 def refuse(*args, **kwargs):
@@ -150,7 +151,7 @@ def test_scores_on_disk_are_not_run_again(make, policy, tmp_path, monkeypatch):
         again = make(tmp_path).run(jobs)
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
-    paths = sorted(tmp_path.rglob("*.npz"))
+    paths = sorted(tmp_path.rglob("batch-*.npz"))
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:100])
     assert make(tmp_path).columns(jobs) == (12, 8)
@@ -318,6 +319,6 @@ def test_draws_do_not_depend_on_what_else_is_run(make):
 
 def test_digests_tell_arrays_apart():
     a = np.arange(6, dtype=np.float32)
-    assert sweep.array_digest([a, a]) == sweep.array_digest([a.copy(), a])
+    assert score_files.array_digest([a, a]) == score_files.array_digest([a.copy(), a])
     others = [a.reshape(2, 3), a.astype(np.int32), a[::-1], np.zeros(6, np.float32)]
-    assert len({sweep.array_digest(x) for x in [a, *others]}) == 5
+    assert len({score_files.array_digest(x) for x in [a, *others]}) == 5

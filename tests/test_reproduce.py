@@ -1,0 +1,105 @@
+"""The end-to-end experiment: what it estimates, and one run of it on the tiny model."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from configs import sol_j_2l
+from experiments import reproduce
+from sol_jax import flops, results
+from sol_jax.config import build
+from sol_jax.evaluate import Options
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tiny_folder):
+    return tiny.config_for(tiny_folder)
+
+
+def test_columns_by_hand(config, tiny_session):
+    """2 budgets on the diagonal and 2 along each axis, three controllers each; dense once, draws at one."""
+    options = Options(grid=2, controllers=("fixed", "random", "entropy"), num_random=7, random_budgets=1)
+    setup = tiny_session.setup
+    assert reproduce.columns_of(options, config, setup) == 1 + 8 * 3 + 7
+    plan = reproduce.plan_of(options, config, setup)
+    assert len(plan.budgets) == 8
+
+
+def test_evaluation_operations_are_those_of_a_rollout(tiny_session):
+    """As many as an update's with K = columns, without its policy's share; the prefill does not grow."""
+    setup = tiny_session.setup
+    K = setup.grpo.num_schedules
+    parts = flops.update_flops(setup, 3)
+    one = reproduce.evaluation_flops(setup, 3, K)
+    assert one == parts["prefill"] + parts["rollout"] + parts["head"]
+    assert reproduce.evaluation_flops(setup, 3, 2 * K) - one == parts["rollout"] + parts["head"]
+
+
+def test_the_estimate(config, tiny_session, monkeypatch):
+    """Twice the updates take twice as long; at a rate of one operation per second it is their number."""
+    monkeypatch.setattr(flops, "matmul_rate", lambda dtype: 1.0 / reproduce.SHARE)
+    config.eval.every = 0
+    setup = build(config, tiny_session.setup.model)
+    options = Options(num_blocks=4)
+    seconds = reproduce.estimate(config, setup, 10, options)
+    assert seconds["training"] == pytest.approx(10 * sum(flops.update_flops(setup, 2).values()))
+    assert reproduce.estimate(config, setup, 20, options)["training"] == 2 * seconds["training"]
+    assert (
+        reproduce.estimate(config, setup, 10, Options(num_blocks=8))["evaluation"]
+        == 2 * seconds["evaluation"]
+    )
+    config.eval.every = 5
+    assert reproduce.estimate(config, setup, 10, options)["training"] > seconds["training"]
+
+
+def test_words():
+    assert reproduce.clock(0.5) == "1 min"
+    assert reproduce.clock(3599) == "60 min"
+    assert reproduce.clock(9000) == "2.5 h"
+    assert reproduce.name_of("configs/sol_j_fl.py:cpu,t4") == "sol_j_fl-cpu-t4"
+    assert reproduce.name_of("configs/demo.py") == "demo"
+    assert reproduce.name_of("configs/single_axis.py:kappa-0.1,cpu") == "single_axis-kappa-0.1-cpu"
+
+
+@pytest.mark.slow
+def test_one_experiment_end_to_end(tiny_folder, tmp_path):
+    """Says how long, trains, evaluates and draws; started again nothing is repeated."""
+    config = tiny.config_for(tiny_folder, **{"train.num_updates": 2, "eval.num_blocks": 2})
+    flags = tiny.flags_for(config, sol_j_2l.get_config("smoke"))
+    command = [
+        sys.executable, "-m", "experiments.reproduce", "--config", "configs/sol_j_2l.py:smoke", *flags,
+        "--workdir", str(tmp_path / "run"), "--grid", "1", "--num_random", "2", "--num_blocks", "3",
+        "--controllers", "fixed,random,drift",
+    ]  # fmt: skip
+
+    def ended(*more):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert ended("--seconds_only").startswith(
+        "this will take about 1 min here: 2 updates 1 min, evaluation 1 min"
+    )
+    assert not (tmp_path / "run").exists()
+    shown = ended()
+    assert shown.startswith("this will take about")
+    assert "evaluating the policy of update 2" in shown
+    rows = results.read(tmp_path / "run" / "results.csv")
+    assert {row["controller"] for row in rows} == {
+        "policy",
+        "fixed",
+        "random",
+        "random_best",
+        "drift",
+        "dense",
+    }
+    assert (tmp_path / "run" / "front.png").read_bytes().startswith(b"\x89PNG")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("batch-*.npz")}
+    assert stamps
+    assert ended() == shown
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
