@@ -128,16 +128,28 @@ class Axis:
     penalty: float
     budget_choices: tuple[float, ...] = ()
     kernels: str = "auto"  # which implementation of its operations: see `llama.LlamaConfig.kernels`
+    level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
     name: str = dataclasses.field(default="", init=False)
 
     @property
     def penalty_weight(self) -> float:
         """alpha of the paper; an axis without a choice cannot miss its budget (sol.md section 5)."""
-        return self.penalty if len(self.levels) > 1 else 0.0
+        return self.penalty if self.cost(self.levels[0]) != self.cost(self.levels[-1]) else 0.0
 
     def cost(self, level: float) -> float:
-        """Cost of a level as a share of the full one."""
+        """Cost of a level, in the unit in which budgets are stated."""
+        return self.level_costs[self.levels.index(level)] if self.level_costs else self.nominal_cost(level)
+
+    def nominal_cost(self, level: float) -> float:
+        """The paper's cost of a level, as a share of the full one (sol.md section 1)."""
         return level
+
+    def budget_for(self, keep_rate: float) -> float:
+        """The mean cost of mixing the two levels around a nominal mean cost to meet it."""
+        if not self.level_costs:
+            return keep_rate
+        nominal = [self.nominal_cost(level) for level in self.levels]
+        return float(np.interp(keep_rate, nominal, self.level_costs))
 
     def index_prefix(self, k_HxSxd: jax.Array) -> Any:
         """What to remember of a prefix' keys (one layer), computed once for all schedules."""
@@ -381,7 +393,7 @@ class ChannelPruning(Axis):
 
     name: str = dataclasses.field(default="rho", init=False)
 
-    def cost(self, level: float) -> float:
+    def nominal_cost(self, level: float) -> float:
         return level / max(self.levels)
 
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
@@ -398,7 +410,7 @@ class OutputQuantization(Axis):
 
     name: str = dataclasses.field(default="eta", init=False)
 
-    def cost(self, level: float) -> float:
+    def nominal_cost(self, level: float) -> float:
         return level / MAX_BITS
 
     def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:

@@ -7,13 +7,16 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels import cost_model
+from pallas_kernels.dispatch import IMPLEMENTATIONS, Unavailable, choose
 from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.costs import in_unit
 from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
@@ -24,6 +27,7 @@ RULES = ("quest", "recency", "relevancy")
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "kernels": ("auto", *IMPLEMENTATIONS),
+    "axes.budget_unit": ("nominal", "bytes", "time"),
     "axes.kappa.rule": RULES,
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
@@ -75,6 +79,12 @@ def check(config: ConfigDict) -> None:
         raise _wrong(config, "policy.d_model", f"a multiple of policy.num_heads = {config.policy.num_heads}")
     if 0 < config.optim.decay_steps <= config.optim.warmup:
         raise _wrong(config, "optim.decay_steps", f"0, or above optim.warmup = {config.optim.warmup}")
+    try:
+        choose("attend", config.kernels)
+    except Unavailable as error:
+        raise UserError(f"config.kernels: {error}") from None
+    if config.axes.budget_unit == "time":
+        _prices(config)
     _check_axes(config)
 
 
@@ -176,7 +186,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
             f"config.episode: prefix_len + episodes_per_prefix * horizon = {episode.block_length - 1} tokens "
             f"exceed the model's context of {model.max_position}"
         )
-    space = ActionSpace(build_axes(config))
+    space = ActionSpace(tuple(_in_unit(axis, config, model) for axis in build_axes(config)))
     sizes = config.policy.to_dict()
     factored = sizes.pop("factored_head")
     policy = PolicyConfig(
@@ -197,6 +207,28 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         OptimConfig(**config.optim.to_dict()),
         Memory(**config.memory.to_dict()),
     )
+
+
+def _in_unit(axis: Axis, config: ConfigDict, model: LlamaConfig) -> Axis:
+    """The axis with the costs of `config.axes.budget_unit`, at the middle of an episode."""
+    unit = config.axes.budget_unit
+    prices = _prices(config) if unit == "time" else None
+    return in_unit(axis, unit, model, config.episode.prefix_len + config.episode.horizon // 2, prices)
+
+
+def _prices(config: ConfigDict) -> cost_model.CostModel:
+    if not config.axes.prices:
+        raise _wrong(config, "axes.prices", "a cost model (a JSON file), for budget_unit is 'time'")
+    try:
+        return cost_model.load(pathlib.Path(config.axes.prices))
+    except ValueError as error:
+        raise UserError(f"config.axes.prices: {error}") from None
+
+
+def requested(config: ConfigDict, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
+    """The keep rates of `config.eval.budgets` as mean costs, in the unit of the axes."""
+    rates = config.eval.budgets
+    return tuple(tuple(a.budget_for(r) for a, r in zip(space.axes, of, strict=True)) for of in rates)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.cost_model import CostModel
 from sol_jax.axes import Axis, StepShape, Work
@@ -156,7 +157,7 @@ def level_costs(
       prices: of the device, for "time".
     """
     if unit == "nominal":
-        return tuple(axis.cost(level) for level in axis.levels)
+        return tuple(axis.nominal_cost(level) for level in axis.levels)
     if unit == "time" and prices is None:
         raise ValueError("costs in time need the prices of a device (a pallas_kernels.cost_model.CostModel)")
     if unit not in ("bytes", "time"):
@@ -171,6 +172,32 @@ def level_costs(
 
     top = of_step(axis.levels[-1])
     return tuple(of_step(level) / top for level in axis.levels)
+
+
+def in_unit(
+    axis: Axis, unit: BudgetUnit, model: LlamaConfig, kv_len: int, prices: CostModel | None = None
+) -> Axis:
+    """The axis with its budgets met in bytes or time instead of nominal keep rates.
+
+    The costs of `level_costs`, stretched so that the ends keep their nominal costs: a mean of them meets a
+    target exactly if the mean bytes (or time) meet theirs, and penalties, dead zone and what the policy sees
+    keep their scale.  Budgets are still given as keep rates; mixing the two levels around one gives the cost
+    it is translated to.  An axis that saves nothing costs its top at every level and is not budgeted.
+    """
+    if unit == "nominal" or len(axis.levels) == 1:
+        return axis
+    real = np.array(level_costs(axis, unit, model, kv_len, prices))
+    nominal = np.array([axis.nominal_cost(level) for level in axis.levels])
+    # Choosing keys costs something, so a level just below the top may cost more than it: charged as much.
+    real = np.minimum(np.maximum.accumulate(real), real[-1])
+    span = real[-1] - real[0]
+    share = (real - real[0]) / span if span > 0 else np.ones(len(real))
+    stretched = nominal[0] + share * (nominal[-1] - nominal[0])
+
+    axis = dataclasses.replace(axis, level_costs=tuple(float(c) for c in stretched))
+    low, high = (axis.budget_for(end) for end in axis.budget)
+    choices = tuple(axis.budget_for(choice) for choice in axis.budget_choices)
+    return dataclasses.replace(axis, budget=(low, high), budget_choices=choices)
 
 
 def text_cost(output: "Output", cfg: Decoder) -> StepCost:

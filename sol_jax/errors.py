@@ -8,19 +8,24 @@ from typing import Any
 
 from absl import flags
 
+from pallas_kernels.dispatch import Unavailable
+
 
 class UserError(ValueError):
     """A mistake of the user's: one clear sentence naming the file, field or flag and what would be right."""
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an entry point print a `UserError` as one line, without a traceback, and exit with status 2."""
+    """Makes an entry point print a `UserError` as one line, without a traceback, and exit with status 2.
+
+    A kernel that was asked for by name and cannot run here counts as one.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, Unavailable) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

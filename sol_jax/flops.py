@@ -21,7 +21,7 @@ def policy_weights(cfg: PolicyConfig) -> int:
     """Weights of the policy's matrices (embeddings, which are looked up, and biases left out)."""
     inputs = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
     block = (4 + 2 * cfg.mlp_ratio) * cfg.d_model**2
-    heads = cfg.d_model * cfg.num_actions + cfg.budget_embed_size * (cfg.num_axes + cfg.num_actions)
+    heads = cfg.d_model * cfg.num_scores + cfg.budget_embed_size * (cfg.num_axes + cfg.num_scores)
     return int(
         inputs * cfg.d_model + cfg.num_layers * block + heads + cfg.num_scalars * cfg.scalar_embed_size
     )

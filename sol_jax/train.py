@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sol_jax import evaluate, flops, metrics
-from sol_jax.config import check, flatten
+from sol_jax.config import check, flatten, requested
 from sol_jax.data import BlockIterator, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags, reason
 from sol_jax.session import Session, open_session
@@ -150,7 +150,7 @@ def validate(session: Session, state: TrainState) -> dict[str, float]:
     """The policy against the schedules on a few blocks of validation text."""
     cfg = session.config.eval
     batches = list(evaluation_batches(session.split("validation"), cfg.batch_size, cfg.num_blocks))
-    budgets = np.array(cfg.budgets, np.float32)
+    budgets = np.array(requested(session.config, session.setup.space), np.float32)
     rows = evaluate.compare(
         session.weights, state.params, batches, budgets, cfg.num_random, session.setup, session.config.seed
     )

@@ -58,6 +58,8 @@ IMPOSSIBLE = {
     "policy.num_heads": (0, 3),
     "policy.num_layers": (0,),
     "policy.mlp_ratio": (0.0, -1.0, NAN, INF),
+    "kernels": ("fast", "triton"),  # the latter on a CPU
+    "axes.budget_unit": ("euro",),
     "grpo.batch_size": (0,),
     "grpo.num_schedules": (1, 0, -2),
     "grpo.gamma": (-0.1, 1.1, NAN),
@@ -110,8 +112,18 @@ def test_impossible_values_are_named(field, value, tmp_path):
 def test_every_number_has_bounds():
     """A field without any must be added to the table above, or to this list with its reason."""
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
+    unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
+    unbounded |= {"policy.factored_head", "policy.normalize_inputs"}
     assert set(flatten(tiny.config_for(ROOT))) - set(IMPOSSIBLE) == unbounded
+
+
+@pytest.mark.parametrize("prices", ["", "none.json"])
+def test_time_needs_prices(prices, tmp_path):
+    config = tiny.config_for(tmp_path, **{"axes.budget_unit": "time", "axes.prices": prices})
+    with pytest.raises(UserError) as mistake:
+        check(config)
+    assert "config.axes.prices" in told(mistake)
 
 
 def test_decay_must_end_after_the_warmup(tmp_path):

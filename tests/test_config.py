@@ -140,6 +140,8 @@ OTHER = {
     "kernels": "pallas",
     "episode.sinks": 3,
     "episode.window": 5,
+    "axes.budget_unit": "bytes",
+    "axes.prices": None,
     "axes.kappa.levels": (0.2, 1.0),
     "axes.kappa.budget": (0.2, 0.9),
     "axes.kappa.budget_choices": (0.5,),

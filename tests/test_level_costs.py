@@ -6,7 +6,7 @@ import pytest
 from test_costs import AXES, MODEL, TOP
 
 from pallas_kernels.cost_model import CostModel
-from sol_jax.costs import level_costs, step_cost
+from sol_jax.costs import in_unit, level_costs, step_cost
 
 QUEST, PRUNING, ROUNDING = AXES
 # Of 10 keys a dense step reads 1,664 bytes, and has 976 operations (test_costs).
@@ -50,3 +50,24 @@ def test_bad_input():
         level_costs(QUEST, "time", MODEL, 10)
     with pytest.raises(ValueError, match="'euro' and must be nominal, bytes or time"):
         level_costs(QUEST, "euro", MODEL, 10)
+
+
+def test_an_axis_in_another_unit_keeps_its_ends_and_translates_its_budgets():
+    """Three levels of pruning (of 4 channels: 2, 3, 4 read) cost bytes in equal steps; keep rates do not."""
+    axis = dataclasses.replace(PRUNING, levels=(0.3, 0.75, 1.0), budget=(0.3, 0.75), budget_choices=(1.0,))
+    inside = in_unit(axis, "bytes", MODEL, 10)
+    assert [inside.cost(level) for level in axis.levels] == pytest.approx([0.3, 0.65, 1.0])
+    assert inside.budget == pytest.approx((0.3, 0.65))
+    assert inside.budget_choices == (1.0,)
+    assert inside.penalty_weight == axis.penalty_weight > 0
+
+
+def test_an_axis_that_saves_nothing_is_not_budgeted():
+    """With 10 keys of 64 bytes, reading the bounds costs more than the cache that is left out."""
+    free = in_unit(QUEST, "bytes", MODEL, 10)
+    assert [free.cost(level) for level in QUEST.levels] == [1.0, 1.0]
+    assert (free.budget, free.penalty_weight) == ((1.0, 1.0), 0.0)
+
+
+def test_the_nominal_unit_changes_nothing():
+    assert in_unit(QUEST, "nominal", MODEL, 10) is QUEST

@@ -1,5 +1,7 @@
 """Quantisation, pruning and the choice of keys against the authors' functions: bit for bit."""
 
+import functools
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ _WAYS = {
     "jit vmap": jax.jit(jax.vmap(fake_quantize)),
     "jit scan": jax.jit(_row_by_row),
     "jit constant": lambda x, bits: _with_constant(x, float(bits.flat[0])),
+    "pallas": jax.jit(functools.partial(fake_quantize, implementation="pallas")),
 }
 
 
@@ -66,7 +69,8 @@ def test_pruned_channels():
     for case in cases:
         x_BxTxD = vectors[f"{case}_x"]
         keep_B = np.broadcast_to(vectors[f"{case}_keep"], len(x_BxTxD))
-        for prune in (keep_channels, jax.jit(jax.vmap(keep_channels))):
+        kernel = functools.partial(keep_channels, implementation="pallas")
+        for prune in (keep_channels, jax.jit(jax.vmap(keep_channels)), jax.jit(kernel)):
             if x_BxTxD.shape[1] == 1:
                 y_BxTxD = np.asarray(prune(x_BxTxD[:, 0], keep_B))[:, None]
             else:
@@ -112,7 +116,8 @@ def _masks(axis, value_B, q_BxHxd, k_BxHkvxKxd, prefix_len: int, capacity: int):
     return np.stack(rows).reshape(len(rows), H, capacity)[..., :K]
 
 
-def test_quest_masks():
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_quest_masks(kernels):
     """Wherever the prefix ends, the same keys are kept."""
     vectors = golden.load("c1_quest_mask")
     capacity = max(vectors[f"{case}__k"].shape[2] for case in vectors["cases"])
@@ -127,7 +132,7 @@ def test_quest_masks():
         budget_B = np.broadcast_to(budgets, B) if budgets.size == 1 else budgets[:B]
         # The authors' budgets are in tokens: the middle of the range of kappa that gives this one.
         kappa_B = np.maximum(budget_B - 0.5, 0) / K
-        quest = _axis(Quest, page_size=int(page))
+        quest = _axis(Quest, page_size=int(page), kernels=kernels)
         expected = vectors.get(f"{case}__keep", np.ones((B, H, Q, K), bool))
         assert (f"{case}__keep" in vectors) != vectors[f"{case}__is_none"]
         for prefix_len in _prefix_lengths(K, int(page)):

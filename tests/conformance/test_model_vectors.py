@@ -49,6 +49,7 @@ class Model(NamedTuple):
     weights: llama.Weights
     cases: dict[str, golden.Vectors]  # in arrays of several steps, time comes first
     vocab_sample: np.ndarray | None  # ids of the recorded logits; None: all
+    num_runs: int = NUM_RUNS
 
 
 def _cases(vectors: golden.Vectors) -> dict[str, golden.Vectors]:
@@ -71,12 +72,12 @@ def smollm2() -> Model:
     return Model(*load_model("smollm2-135m", "float32"), _cases(vectors), vectors["vocab_sample"])
 
 
-def _space(case: golden.Vectors) -> ActionSpace:
+def _space(case: golden.Vectors, kernels: str) -> ActionSpace:
     """Every level that the case uses; the top ones, which forced steps take, are dense."""
 
     def options(name: str, dense: float) -> dict[str, Any]:
         levels = tuple(np.unique([*case[name].ravel(), dense]).tolist())
-        return {"levels": levels, "budget": (0.0, 1.0), "penalty": 1.0}
+        return {"levels": levels, "budget": (0.0, 1.0), "penalty": 1.0, "kernels": kernels}
 
     kappa = {"quest": RecordingQuest, "recency": Recency, "relevancy": Relevancy}[str(case["criteria"])]
     pages = {"page_size": int(case["page"])} if kappa is RecordingQuest else {}
@@ -135,7 +136,7 @@ def _decode(model: Model, case: golden.Vectors, space: ActionSpace) -> Decoded:
         played = play_runs(weights, gains_N, episode_BxW, jnp.asarray(action_BxKxT))
         return Decoded(episode_BxW.hidden_D[:, 0], reference_BxWxTxD[:, 0], played)
 
-    gains_N = golden.disturbed(model.weights, NUM_RUNS)
+    gains_N = golden.disturbed(model.weights, model.num_runs)
     return jax.block_until_ready(decode(model.weights, gains_N, jnp.asarray(case["ids"], jnp.int32)))
 
 
@@ -189,7 +190,7 @@ def _assert_close(
 
 def _check_case(model: Model, case: golden.Vectors, what: str) -> np.ndarray:
     """Compares all of a case; returns which steps of which rows are steady, [T, B]."""
-    space = _space(case)
+    space = _space(case, model.cfg.kernels)
     hidden = _decode(model, case, space)
     last_logits = _some_logits(model, llama.logits(model.weights, hidden.prefill_BxD))
     prefill = {"last_hidden": hidden.prefill_BxD, **{f"last_{name}": v for name, v in last_logits.items()}}
@@ -239,6 +240,14 @@ def _shares_compared(model: Model) -> list[float]:
 
 def test_tiny_model(tiny):
     assert np.mean(_shares_compared(tiny)) > 0.4, "rounding decides too often for a comparison"
+
+
+def test_tiny_model_through_kernels(tiny):
+    """Interpreted, which is slow: one case of each rule, and two runs."""
+    one_each = {str(case["criteria"]): name for name, case in tiny.cases.items()}
+    cases = {name: tiny.cases[name] for name in one_each.values()}
+    kernels = tiny._replace(cfg=dataclasses.replace(tiny.cfg, kernels="pallas"), cases=cases, num_runs=2)
+    assert np.mean(_shares_compared(kernels)) > 0.4, "rounding decides too often for a comparison"
 
 
 def test_smollm2(smollm2):
