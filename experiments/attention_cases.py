@@ -1,0 +1,210 @@
+"""The attentions that are measured: Quest's of a decode step, and that of schedules that share a prefix."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import kernel_peers as peers
+from experiments.kernel_cases import Case, Variant, Work, calls_of, implementations, normals
+from pallas_kernels import decode, quest
+from pallas_kernels.dispatch import current_platform, without_triton
+from pallas_kernels.shapes import Shape
+
+SUFFIX = 16  # entries a schedule has of its own
+# How like the queries of a group are: with 0 the heads of a group choose independent pages, with 1 the same.
+ALIKE = 0.9
+
+
+def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+    """One layer's Quest attention of a decode step, choice of pages included."""
+    B, H, G, S, d = shape.batch, shape.kv_heads, shape.group_size, shape.context, shape.head_size
+    page, P, item = shape.page_size, -(-shape.context // shape.page_size), jnp.dtype(dtype).itemsize
+    kv_bytes, small = 2 * B * H * S * d * item, 2 * B * H * G * d * item
+    index_bytes = 2 * B * H * P * d * item
+    calls, turns = calls_of(kv_bytes, smoke)
+    bound = jax.jit(jax.vmap(lambda k: quest.page_bounds(k, jnp.ones(S, bool), page, "xla")))
+
+    def buffer(i: int) -> tuple[jax.Array, ...]:
+        k, v = (normals(10 * i + j, B, H, S, d, dtype=dtype) for j in range(2))
+        return k, v, bound(k), *(normals(10 * i + 2 + j, B, H, SUFFIX, d, dtype=dtype) for j in range(2))
+
+    def query(i: int) -> jax.Array:
+        own, common = (normals(1000 + 2 * i + j, B, H, g, d, dtype=dtype) for j, g in enumerate((G, 1)))
+        return ((1 - ALIKE**2) ** 0.5 * own + ALIKE * common).astype(dtype)
+
+    def choose(q_HxGxd: jax.Array, bounds: jax.Array, pages: jax.Array, name: str | None) -> jax.Array:
+        used_P = jnp.ones(P, bool)
+        return quest.select_pages(q_HxGxd, (bounds,), (used_P,), pages, implementation=name)[0]
+
+    def sparse(name: str) -> Callable[..., Any]:
+        def one(q, k, v, bounds, own_k, own_v, pages):
+            keep = choose(q, bounds, pages, without_triton(name))
+            seen = jnp.ones((1, 1, SUFFIX), bool)
+            length = jnp.int32(S)
+            return decode.attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
+
+        def call(x: Any, buffer: Any) -> jax.Array:
+            k, v, bounds, own_k, own_v = buffer
+            return jax.vmap(one)(x[0], k, v, bounds, own_k, own_v, x[1])
+
+        return call
+
+    def whole(x: Any, buffer: Any) -> jax.Array:
+        """What dispatch makes of attention without an axis."""
+
+        def one(q, k, v):
+            keep, seen = jnp.ones((1, 1, P), bool), jnp.zeros((1, 1, 1), bool)
+            none = (k[:, :1], v[:, :1])
+            return decode.attend(q, (k, v), none, keep, seen, jnp.int32(S), page)
+
+        return jax.vmap(one)(x[0], *buffer[:2])
+
+    def masks(x: Any, buffer: Any) -> jax.Array:
+        return jax.jit(jax.vmap(lambda q, b, n: choose(q, b, n, "xla")))(x[0], buffer[2], x[1])
+
+    def kept(x: Any, buffer: Any) -> float:
+        return float(jnp.mean(jnp.any(masks(x, buffer), 2)))
+
+    def exact(x: Any, buffer: Any, dense: bool) -> np.ndarray:
+        k, v = (np.asarray(part[0], np.float64) for part in buffer[:2])
+        keep = np.ones((H, G, S), bool)
+        if not dense:
+            keep = np.repeat(np.asarray(masks(x, buffer)[0]), page, -1)[..., :S]
+            k, v = (
+                np.concatenate([kv, np.asarray(own[0], np.float64)], 1)
+                for kv, own in zip((k, v), buffer[3:], strict=True)
+            )
+            keep = np.concatenate([keep, np.ones((H, G, SUFFIX), bool)], -1)
+        return softmax_attention(np.asarray(x[0][0], np.float64), k, v, keep)
+
+    flops = 4.0 * B * H * G * S * d
+    reads_all = Work(kv_bytes + small, flops)
+
+    def work_of(name: str) -> Callable[[float], Work]:
+        if name == "xla":
+            return lambda share: Work(kv_bytes + index_bytes + small, flops)
+        return lambda share: Work(kv_bytes * share + index_bytes * (share < 1) + small, flops * share)
+
+    variants = {name: Variant(sparse(name), work_of(name)) for name in implementations()}
+    variants["dense dispatch"] = Variant(whole, lambda share: reads_all, dense=True)
+    variants |= dense_attention(reads_all)
+    actions = {
+        f"keep={keep}": [(query(i), jnp.full(B, math.ceil(keep * P), jnp.int32)) for i in range(calls)]
+        for keep in keeps
+    }
+    return Case("attend", str(shape), actions, [buffer(i) for i in range(turns)], variants, kept, exact)
+
+
+def shared_prefix(
+    shape: Shape, K: int, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
+) -> Case:
+    """One layer's attention of K schedules of each sequence, with page masks of their own."""
+    B, H, G, S, d = shape.batch, shape.kv_heads, shape.group_size, shape.context, shape.head_size
+    page, P, item = shape.page_size, -(-shape.context // shape.page_size), jnp.dtype(dtype).itemsize
+    kv_bytes, own_bytes = 2 * B * H * S * d * item, 2 * B * K * H * (G + SUFFIX) * d * item
+    calls, turns = calls_of(kv_bytes + own_bytes, smoke)
+    flops = 4.0 * B * K * H * G * (S + SUFFIX) * d
+
+    def buffer(i: int) -> tuple[jax.Array, ...]:
+        shapes = [(B, H, S, d)] * 2 + [(B, K, H, SUFFIX, d)] * 2
+        return tuple(normals(10 * i + j, *size, dtype=dtype) for j, size in enumerate(shapes))
+
+    def with_masks(name: str) -> Callable[..., Any]:
+        def one(q, own_k, own_v, keep, k, v):
+            seen = jnp.ones((1, 1, SUFFIX), bool)
+            length = jnp.int32(S)
+            return decode.attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
+
+        schedules = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
+
+        def call(x: Any, buffer: Any) -> jax.Array:
+            k, v, own_k, own_v = buffer
+            return jax.vmap(schedules)(x[0], own_k, own_v, x[1], k, v)
+
+        return call
+
+    def kept(x: Any, buffer: Any) -> float:
+        return float(jnp.mean(jnp.any(x[1], (1, 3))))
+
+    def exact(x: Any, buffer: Any, dense: bool) -> np.ndarray:
+        q, k, v, own_k, own_v = (np.asarray(a[0], np.float64) for a in (x[0], *buffer))
+        keep = np.repeat(np.asarray(x[1][0]), page, -1)[..., :S]
+        if dense:
+            return np.stack([softmax_attention(q[i], k, v, np.ones_like(keep[i])) for i in range(K)])
+        keep = np.concatenate([keep, np.ones((K, H, G, SUFFIX), bool)], -1)
+        both = [(np.concatenate([k, own_k[i]], 1), np.concatenate([v, own_v[i]], 1)) for i in range(K)]
+        return np.stack([softmax_attention(q[i], *both[i], keep[i]) for i in range(K)])
+
+    def as_rows(x: Any, buffer: Any) -> tuple[Any, Any]:
+        return (x[0].swapaxes(1, 2).reshape(B, H, K * G, d),), buffer
+
+    def from_rows(out: Any) -> Any:
+        return np.asarray(out[0], np.float32).reshape(H, K, G, d).swapaxes(0, 1)
+
+    def repeated(x: Any, buffer: Any) -> tuple[Any, Any]:
+        return (x[0].reshape(B * K, H, G, d),), tuple(jnp.repeat(kv, K, 0) for kv in buffer[:2])
+
+    once = Work(kv_bytes + own_bytes, flops)
+    each = Work(kv_bytes * K + own_bytes, flops)
+
+    def work_of(name: str) -> Callable[[float], Work]:
+        # "xla" reads every page, whatever the masks say.
+        return lambda share: Work(kv_bytes * (1 if name == "xla" else share) + own_bytes, flops)
+
+    # Triton's lists pages, and schedules have nearly all of them between them.
+    variants = {name: Variant(with_masks(name), work_of(name)) for name in ("xla", "pallas")}
+    variants |= dense_attention(once, as_rows, from_rows)
+    variants |= {
+        f"{name}, repeated caches": variant
+        for name, variant in dense_attention(each, repeated, lambda out: out[:K]).items()
+    }
+    actions = {
+        f"keep={keep}": [
+            (
+                normals(1000 + i, B, K, H, G, d, dtype=dtype),
+                jax.random.uniform(jax.random.key(i), (B, K, H, G, P)) < keep,
+            )
+            for i in range(calls)
+        ]
+        for keep in keeps
+    }
+    name = f"{shape}-K{K}"
+    return Case("shared_prefix", name, actions, [buffer(i) for i in range(turns)], variants, kept, exact)
+
+
+def dense_attention(
+    work: Work,
+    adapt: Callable[[Any, Any], tuple[Any, Any]] = lambda x, buffer: (x, buffer),
+    first: Callable[[Any], Any] = lambda out: out[0],
+) -> dict[str, Variant]:
+    """Peers over caches [B, H, S, d] and queries [B, H, R, d], which `adapt` puts first of what it gives."""
+
+    def last(x: Any, buffer: Any) -> tuple[Any, Any]:
+        x, buffer = adapt(x, buffer)
+        return x[0], peers.heads_last(buffer)
+
+    def plain(x: Any, buffer: Any) -> tuple[Any, Any]:
+        x, buffer = adapt(x, buffer)
+        return x[0], tuple(buffer[:2])
+
+    peer = functools.partial(Variant, work=lambda share: work, dense=True, peer=True, first=first)
+    kinds = ("xla", "cudnn") if current_platform() == "gpu" else ("xla",)
+    found = {f"jax.nn {kind}": peer(peers.library_attention(kind), adapt=last) for kind in kinds}
+    if peers.has_torch():
+        found["torch sdpa"] = peer(peers.torch_attention, adapt=plain, compile=peers.torch_chains)
+    return found
+
+
+def softmax_attention(
+    q_HxRxd: np.ndarray, k_HxSxd: np.ndarray, v_HxSxd: np.ndarray, keep_HxRxS: np.ndarray
+) -> np.ndarray:
+    """[H, R, d] in float64."""
+    logit = q_HxRxd @ k_HxSxd.swapaxes(1, 2) * q_HxRxd.shape[-1] ** -0.5
+    logit = np.where(keep_HxRxS, logit, -np.inf)
+    weight = np.exp(logit - logit.max(-1, keepdims=True))
+    return weight @ v_HxSxd / weight.sum(-1, keepdims=True)

@@ -1,0 +1,149 @@
+"""Fits the cost model of a device to a table of kernels, and draws its rooflines.
+
+    python -m experiments.roofline --csv experiments/results/kernels_h200.csv
+
+Writes, beside the table, cost_model_DEVICE.json (prices), and to experiments/figures roofline_DEVICE.png
+(what each implementation reaches, under the copy and matmul rates of the same run) and prediction_DEVICE.png
+(the cost model against every time).
+"""
+
+import argparse
+import csv
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from pallas_kernels import cost_model
+from pallas_kernels.cost_model import CostModel
+from sol_jax.errors import UserError, exits_on_user_error
+
+FIGURES = pathlib.Path(__file__).parent / "figures"
+Row = dict[str, str]
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The table's rows; `UserError` if it is none."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; python -m experiments.bench_kernels writes it") from None
+    if not rows or "share_of_copy" not in rows[0]:
+        raise UserError(f"{path}: not a table of kernels (python -m experiments.bench_kernels writes them)")
+    return rows
+
+
+def rates(rows: Sequence[Row]) -> tuple[float, float]:
+    """Bytes per second of a copy and FLOP per second of a product."""
+    found = {row["action"]: row for row in rows if row["op"] == "rates"}
+    return 1e9 * float(found["copy"]["gb_per_second"]), float(found["matmul"]["flops"])
+
+
+def fitted(rows: Sequence[Row]) -> list[Row]:
+    """What the model is fitted to: timed programs whose launches are known and that skip what they should.
+
+    Not updates and generations, which are many programs in one, nor the XLA forms of sparse operations,
+    which read masks and intermediate results that no count of bytes holds.
+    """
+    return [
+        row
+        for row in rows
+        if row["seconds"]
+        and row["launches"]
+        and row["op"] not in ("update", "generation")
+        and (row["implementation"] != "xla" or row["op"] == "quantize_residual")
+    ]
+
+
+def fit(rows: Sequence[Row]) -> CostModel:
+    """The device's prices; launches per layer are those of a decode step with its kernels."""
+    used = fitted(rows)
+    if not used:
+        raise UserError("the table has no timed rows to fit a cost model to")
+    work = ([float(row[column]) for row in used] for column in ("bytes", "flops", "launches", "seconds"))
+    bytes_N, flops_N, launches_N, seconds_N = work
+    per_layer = [
+        float(row["launches"]) / float(row["layers"])
+        for row in used
+        if row["op"] == "decode_step" and row["implementation"] == "auto"
+    ]
+    launches = float(np.median(per_layer)) if per_layer else 0.0
+    return cost_model.fit(rows[0]["device"], bytes_N, flops_N, launches_N, seconds_N, launches)
+
+
+def predict(model: CostModel, row: Row) -> float:
+    return model.seconds(*(float(row[column]) for column in ("bytes", "flops", "launches")))
+
+
+def draw(rows: Sequence[Row], model: CostModel, name: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Both figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    copy, matmul = rates(rows)
+    timed = [row for row in rows if row["seconds"] and float(row["flops"] or 0) > 0]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    intensity = np.logspace(-1, 4, 100)
+    axes.loglog(intensity, np.minimum(intensity * copy, matmul) / 1e12, color="black", lw=1)
+    for op in dict.fromkeys(row["op"] for row in timed):
+        for peer, marker in (("0", "o"), ("1", "x")):
+            of_op = [row for row in timed if (row["op"], row["peer"]) == (op, peer)]
+            flops, bytes, seconds = (
+                np.array([float(row[c]) for row in of_op]) for c in ("flops", "bytes", "seconds")
+            )
+            label = op + (" (dense peers)" if peer == "1" else "")
+            if of_op:
+                axes.plot(flops / bytes, flops / seconds / 1e12, marker, ms=4, alpha=0.7, label=label)
+    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=model.device)
+    if timed:
+        axes.legend(fontsize=7)
+    roof = folder / f"roofline_{name}.png"
+    figure.savefig(roof, dpi=150)
+
+    figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
+    used = fitted(rows)
+    for op in dict.fromkeys(row["op"] for row in used):
+        of_op = [row for row in used if row["op"] == op]
+        measured = [1e6 * float(row["seconds"]) for row in of_op]
+        axes.loglog(measured, [1e6 * predict(model, row) for row in of_op], "o", ms=4, alpha=0.7, label=op)
+    ends = [1e6 * f(float(row["seconds"]) for row in used) for f in (min, max)]
+    axes.plot(ends, ends, color="black", lw=1)
+    axes.set(xlabel="measured, µs", ylabel="predicted, µs", title=f"cost model of {model.device}")
+    axes.legend(fontsize=7)
+    prediction = folder / f"prediction_{name}.png"
+    figure.savefig(prediction, dpi=150)
+    plt.close("all")
+    return [roof, prediction]
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=pathlib.Path, required=True, help="written by bench_kernels")
+    parser.add_argument("--figures", type=pathlib.Path, default=FIGURES, help="folder of the figures")
+    args = parser.parse_args()
+    rows = read(args.csv)
+    model = fit(rows)
+    name = args.csv.stem.removeprefix("kernels_")
+    path = args.csv.parent / f"cost_model_{name}.json"
+    model.save(path)
+    miss = [abs(predict(model, row) / float(row["seconds"]) - 1) for row in fitted(rows)]
+    print(
+        f"{model.device}: {to_rate(model.seconds_per_byte, 'TB/s')}, "
+        f"{to_rate(model.seconds_per_flop, 'TFLOP/s')}, {model.seconds_per_launch * 1e6:.2f} us a launch; "
+        f"median relative error {np.median(miss):.0%} over {len(miss)} rows"
+    )
+    for written in (path, *draw(rows, model, name, args.figures)):
+        print(f"wrote {written}")
+
+
+def to_rate(price: float, unit: str) -> str:
+    return f"{1e-12 / price:.3g} {unit}" if price else f"free {unit}"
+
+
+if __name__ == "__main__":
+    main()
