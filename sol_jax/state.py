@@ -122,7 +122,10 @@ class Checkpoints:
             if problem:
                 damaged[candidate] = problem
                 continue
-            self._check_same("config", candidate, _binding(meta["config"]), _binding(self._config))
+            saved, now = _binding(meta["config"]), _binding(self._config)
+            if self._read_only:  # a field that came after the run has its default, and says nothing of it
+                now = {name: value for name, value in now.items() if name in saved}
+            self._check_same("config", candidate, saved, now)
             self._check_same("model or version", candidate, meta["leaves"], kinds(like))
             self._write_config()
             self._pass_over(damaged, candidate)

@@ -162,6 +162,15 @@ def test_a_checkpoint_of_another_config_is_refused_and_left_alone(tmp_path, chan
     assert tree_of(tmp_path) == before
 
 
+def test_reading_only_takes_a_run_from_before_a_field_was_there(tmp_path):
+    states = saved(tmp_path)
+    with opened(tmp_path, CONFIG | {"grpo.new": 1}, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore(first_state())[1], states[2])
+    changed = CONFIG | {"grpo.gamma": 0.9}
+    with opened(tmp_path, changed, read_only=True) as checkpoints, pytest.raises(UserError, match="gamma"):
+        checkpoints.restore(first_state())
+
+
 def test_a_state_of_another_shape_is_refused_and_left_alone(tmp_path):
     saved(tmp_path)
     before = tree_of(tmp_path)
