@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from sol_jax import policy_files, results
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.session import commit, open_session, read_config
+from sol_jax.session import commit, open_session
 from sol_jax.subject import best_of_run, open_run, training_documents
 
 
@@ -43,8 +43,7 @@ def publish(
     workdir: pathlib.Path, name: str, command: str, evaluations: Sequence[pathlib.Path]
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint."""
-    config = read_config(workdir)
-    checkpoints = open_run(workdir, config)
+    config, checkpoints = open_run(workdir)
     session = open_session(config)
     subject = best_of_run(checkpoints, config, session.setup, name)
     about = {

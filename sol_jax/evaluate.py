@@ -191,8 +191,7 @@ def evaluate(options: Options) -> list[Row]:
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
-        config = read_config(workdir)
-        checkpoints = open_run(workdir, config)  # before anything heavy
+        config, checkpoints = open_run(workdir)  # before anything heavy
         session = open_text(config, options.source, options.document_start)
         subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
         trained_on = training_documents(config, session)

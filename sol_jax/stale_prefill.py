@@ -49,7 +49,7 @@ def quest_keep(q_HxGxSxd: jax.Array, k_HxSxd: jax.Array, num_tokens: jax.Array, 
     a page counts as soon as its first key may be attended to; so a query with few keys sees all of them.
     """
     S = k_HxSxd.shape[1]
-    bounds = page_bounds(k_HxSxd, jnp.ones(S, bool), page_size)
+    bounds = page_bounds(k_HxSxd, jnp.ones(S, bool), page_size, "xla")
     P = bounds.shape[1]
 
     def of_query(q_HxGxd: jax.Array, position: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
 
+import json
 import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from sol_jax.data import Batch
 from sol_jax.errors import UserError
 from sol_jax.policy_files import HASH_LENGTH
 from sol_jax.score_files import array_digest, digest
-from sol_jax.session import Session, commit, open_session
+from sol_jax.session import Session, commit, open_session, read_config
 from sol_jax.state import FREE_FIELDS, Checkpoints
 from sol_jax.update import Setup, init_state
 
@@ -28,12 +29,15 @@ class Subject(NamedTuple):
     updates: int
 
 
-def open_run(workdir: pathlib.Path, config: ConfigDict) -> Checkpoints:
-    """The checkpoints of a run; `UserError` if it has none."""
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
+def open_run(workdir: pathlib.Path) -> tuple[ConfigDict, Checkpoints]:
+    """The config and the checkpoints of a run; `UserError` if it has none."""
+    config = read_config(workdir)
+    # As the run wrote it: fields that came later have their defaults in `config`, and checkpoints lack them.
+    own = json.loads((workdir / "config.json").read_text())
+    checkpoints = Checkpoints(workdir, own, config.train.keep, read_only=True)
     if not checkpoints.steps():
         raise UserError(f"{workdir} holds no checkpoint; --workdir must be the folder of a training run")
-    return checkpoints
+    return config, checkpoints
 
 
 def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str) -> Subject:

@@ -348,6 +348,19 @@ def test_a_run_without_a_checkpoint(session, tmp_path):
     )
 
 
+def test_a_run_from_before_a_field_was_added(session, workdir):
+    """It is evaluated with that field's default, though its checkpoints do not know it."""
+    own = json.loads((workdir / "config.json").read_text())
+    del own["kernels"]
+    bare = workdir.parent / "bare"
+    checkpoints = Checkpoints(bare, own, keep=1)
+    checkpoints.save(4, init_state(jax.random.key(1), session.setup), {"position": 0}, 0.0)
+    checkpoints.close()
+    config, checkpoints = subject.open_run(bare)
+    assert config.kernels == "auto"
+    assert subject.best_of_run(checkpoints, config, session.setup, "bare").updates == 4
+
+
 def test_plans(session):
     config, setup = session.config, session.setup
     plan = evaluate.plan_of(Options(), config, setup)
