@@ -22,6 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import default, sol_j_fl
+from pallas_kernels.dispatch import IMPLEMENTATIONS, Unavailable, choose
 from sol_jax import config as config_lib
 from sol_jax import costs, load, page, policy_files
 from sol_jax.axes import ActionSpace
@@ -139,6 +140,7 @@ def _by_axis(names: Sequence[str], values: Sequence[float] | np.ndarray) -> str:
 def _define_flags() -> None:
     flags.DEFINE_string("model", load.EMBEDDED, "A folder, a .gguf file, hub:OWNER/NAME or smollm2-135m.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights, caches and matmul operands.")
+    flags.DEFINE_enum("kernels", "auto", ["auto", *IMPLEMENTATIONS], "How decode steps run.")
     flags.DEFINE_string("policy", None, "A policy's name or folder, or the workdir of a training run.")
     flags.DEFINE_enum("controller", None, CONTROLLERS, "Who picks the actions; the policy, if there is one.")
     flags.DEFINE_string("budget", None, "Mean cost per axis, such as 0.5,0.7,0.5.")
@@ -183,7 +185,12 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
         raise UserError("the controller policy needs a --policy")
     budget = _budget(args["budget"].value, controller)
     path = load.resolve(args["model"].value)
-    model = load.load_config(path, args["dtype"].value)
+    kernels = args["kernels"].value
+    try:
+        choose("attend", kernels)
+    except Unavailable as error:
+        raise UserError(f"--kernels: {error}") from None
+    model = dataclasses.replace(load.load_config(path, args["dtype"].value), kernels=kernels)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model)
     prompt = _prompt(args, tokenizer)
@@ -194,6 +201,7 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
     else:
         config = sol_j_fl.get_config()
         space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
+    space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))
     try:
         sampling = Sampling(args["temperature"].value, args["top-k"].value, args["top-p"].value)
         cfg = Decoder(

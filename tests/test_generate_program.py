@@ -18,7 +18,7 @@ from sol_jax.update import init_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEFAULTS = {
-    "model": None, "dtype": "float32", "policy": None, "controller": None, "budget": None,
+    "model": None, "dtype": "float32", "kernels": "auto", "policy": None, "controller": None, "budget": None,
     "prompt": "the cat", "chat": False, "system": "", "max-tokens": 12, "stop": [], "temperature": 0.0,
     "top-k": 0, "top-p": 1.0, "seed": 0, "refresh": True, "lossless": False,
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_schedule_takes_the_levels_of_the_policy_or_all(tiny_folder, tiny_sess
 def test_flags_reach_what_they_are_for(tiny_folder):
     engine, request = opened(
         tiny_folder, temperature=0.5, top_k=3, top_p=0.9, seed=4, stop=["x", "yz"], max_tokens=9,
-        lossless=True, dtype="bfloat16",
+        lossless=True, dtype="bfloat16", kernels="pallas",
     )  # fmt: skip
     rule = engine.cfg.sampling
     assert (rule.temperature, rule.top_k, rule.top_p) == (0.5, 3, 0.9)
@@ -85,6 +85,7 @@ def test_flags_reach_what_they_are_for(tiny_folder):
     assert engine.cfg.lossless
     assert engine.cfg.refresh
     assert engine.weights["embed"].dtype == "bfloat16"
+    assert {engine.cfg.model.kernels, *(axis.kernels for axis in engine.cfg.space.axes)} == {"pallas"}
 
 
 MISTAKES = {
@@ -99,6 +100,7 @@ MISTAKES = {
     "temperature": ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
     "lossless": ({"lossless": True, "refresh": False}, "refresh cannot be off"),
     "chat": ({"chat": True}, "this model has no chat template"),
+    "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),
     "tokens": ({"max_tokens": 0}, "max-tokens is 0"),
     "model": ({"model": "no/such"}, "there is no folder no/such"),
 }  # fmt: skip
