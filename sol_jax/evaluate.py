@@ -67,7 +67,8 @@ def report(session: Session, params: Any, workdir: pathlib.Path) -> list[Row]:
     sweep = Sweep(session.weights, params, batches, setup, Store(None, {}), cfg.grpo.num_schedules)
     subject = Subject(params, cfg, workdir.absolute().name, cfg.train.num_updates)
     output = workdir / "results.csv"
-    output.unlink(missing_ok=True)  # of an earlier policy
+    for name in ("results.csv", "results-draws.csv"):
+        (workdir / name).unlink(missing_ok=True)  # of an earlier policy
     return run_and_write(sweep, plan, describe(subject, session, "test", batches), output)
 
 
@@ -78,12 +79,13 @@ def _tuples(asked: Sequence[Sequence[float]]) -> budgets.Budgets:
 def run_and_write(sweep: Sweep, plan: Plan, about: dict[str, Any], output: pathlib.Path) -> list[Row]:
     """Runs the plan, adds its rows to the CSV `output`, prints them as a table; draws have their own CSV."""
     about = about | {"stale_prefill": sweep.stale, "num_random": plan.num_random}
-    results.check_same(output, about)
+    beside = output.with_name(f"{output.stem}-draws.csv")
+    for path in (output, beside):
+        results.check_same(path, about)
     names = [axis.name for axis in sweep.setup.space.axes]
     rows, draws = run(sweep, plan, lambda total, done, label: _bar(total, done, f"{label}, {about['text']}"))
     results.merge(output, results.records(rows, names, about))
     if draws:
-        beside = output.with_name(f"{output.stem}-draws.csv")
         results.merge(beside, results.records(draws, names, about))
     print(results.table(rows, names))
     return rows
@@ -121,6 +123,7 @@ class Options:
     random_budgets: int = 0
     num_blocks: int | None = None
     hold: Sequence[str] = ()
+    protect: bool | None = None
     stale_prefill: bool = False
     batch_size: int | None = None
     parallel: int | None = None
@@ -141,6 +144,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("random_budgets", 0, "At so many budgets (of the diagonal); 0: all.", 0)
     flags.DEFINE_integer("num_blocks", None, "Blocks of text; default: the run's.", 1)
     flags.DEFINE_list("hold", "", "Axes; for each, everything is run again with it kept dense.")
+    flags.DEFINE_bool("protect", None, "Always keep sinks and window; default: as the run.")
     flags.DEFINE_bool("stale_prefill", False, "Put in the authors' fault: prefill under left-over budgets.")
     flags.DEFINE_integer("batch_size", None, "Blocks at a time; default: the run's.", 1)
     flags.DEFINE_integer("parallel", None, "Schedules of an episode at a time; default: the run's.", 1)
@@ -187,12 +191,12 @@ def evaluate(options: Options) -> list[Row]:
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
-        session = open_text(config, options.source, options.document_start)
+        session = open_text(config, options.source, options.document_start, options.protect)
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
-        session = open_text(config, options.source, options.document_start)
+        session = open_text(config, options.source, options.document_start, options.protect)
         subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
         trained_on = training_documents(config, session)
     refuse_training_text(session, options.split, trained_on)

@@ -11,7 +11,8 @@ from sol_jax.comparison import Draw, Row
 from sol_jax.errors import UserError
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
-IDENTITY = ("config", "text", "stale_prefill")
+IDENTITY = ("config", "text", "protect", "stale_prefill")
+NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
 # A row with the same of these replaces an older one.
 KEY = ("controller", "held", "along")
 
@@ -20,7 +21,8 @@ def records(
     rows: Iterable[Row | Draw], axis_names: Sequence[str], about: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """Rows as CSV fields, with `about` (seed, commit, config ...) repeated on each."""
-    return [_flat(dataclasses.asdict(row), axis_names) | texts(about) for row in rows]
+    flat = [_flat(dataclasses.asdict(row), axis_names) | texts(about) for row in rows]
+    return [record | {"note": NOTES.get(record.get("controller", ""), "")} for record in flat]
 
 
 def _flat(record: dict[str, Any], axis_names: Sequence[str]) -> dict[str, str]:

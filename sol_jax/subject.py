@@ -48,13 +48,19 @@ def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name
     return Subject(state.params, config, name, step)
 
 
-def open_text(config: ConfigDict, source: str, document_start: str) -> Session:
-    """The session of a run's model on another text, all of it test text; on its own without a `source`."""
-    if not source:
-        return open_session(config)
+def open_text(
+    config: ConfigDict, source: str = "", document_start: str = "", protect: bool | None = None
+) -> Session:
+    """The session of a run's model on another text, all of it test text; on its own without a `source`.
+
+    `protect` overrides the run's protection of sinks and window.
+    """
     other = ConfigDict(config.to_dict())
-    other.data.source, other.data.document_start = source, document_start
-    other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
+    if source:
+        other.data.source, other.data.document_start = source, document_start
+        other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
+    if protect is not None:
+        other.axes.kappa.protect = protect
     return open_session(other)
 
 
@@ -105,6 +111,7 @@ def describe(subject: Subject, session: Session, split: str, batches: Sequence[B
         "prefix": episode.prefix_len,
         "horizon": episode.horizon,
         "text": text_name(session.config.data.source, split),
+        "protect": session.config.axes.kappa.protect,
         "blocks": sum(len(batch.tokens_BxN) for batch in batches),
         "seed": subject.config.seed,
         "config": digest(trained),

@@ -38,7 +38,8 @@ def write(
             rows.append(Row(*place, gain, gain - 0.05, gain + 0.05, 12800, 62, ("1:1",) * 3))
     said = {"run": name, "updates": 300, "model": "smollm2-135m", "prefix": 256, "horizon": 16,
             "text": "wiki.test.raw.gz:test", "blocks": 50, "seed": seed, "config": f"{name}{seed}",
-            "commit": "abc", "stale_prefill": False, "num_random": num_random} | about  # fmt: skip
+            "commit": "abc", "protect": False, "stale_prefill": False,
+            "num_random": num_random} | about  # fmt: skip
     path = folder / "smollm2-135m" / f"{name}-s{seed}.csv"
     results.write(path, results.records(rows, AXES, said))
     if draws:

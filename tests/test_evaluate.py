@@ -124,7 +124,13 @@ def test_the_summary_is_what_training_tries_to_raise(session):
 
 # --- files -------------------------------------------------------------------------------------------
 
-ABOUT = {"config": "c0ffee", "text": "text.txt:test", "stale_prefill": False, "commit": "abc"}
+ABOUT = {
+    "config": "c0ffee",
+    "text": "text.txt:test",
+    "protect": False,
+    "stale_prefill": False,
+    "commit": "abc",
+}
 
 
 def test_rows_are_replaced_or_added(tmp_path):
@@ -149,7 +155,8 @@ def test_rows_are_replaced_or_added(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("config", "beef"), ("text", "other.txt:test"), ("stale_prefill", True)]
+    ("field", "value"),
+    [("config", "beef"), ("text", "other.txt:test"), ("protect", True), ("stale_prefill", True)],
 )
 def test_results_of_another_config_are_not_added_to(field, value, tmp_path):
     path = tmp_path / "results.csv"
@@ -259,9 +266,11 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
         *(f"cost_{axis}" for axis in AXES), "net", "nats", "perplexity",
         "gain", "gain_low", "gain_high", "tokens", "documents",
         *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
-        "blocks", "seed", "config", "commit", "stale_prefill", "num_random",
+        "protect", "blocks", "seed", "config", "commit", "stale_prefill", "num_random", "note",
     ]  # fmt: skip
     assert {record["blocks"] for record in records} == {"5"}
+    noted = {record["controller"] for record in records if "favours it" in record["note"]}
+    assert noted == {"random_best"}
     for row in rows:
         assert row.nats == pytest.approx(np.log(row.perplexity))
         assert row.controller == "policy" or row.gain_low <= row.gain <= row.gain_high
@@ -316,12 +325,15 @@ def test_a_policy_by_folder(session, state, workdir, tmp_path):
     text.write_text("".join(f"= {n} =\n" + "new words on walls and birds " * 9 + "\n" for n in range(4)))
     output = tmp_path / "other.csv"
     args = ("--policy", tmp_path / "policy", "--source", text, "--document_start", "^= .* =$")
-    ended = run_program(*args, "--output", output, "--controllers", "drift", "--grid", "1", "--hold", "rho")
+    ended = run_program(
+        *args, "--output", output, "--controllers", "drift", "--grid", "1", "--hold", "rho", "--protect"
+    )
     assert ended.returncode == 0, ended.stderr
     rows = results.read(output)
     assert [row["controller"] for row in rows[:3]] == ["policy", "drift", "dense"]
     assert [row["held"] for row in rows] == [""] * 21 + ["rho"] * 21  # 1 + 3 * 2 budgets
-    assert {(row["updates"], row["text"], row["documents"]) for row in rows} == {("7", "other.txt:test", "4")}
+    said = {(row["updates"], row["text"], row["documents"], row["protect"]) for row in rows}
+    assert said == {("7", "other.txt:test", "4", "True")}
 
 
 REFUSED = {
