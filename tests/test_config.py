@@ -13,8 +13,10 @@ import tiny
 from ml_collections import ConfigDict
 
 from configs import default, demo, horizon, reasoning, single_axis, sol_j_2l, sol_j_3l, sol_j_fl
+from pallas_kernels.cost_model import CostModel
 from sol_jax import llama, update
-from sol_jax.config import build, check, flatten
+from sol_jax.config import build, build_axes, check, flatten, requested
+from sol_jax.costs import in_unit
 from sol_jax.llama import LlamaConfig, RopeScaling
 from sol_jax.session import read_config
 
@@ -124,6 +126,7 @@ def test_the_papers_settings():
 
 # --- a field nobody reads ------------------------------------------------------------------------------
 
+APART = "has a test of its own"
 # What each field may be changed to; `None` for those that the session or the loop reads (next test).
 OTHER = {
     "seed": None,
@@ -140,8 +143,8 @@ OTHER = {
     "kernels": "pallas",
     "episode.sinks": 3,
     "episode.window": 5,
-    "axes.budget_unit": "bytes",
-    "axes.prices": None,
+    "axes.budget_unit": APART,
+    "axes.prices": APART,
     "axes.kappa.levels": (0.2, 1.0),
     "axes.kappa.budget": (0.2, 0.9),
     "axes.kappa.budget_choices": (0.5,),
@@ -202,7 +205,7 @@ def test_every_field_is_listed(tiny_folder):
     assert set(OTHER) == set(flatten(tiny.config_for(tiny_folder)))
 
 
-@pytest.mark.parametrize("field", [field for field, value in OTHER.items() if value is not None])
+@pytest.mark.parametrize("field", [f for f, value in OTHER.items() if value not in (None, APART)])
 def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder):
     """Not only the setup: the program must be another one."""
     config, model = tiny.config_for(tiny_folder), tiny_session.setup.model
@@ -211,6 +214,24 @@ def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder
         config.update_from_flattened_dict({field: OTHER[field]})
     after = build(config, dataclasses.replace(model, dtype=config.model.dtype))
     assert lowered(after, 2) != lowered(before, 2)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "time"])
+def test_budgets_in_another_unit(unit, tiny_folder, tiny_session, tmp_path):
+    """The axes of the run are those of `costs.in_unit`, and keep rates are translated for evaluation."""
+    prices = CostModel("none", 1e-12, 0.0, 0.0)
+    prices.save(tmp_path / "prices.json")
+    fields = {"axes.rho.levels": (0.4, 0.41, 1.0), "eval.budgets": ((0.5, 0.41, 0.6),)}
+    fields |= {"axes.budget_unit": unit, "axes.prices": str(tmp_path / "prices.json")}
+    config = tiny.config_for(tiny_folder, **fields)
+    check(config)
+    space = build(config, tiny_session.setup.model).space
+    keys = config.episode.prefix_len + config.episode.horizon // 2
+    model = tiny_session.setup.model
+    assert space.axes == tuple(in_unit(a, unit, model, keys, prices) for a in build_axes(config))
+    rho = space.axes[1]
+    assert rho.cost(0.41) != pytest.approx(0.41)
+    assert requested(config, space)[0][1] == pytest.approx(rho.cost(0.41))
 
 
 def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
