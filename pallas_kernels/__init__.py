@@ -11,5 +11,5 @@ that end in the device or language: `_gpu` (Pallas through Triton), `_tpu` (Pall
 
 Shared: `dispatch` (which implementation runs, or why not), `tuning` (where each exists and pays), `shapes`
 (the named shapes of tests and benchmarks), `one_row` and `fold` (vmaps as rows of one call), `cache` (layers
-of stacked arrays), `cost_model` (time from bytes, operations and launches).
+of stacked arrays), `errors`, `cost_model` (time from bytes, operations and launches).
 """

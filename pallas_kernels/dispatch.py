@@ -1,8 +1,8 @@
 """Which implementation of an op runs: XLA, a Pallas kernel, or a Triton kernel through jax-triton.
 
 `choose` is called while an op is traced.  None (or "auto") takes what `tuning.TABLE` says pays for the
-platform and shape; a named implementation runs or raises `Unavailable` with the reason.  Nothing falls back
-silently.
+platform and shape; a named implementation runs or raises `UnavailableError` with the reason.  Nothing falls
+back silently.
 """
 
 import contextlib
@@ -16,19 +16,13 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.errors import UnavailableError
 from pallas_kernels.tuning import NO_END, TABLE, Kernel
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
 _log = logging.getLogger(__name__)
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
-
-
-class Unavailable(ValueError):  # noqa: N818
-    """A named implementation that cannot run here: one sentence with the op, the reason and what to use."""
-
-    def __init__(self, op: str, implementation: str, cannot: str, reason: str, instead: str):
-        super().__init__(f"{op}: {implementation!r} cannot {cannot} because {reason}; use {instead} instead")
 
 
 def choose(op: str, implementation: str | None, *, platform: str | None = None, **facts: Any) -> str:
@@ -65,11 +59,11 @@ def _pays(name: str, kernel: Kernel, facts: Mapping[str, Any]) -> bool:
 
 def _require(op: str, implementation: str, platform: str, facts: Mapping[str, Any]) -> None:
     if (problem := _problem_of_platform(op, implementation, platform)) is not None:
-        raise Unavailable(op, implementation, f"run on this platform ({platform})", *problem)
+        raise UnavailableError(op, implementation, f"run on this platform ({platform})", *problem)
     # A CPU interprets the GPU's kernel, so it takes what that takes.
     kernel = TABLE[op, implementation, "gpu" if platform == "cpu" else platform]
     for reason in _unmet(kernel.takes, facts):
-        raise Unavailable(op, implementation, "take this shape", reason, "'xla'")
+        raise UnavailableError(op, implementation, "take this shape", reason, "'xla'")
 
 
 def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[str, str] | None:

@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pallas_kernels import cost_model
-from pallas_kernels.dispatch import IMPLEMENTATIONS, Unavailable, choose
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.errors import UnavailableError
 from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
 from sol_jax.costs import in_unit
 from sol_jax.errors import UserError
@@ -85,7 +86,7 @@ def check(config: ConfigDict) -> None:
     if config.kernels not in ("auto", "xla"):  # which need no device to be looked for yet
         try:
             choose("attend", config.kernels)
-        except Unavailable as error:
+        except UnavailableError as error:
             raise UserError(f"config.kernels: {error}") from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from pallas_kernels.dispatch import Unavailable
+from pallas_kernels.errors import UnavailableError
 
 
 class UserError(ValueError):
@@ -25,7 +25,7 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except (UserError, Unavailable) as error:
+        except (UserError, UnavailableError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

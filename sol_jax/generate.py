@@ -22,7 +22,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import default, sol_j_fl
-from pallas_kernels.dispatch import IMPLEMENTATIONS, Unavailable, choose
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.errors import UnavailableError
 from sol_jax import config as config_lib
 from sol_jax import costs, load, page, policy_files
 from sol_jax.axes import ActionSpace
@@ -188,7 +189,7 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
     kernels = args["kernels"].value
     try:
         choose("attend", kernels)
-    except Unavailable as error:
+    except UnavailableError as error:
         raise UserError(f"--kernels: {error}") from None
     model = dataclasses.replace(load.load_config(path, args["dtype"].value), kernels=kernels)
     tokenizer = load_tokenizer(path)

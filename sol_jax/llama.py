@@ -55,7 +55,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     dtype: str = "float32"  # of weights, caches and matmul operands; sums are float32
     # Of decode steps: "auto" (by platform and shape), "xla", "pallas", or "triton" (jax-triton where it has a
-    # kernel, Pallas elsewhere).  A named one runs or raises `dispatch.Unavailable`.
+    # kernel, Pallas elsewhere).  A named one runs or raises `UnavailableError`.
     kernels: str = "auto"
 
     @property

@@ -16,7 +16,7 @@ from kernels.interpreted import compiled, kernel_calls, platforms
 from kernels.lowering import lowers
 from pallas_kernels import attention_gpu, attention_tpu, attention_triton, decode
 from pallas_kernels.decode import attend, paged_attention, split_attention
-from pallas_kernels.dispatch import Unavailable
+from pallas_kernels.errors import UnavailableError
 from pallas_kernels.shapes import SHAPES
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -329,12 +329,16 @@ def test_a_race_would_be_seen(capsys):
 
 def test_what_cannot_run_says_why():
     q, kv, keep = jnp.zeros((H, G, D)), (jnp.zeros((H, 16, D)),) * 2, jnp.ones((1, 1, 2), bool)
-    with pytest.raises(Unavailable, match=r"^attend: 'triton' cannot run on this platform \(cpu\) because"):
+    with pytest.raises(
+        UnavailableError, match=r"^attend: 'triton' cannot run on this platform \(cpu\) because"
+    ):
         attend(q, kv, kv, keep, jnp.ones((1, 1, 16), bool), jnp.int32(16), 8, implementation="triton")
     with pytest.raises(ValueError, match=r"^paged_attention: 2 pages of 4 in the mask, and 4 in the cache"):
         paged_attention(q, kv, keep, jnp.int32(16), 4, implementation="pallas")
     wide = (jnp.zeros((H, 16, 512)),) * 2
-    with pytest.raises(Unavailable, match=r"^paged_attention: .* head_size is 512 .*; use 'xla' instead"):
+    with pytest.raises(
+        UnavailableError, match=r"^paged_attention: .* head_size is 512 .*; use 'xla' instead"
+    ):
         paged_attention(jnp.zeros((H, G, 512)), wide, keep, jnp.int32(16), 8, implementation="pallas")
 
 

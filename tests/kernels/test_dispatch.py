@@ -10,7 +10,8 @@ import pytest
 
 from kernels.lowering import lowers
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Unavailable, choose, no_gradient, tracing_for
+from pallas_kernels.dispatch import choose, no_gradient, tracing_for
+from pallas_kernels.errors import UnavailableError
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.one_row import one_row
 from pallas_kernels.prune import keep_channels
@@ -48,7 +49,7 @@ def test_what_a_platform_traces_for(platform):
 
 
 def refused(op: str, implementation: str, **facts) -> str:
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(UnavailableError) as caught:
         choose(op, implementation, **facts)
     return str(caught.value)
 

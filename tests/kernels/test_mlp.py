@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.devices import IMPLEMENTATIONS, interpreted
 from kernels.lowering import lowers
 from pallas_kernels import mlp_gpu, mlp_tpu
-from pallas_kernels.dispatch import Unavailable, tracing_for
+from pallas_kernels.dispatch import tracing_for
+from pallas_kernels.errors import UnavailableError
 from pallas_kernels.mlp import MAX_ROWS, gated_hidden
 from pallas_kernels.shapes import distinct
 
@@ -167,7 +168,7 @@ def test_gradients_are_refused():
 def test_triton_is_refused_on_a_cpu():
     gate, up = make_weights(64, 128, jnp.float32)
     refusal = r"^gated_hidden: 'triton' cannot run on this platform"
-    with tracing_for("cpu"), pytest.raises(Unavailable, match=refusal):
+    with tracing_for("cpu"), pytest.raises(UnavailableError, match=refusal):
         gated_hidden(jnp.ones(64), gate[0], up[0], "triton")
 
 

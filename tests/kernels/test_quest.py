@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.interpreted import compiled, kernel_calls, platforms
 from kernels.lowering import lowers
 from pallas_kernels import quest, quest_tpu
-from pallas_kernels.dispatch import Unavailable, tracing_for
+from pallas_kernels.dispatch import tracing_for
+from pallas_kernels.errors import UnavailableError
 from pallas_kernels.shapes import SHAPES
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -219,11 +220,11 @@ def test_tpu_kernels_do_not_race(capsys):
 
 def test_what_cannot_run_says_why():
     q, bounds, used = jnp.zeros((H, G, D)), (jnp.zeros((H, 40000, 2 * D)),), (jnp.ones(40000, bool),)
-    with pytest.raises(Unavailable, match=r"^select_pages: .* pages is 40000 .*; use 'xla' instead$"):
+    with pytest.raises(UnavailableError, match=r"^select_pages: .* pages is 40000 .*; use 'xla' instead$"):
         quest.select_pages(q, bounds, used, jnp.int32(1), implementation="pallas")
     with pytest.raises(ValueError, match=r"^select_pages: select is 'heads' and must be"):
         quest.select_pages(q, bounds, used, jnp.int32(1), select="heads")
-    with tracing_for("tpu"), pytest.raises(Unavailable, match=r"^page_bounds: .* page_size is 4 "):
+    with tracing_for("tpu"), pytest.raises(UnavailableError, match=r"^page_bounds: .* page_size is 4 "):
         quest.page_bounds(jnp.zeros((H, 32, D)), jnp.ones(32, bool), 4, "pallas")
 
 

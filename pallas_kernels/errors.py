@@ -1,0 +1,8 @@
+"""The error of a kernel that was named and cannot run; apart, so that catching it does not need JAX."""
+
+
+class UnavailableError(ValueError):
+    """A named implementation that cannot run here: one sentence with the op, the reason and what to use."""
+
+    def __init__(self, op: str, implementation: str, cannot: str, reason: str, instead: str):
+        super().__init__(f"{op}: {implementation!r} cannot {cannot} because {reason}; use {instead} instead")
