@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from sol_jax import flops, llama, update
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EpisodeConfig, policy_controller

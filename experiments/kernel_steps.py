@@ -17,7 +17,8 @@ from experiments import timing
 from experiments.kernel_cases import Work
 from pallas_kernels.mlp import MAX_ROWS
 from sol_jax import costs, decoding, flops, llama, update
-from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.decoding import Decoder
 from sol_jax.llama import KVCache, LlamaConfig
 from sol_jax.policy import PolicyConfig

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from sol_jax import load, results
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.corpus import read_documents
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.llama import LlamaConfig, Weights

@@ -14,6 +14,6 @@ Array names end in their shape, one letter an axis, read from this table:
 so `logits_KxTxA` has one row of action logits per schedule and step.  Functions are written for one
 sequence and one schedule wherever they can be, and batched by `jax.vmap`.
 
-Reading order: `axes` (what an action is), `llama` (the frozen model), `policy`, `rollout` (one
+Reading order: `axis`, `axes` (what an action is), `llama` (the frozen model), `policy`, `rollout` (one
 episode), `rewards` and `grpo` (the learning signal), `train` (the loop).
 """

@@ -1,18 +1,12 @@
-"""The efficiency axes: each a small object that says what an action costs and what it does to a step.
-
-An axis has levels, a cost per level (the unit budgets are stated in), a penalty weight, and effects on
-one decode step of one schedule.  Effects default to "none", so a new axis overrides only what it
-changes; neither the trainer nor the rollout names an axis.
+"""The efficiency axes of the paper: three rules for kappa (which keys attention reads), rho and eta.
 
 Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
 heads of each.
 """
 
 import dataclasses
-import functools
-import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,175 +18,8 @@ from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import MAX_BITS, fake_quantize
 from pallas_kernels.quest import extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
-
-
-class Keys(NamedTuple):
-    """The keys a decode step may attend to: the shared prefix, then the schedule's own, the current last.
-
-    `prefix_HxSxd` may be longer than `prefix_len`; `suffix_HxTxd` is filled up to and including `step`.
-    """
-
-    prefix_HxSxd: jax.Array
-    suffix_HxTxd: jax.Array
-    prefix_len: jax.Array
-    step: jax.Array
-
-    @property
-    def kv_len(self) -> jax.Array:
-        """Keys in reach, the current token's own included."""
-        return self.prefix_len + self.step + 1
-
-    @property
-    def positions(self) -> tuple[jax.Array, jax.Array]:
-        """Position in the text of each prefix and suffix entry: [S], [T]."""
-        S, T = self.prefix_HxSxd.shape[1], self.suffix_HxTxd.shape[1]
-        return jnp.arange(S), self.prefix_len + jnp.arange(T)
-
-    @property
-    def valid(self) -> "Selection":
-        """Every key in reach: masks [1, 1, S] and [1, 1, T]."""
-        S, T = self.prefix_HxSxd.shape[1], self.suffix_HxTxd.shape[1]
-        prefix_S, suffix_T = jnp.arange(S) < self.prefix_len, jnp.arange(T) <= self.step
-        return Selection(prefix_S[None, None], suffix_T[None, None])
-
-
-class Selection(NamedTuple):
-    """Which keys a step attends to: masks that broadcast to [H, G, P] and [H, G, T].
-
-    The prefix' is by page of `page_size` consecutive positions, the suffix' by position.
-    """
-
-    prefix: jax.Array
-    suffix: jax.Array
-    page_size: int = 1
-
-    def by_token(self, prefix_len: int) -> "Selection":
-        """The same with pages of one position, for a prefix (its room, not its filled part) so long."""
-        return Selection(jnp.repeat(self.prefix, self.page_size, -1)[..., :prefix_len], self.suffix)
-
-    def both(self, other: "Selection", prefix_len: int) -> "Selection":
-        """The keys that are in both."""
-        a, b = self, other
-        if a.page_size != b.page_size:
-            a, b = a.by_token(prefix_len), b.by_token(prefix_len)
-        return Selection(a.prefix & b.prefix, a.suffix & b.suffix, a.page_size)
-
-
-class Work(NamedTuple):
-    """Bytes read and floating-point operations of a part of a decode step, or shares of them."""
-
-    bytes: float
-    flops: float
-
-
-class StepShape(NamedTuple):
-    """What an axis must know of a decode step to say what it saves."""
-
-    kv_len: int
-    group_size: int  # query heads of each key/value head
-    hidden_size: int
-    dtype_bits: int  # of weights, caches and activations
-
-
-def float32_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
-    """`ceil(f32(fraction) * f32(count))` as int32: the budget arithmetic of sol.md section 2."""
-    return jnp.ceil(jnp.float32(fraction) * jnp.asarray(count).astype(jnp.float32)).astype(jnp.int32)
-
-
-def exact_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
-    """`ceil(f32(fraction) * count)` without rounding the product, for fraction in [2**-6, 1], count < 2**17.
-
-    The authors' recency mask multiplies in Python, in double precision, so 0.1 * 10 is a little above 1
-    there.  No float64 on accelerators: the product is taken in integers, in units of 2**-29.
-    """
-    # Exact: a power of two scales without rounding.
-    unit = (jnp.float32(fraction) * 2.0**29).astype(jnp.uint32)
-    high, low = unit >> 15, unit & 0x7FFF
-    count = jnp.asarray(count).astype(jnp.uint32)
-    low_product = low * count
-    quotient = high * count + (low_product >> 15)
-    remainder = (quotient & 0x3FFF) | (low_product & 0x7FFF)
-    return ((quotient >> 14) + (remainder > 0)).astype(jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """One efficiency axis: `levels` ascending, the last the most expensive.
-
-    Training draws the requested mean cost from the range `budget`, or from `budget_choices` if there are
-    any; both are in units of `cost`.  All `value`s below are one of the levels, as a traced float32 scalar.
-    """
-
-    levels: tuple[float, ...]
-    budget: tuple[float, float]
-    penalty: float
-    budget_choices: tuple[float, ...] = ()
-    kernels: str = "auto"  # which implementation of its operations: see `llama.LlamaConfig.kernels`
-    level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
-    name: str = dataclasses.field(default="", init=False)
-
-    @property
-    def penalty_weight(self) -> float:
-        """alpha of the paper; an axis without a choice cannot miss its budget (sol.md section 5)."""
-        return self.penalty if self.cost(self.levels[0]) != self.cost(self.levels[-1]) else 0.0
-
-    def cost(self, level: float) -> float:
-        """Cost of a level, in the unit in which budgets are stated."""
-        return self.level_costs[self.levels.index(level)] if self.level_costs else self.nominal_cost(level)
-
-    def nominal_cost(self, level: float) -> float:
-        """The paper's cost of a level, as a share of the full one (sol.md section 1)."""
-        return level
-
-    def budget_for(self, keep_rate: float) -> float:
-        """The mean cost of mixing the two levels around a nominal mean cost to meet it."""
-        if not self.level_costs:
-            return keep_rate
-        nominal = [self.nominal_cost(level) for level in self.levels]
-        return float(np.interp(keep_rate, nominal, self.level_costs))
-
-    def index_prefix(self, k_HxSxd: jax.Array) -> Any:
-        """What to remember of a prefix' keys (one layer), computed once for all schedules."""
-        return ()
-
-    def index_suffix(self, prefix_index: Any, keys: Keys) -> Any:
-        """The same for a schedule's own keys, before its first step (`keys.suffix_HxTxd` unused)."""
-        return ()
-
-    def index_token(self, suffix_index: Any, k_Hxd: jax.Array, keys: Keys) -> Any:
-        """`suffix_index` once the current token's key is there."""
-        return suffix_index
-
-    def select(
-        self,
-        value: jax.Array,
-        q_HxGxd: jax.Array,
-        keys: Keys,
-        prefix_index: Any,
-        suffix_index: Any,
-        layer: jax.Array | None = None,
-    ) -> Selection | None:
-        """The keys that attention reads; None means all.
-
-        With `layer`, `prefix_index` is that of all layers, of which one is read in place: a slice of it would
-        be copied before a kernel sees it.
-        """
-        return None
-
-    def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
-        """Acts on the MLP's (normed) input."""
-        return x_D
-
-    def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
-        """Acts on the MLP's output, before the residual add."""
-        return y_D
-
-    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
-        """What a level leaves of the parts of a dense step, by their names in `costs.StepCost`.
-
-        Parts that are not named stay whole.  `index`, which dense steps lack, is in units of `cache`.
-        """
-        return {}
+from sol_jax.axis import Axis, StepShape, Work
+from sol_jax.keys import Keys, Selection, ends, exact_ceil, float32_ceil
 
 
 def _chosen(level: float, count: int) -> int:
@@ -292,7 +119,7 @@ class Quest(Axis):
         )
         if not self.protect:
             return keep
-        keep, always = keep.by_token(S), _always(keys, self.sinks, self.window + 1)
+        keep, always = keep.by_token(S), ends(keys, self.sinks, self.window + 1)
         return Selection(keep.prefix | always.prefix, keep.suffix | always.suffix)
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
@@ -304,12 +131,6 @@ class Quest(Axis):
         # The two bounds of a page are as long as a key and a value, and scoring it takes as many operations.
         index = -(-shape.kv_len // self.page_size) / shape.kv_len
         return {"cache": _cache_shares(entries + protected, shape), "index": Work(index, index)}
-
-
-def _always(keys: Keys, sinks: int, recent: int | jax.Array) -> Selection:
-    """The first `sinks` and the last `recent` keys in reach."""
-    prefix_S, suffix_T = ((p < sinks) | (p >= keys.kv_len - recent) for p in keys.positions)
-    return Selection(prefix_S[None, None], suffix_T[None, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +154,7 @@ class Recency(Axis):
         rest = jnp.maximum(keys.kv_len - fixed, 0)
         # Up to `fixed` keys the two ends meet or overlap, and all are kept.
         recent = jnp.where(rest == 0, keys.kv_len, self.window + 1 + exact_ceil(value, rest))
-        return _always(keys, self.sinks, recent)
+        return ends(keys, self.sinks, recent)
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         fixed = self.sinks + self.window + 1
@@ -364,7 +185,7 @@ class Relevancy(Axis):
         suffix_index: Any,
         layer: jax.Array | None = None,
     ) -> Selection:
-        always = _always(keys, self.sinks, self.window + 2)
+        always = ends(keys, self.sinks, self.window + 2)
         rest = jnp.maximum(keys.kv_len - self.sinks - self.window - 2, 0)
 
         def logits(k_HxNxd: jax.Array, valid: jax.Array, kept: jax.Array) -> jax.Array:
@@ -418,36 +239,3 @@ class OutputQuantization(Axis):
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         return {"mlp_output": Work(level / shape.dtype_bits, 1.0)} if level < MAX_BITS else {}
-
-
-@dataclasses.dataclass(frozen=True)
-class ActionSpace:
-    """The joint actions: every combination of the axes' levels, the last axis varying fastest."""
-
-    axes: tuple[Axis, ...]
-
-    @functools.cached_property
-    def values_AxX(self) -> np.ndarray:
-        """Level of each axis in each action, float32."""
-        return np.array(list(itertools.product(*(axis.levels for axis in self.axes))), np.float32)
-
-    @functools.cached_property
-    def costs_AxX(self) -> np.ndarray:
-        """Cost of each axis in each action, float32."""
-        costs = ([axis.cost(level) for level in axis.levels] for axis in self.axes)
-        return np.array(list(itertools.product(*costs)), np.float32)
-
-    @property
-    def num_actions(self) -> int:
-        return len(self.values_AxX)
-
-    @property
-    def dense(self) -> int:
-        """The action with every axis at its top level: what steps that may not be controlled take."""
-        return self.num_actions - 1
-
-    def join(self, level_X: jax.Array | np.ndarray) -> jax.Array:
-        """Action of the given level index per axis ([..., X] -> [...])."""
-        sizes = [len(axis.levels) for axis in self.axes]
-        strides = np.cumprod([1, *sizes[:0:-1]])[::-1]
-        return jnp.sum(jnp.asarray(level_X) * jnp.asarray(strides.copy()), -1)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.config import check_budgets
 from sol_jax.errors import UserError
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sol_jax import schedules
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.budgets import Budgets
 from sol_jax.scores import HEURISTICS, POLICY, Kind, Scores
 from sol_jax.statistics import document_bootstrap

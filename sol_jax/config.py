@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from pallas_kernels import cost_model
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.errors import UnavailableError
-from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.costs import in_unit
 from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig
@@ -108,7 +109,7 @@ def _check_axes(config: ConfigDict) -> None:
             raise _wrong(config, "axes.eta.levels", "whole numbers of bits from 2 to 16")
         if name != "eta" and not all(0 < level <= 1 for level in levels):
             raise _wrong(config, f"axes.{name}.levels", "fractions in (0, 1]")
-        # Below 2**-6 the exact recency arithmetic (axes.exact_ceil) does not reach.
+        # Below 2**-6 the exact recency arithmetic (keys.exact_ceil) does not reach.
         if name == "kappa" and config.axes.kappa.rule == "recency" and levels[0] < 2**-6:
             raise _wrong(config, "axes.kappa.levels", "at least 1/64 under the recency rule")
     for axis in build_axes(config):

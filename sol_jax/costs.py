@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cost_model import CostModel
-from sol_jax.axes import Axis, StepShape, Work
+from sol_jax.axis import Axis, StepShape, Work
 from sol_jax.decoding import Decoder
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sol_jax import llama
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import KVCache, LlamaConfig, Suffix, Weights
 from sol_jax.policy import Observation, Policy, PolicyConfig, observation_scalars
 from sol_jax.rollout import Controller, label_logp, policy_controller, replay

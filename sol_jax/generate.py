@@ -26,7 +26,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.errors import UnavailableError
 from sol_jax import config as config_lib
 from sol_jax import costs, load, page, policy_files
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.chat import chat_prompt
 from sol_jax.decoding import Decoder
 from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream

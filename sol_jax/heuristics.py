@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sol_jax import llama
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import Weights
 from sol_jax.policy import Observation
 from sol_jax.rollout import Controller

@@ -22,7 +22,8 @@ from jax import lax
 from pallas_kernels.decode import attend, split_attention
 from pallas_kernels.mlp import gated_hidden
 from pallas_kernels.prefill import causal_attention
-from sol_jax.axes import Axis, Keys
+from sol_jax.axis import Axis
+from sol_jax.keys import Keys
 
 Weights = dict[str, Any]
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from sol_jax import llama
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.grpo import action_logp
 from sol_jax.llama import LlamaConfig, Prefix, Weights
 from sol_jax.policy import Observation, Policy, PolicyCarry, initial_carry, observation_scalars

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sol_jax.axes import ActionSpace, Axis
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.rollout import EpisodeConfig
 
 # The authors' offsets between the axes that they correct over time; they mix any other axis over rows.

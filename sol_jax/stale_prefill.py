@@ -18,7 +18,8 @@ from jax import lax
 from pallas_kernels.quest import page_bounds, page_scores
 from pallas_kernels.topk import at_least_kth
 from sol_jax import llama
-from sol_jax.axes import Quest, float32_ceil
+from sol_jax.axes import Quest
+from sol_jax.keys import float32_ceil
 from sol_jax.llama import KVCache, Weights
 from sol_jax.rollout import Episode
 from sol_jax.scores import Prefilled, with_embeddings

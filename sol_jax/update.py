@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from sol_jax import grpo, rewards
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import LlamaConfig, Weights
 from sol_jax.policy import Observation, Policy, PolicyConfig, example_observation, initial_carry
 from sol_jax.rollout import (

@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import pollution
 from sol_jax import budgets, results
-from sol_jax.axes import ActionSpace
+from sol_jax.axis import ActionSpace
 from sol_jax.comparison import BASELINES, Draw, Row
 from sol_jax.config import build_axes
 

@@ -20,18 +20,9 @@ from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import fake_quantize
 from pallas_kernels.quest import page_bounds
 from pallas_kernels.topk import at_least_kth
-from sol_jax.axes import (
-    ActionSpace,
-    Axis,
-    ChannelPruning,
-    Keys,
-    OutputQuantization,
-    Quest,
-    Recency,
-    Relevancy,
-    exact_ceil,
-    float32_ceil,
-)
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace, Axis
+from sol_jax.keys import Keys, exact_ceil, float32_ceil
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 # The CPU takes subnormal numbers for zeros.

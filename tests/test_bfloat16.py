@@ -9,7 +9,8 @@ import llama_reference as reference
 import numpy as np
 import pytest
 
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import LlamaConfig, Weights
 from sol_jax.load import load_model
 from sol_jax.rollout import EpisodeConfig, cut_episodes, group_rollout, label_logp, replay

@@ -6,17 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax.axes import (
-    ActionSpace,
-    Axis,
-    ChannelPruning,
-    OutputQuantization,
-    Quest,
-    Recency,
-    Relevancy,
-    StepShape,
-    Work,
-)
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace, Axis, StepShape, Work
 from sol_jax.costs import (
     NONE,
     StepCost,

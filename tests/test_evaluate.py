@@ -191,7 +191,7 @@ def test_budgets_by_hand(session):
     assert swept[3] == (0.55, 0.4, 0.65625)
     assert len(swept) == 9
     one_level = tiny.config_for(pathlib.Path("."), **{"axes.eta.levels": (16,)})
-    from sol_jax.axes import ActionSpace
+    from sol_jax.axis import ActionSpace
     from sol_jax.config import build_axes
 
     single, _ = budgets.axis_sweeps(ActionSpace(build_axes(one_level)), 2)

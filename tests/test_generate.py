@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine, Request, batch_bucket, dense_logp, generate, length_bucket, plan, stream
 from sol_jax.errors import UserError

@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels.decode import split_attention
 from pallas_kernels.prefill import CPU_BLOCK, causal_attention
 from sol_jax import llama
-from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EPISODE_AXES, EpisodeConfig, Rollout, cut_episodes, replay, rollout

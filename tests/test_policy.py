@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sol_jax.axes import ActionSpace, ChannelPruning, Recency
+from sol_jax.axes import ChannelPruning, Recency
+from sol_jax.axis import ActionSpace
 from sol_jax.policy import (
     Observation,
     Policy,

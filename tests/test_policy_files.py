@@ -71,7 +71,7 @@ def test_a_field_that_came_later_has_its_default(folder):
 def test_the_largest_policy_fits_a_file():
     """1,560 actions at d_model 512 for SmolLM2."""
     from configs import sol_j_fl
-    from sol_jax.axes import ActionSpace
+    from sol_jax.axis import ActionSpace
     from sol_jax.config import build_axes, build_episode
     from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
 

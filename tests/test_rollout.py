@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sol_jax import llama, rollout
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
 from sol_jax.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from sol_jax import decoding, llama
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine, Request, generate
 from sol_jax.load import load_model

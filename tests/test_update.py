@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sol_jax import flops, llama, update
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EpisodeConfig, dense_divergence, label_logp, replay
 from sol_jax.update import Experience, GrpoConfig, Memory, OptimConfig, Setup

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from sol_jax import heuristics, llama, schedules
-from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Recency
+from sol_jax.axes import ChannelPruning, OutputQuantization, Recency
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.rollout import (
     EPISODE_AXES,
     Controller,

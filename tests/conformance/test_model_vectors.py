@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from sol_jax import llama
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace
 from sol_jax.load import load_model
 from sol_jax.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
 

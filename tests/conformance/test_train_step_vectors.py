@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from sol_jax import grpo, rewards
-from sol_jax.axes import ActionSpace, Axis, ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
+from sol_jax.axis import ActionSpace, Axis
 from sol_jax.llama import LlamaConfig, Weights
 from sol_jax.policy import Observation, initial_carry
 from sol_jax.rollout import Controller, EpisodeConfig, Rollout

@@ -8,7 +8,8 @@ import pytest
 
 from kernels.lowering import lowers
 from sol_jax import llama, update
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EpisodeConfig

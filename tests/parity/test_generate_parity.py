@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from sol_jax.axes import ActionSpace, ChannelPruning, OutputQuantization, Quest
+from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.chat import render
 from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine, Request, generate
