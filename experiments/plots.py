@@ -99,7 +99,9 @@ def draws(folder: pathlib.Path, pattern: str) -> list[Row]:
 
 def read(path: pathlib.Path) -> list[Row]:
     """The rows of one CSV."""
-    name, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", path.stem.removesuffix("-draws")).groups("")  # type: ignore[union-attr]
+    stem = path.stem.removesuffix("-draws")
+    match = re.search(r"-s(\d+)$", stem)
+    name, seed = (stem[: match.start()], match[1]) if match else (stem, "")
     return [Row(name, seed, {name: _value(text) for name, text in row.items()}) for row in results.read(path)]
 
 

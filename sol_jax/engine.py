@@ -96,7 +96,11 @@ class Output:
         keys = [e.start + 1 + np.arange(e.steps) for e in self.episodes]
         controllable = [e.controllable_T[: e.steps] for e in self.episodes]
         none = np.zeros(0, int)
-        return tuple(np.concatenate([none, *part]) for part in (action, keys, controllable))  # type: ignore
+        return (
+            np.concatenate([none, *action]),
+            np.concatenate([none, *keys]),
+            np.concatenate([none, *controllable]),
+        )
 
     def mean_cost(self, costs_AxX: np.ndarray) -> np.ndarray:
         """Realised budget per axis: the mean cost of the controllable steps; of none, that of dense ones."""

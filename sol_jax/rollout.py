@@ -113,7 +113,7 @@ def cut_episodes(
 
 # What of an episode has a leading W: everything but the shared cache and its index.  These are vmap's axes
 # in place of the arrays, hence the ignored types.
-EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
+EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]  # axes, as said
 
 
 def rollout(

@@ -59,7 +59,7 @@ def test_policies_come_from_folders_and_from_runs(tiny_folder, tiny_session, pol
     assert engine.cfg.space == tiny_session.setup.space
     assert engine.cfg.horizon == tiny_session.setup.episode.horizon
     assert request.budget == (0.5, 0.7, 0.5)
-    as_saved = lambda x: x.astype("bfloat16").astype("float32") if kind == "folder" else x  # noqa: E731
+    as_saved = lambda x: x.astype("bfloat16").astype("float32") if kind == "folder" else x
     saved = jax.tree.map(as_saved, policy.params)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), engine.params, saved))
 

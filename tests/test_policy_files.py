@@ -78,7 +78,7 @@ def test_the_largest_policy_fits_a_file():
     config = sol_j_fl.get_config()
     cfg = PolicyConfig(576, ActionSpace(build_axes(config)).num_actions, build_episode(config).horizon)
     policy = Policy(cfg)
-    init = lambda key: policy.init(key, example_observation(cfg), initial_carry(cfg), method="step")  # noqa: E731
+    init = lambda key: policy.init(key, example_observation(cfg), initial_carry(cfg), method="step")
     shapes = jax.eval_shape(init, jax.random.key(0))
     assert 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) < policy_files.MAX_BYTES
 

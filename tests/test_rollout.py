@@ -53,7 +53,7 @@ def played(weights, episode, actions_KxT):
 def shared(weights, tokens_N, actions_WxKxT):
     """All W episodes of the block, from one prefill."""
     episode, _ = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE)
-    each = lambda episode, actions: played(weights, episode, actions)  # noqa: E731
+    each = lambda episode, actions: played(weights, episode, actions)
     return jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
 
 
@@ -75,7 +75,7 @@ def test_what_comes_later_in_the_block_does_not_matter(weights, tokens_N, action
     """Tokens after the first episode change, and nothing of it."""
     changed_N = tokens_N.at[S + T + 1 :].set((tokens_N[S + T + 1 :] + 1) % MODEL.vocab_size)
     episode, _ = cut_episodes(weights, changed_N, SPACE, MODEL, SHAPE)
-    each = lambda episode, actions: played(weights, episode, actions)  # noqa: E731
+    each = lambda episode, actions: played(weights, episode, actions)
     again = jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
     assert_close(jax.tree.map(lambda x: x[0], again), jax.tree.map(lambda x: x[0], shared))
     assert not np.allclose(again.hidden_TxD[2], shared.hidden_TxD[2], atol=1e-3)

@@ -111,7 +111,7 @@ def test_dense_is_the_top_of_every_axis():
 
 def test_draws_differ_and_repeat_with_the_seed():
     space, target_X = space_of(), np.array([0.55, 0.8, 0.6])
-    draw = lambda seed: schedules.random(space, target_X, every(4, 16), 8, np.random.default_rng(seed))  # noqa: E731
+    draw = lambda seed: schedules.random(space, target_X, every(4, 16), 8, np.random.default_rng(seed))
     np.testing.assert_array_equal(draw(0), draw(0))
     assert np.any(draw(0) != draw(1))
     assert len({row.tobytes() for row in draw(0).reshape(-1, 16)}) == 32
