@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import default
 from pallas_kernels import cost_model
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.errors import UnavailableError
@@ -257,6 +258,14 @@ def unflatten(flat: Mapping[str, Any]) -> ConfigDict:
             node = node[parent]
         node[leaf] = value
     return config
+
+
+def restored(flat: Mapping[str, Any]) -> ConfigDict:
+    """The config of an earlier run or policy from its `flatten`ed form.
+
+    A field that came after it has its default: what the code did before.
+    """
+    return unflatten(flatten(default.get_config()) | dict(flat))
 
 
 def _listed(value: Any) -> Any:

@@ -97,6 +97,19 @@ class Played(NamedTuple):
     controllable_T: jax.Array
 
 
+def prefill_prompt(
+    weights: Weights, tokens_S: jax.Array, length: jax.Array, capacity: int, cfg: LlamaConfig
+) -> tuple[jax.Array, KVCache]:
+    """A dense pass over the first `length` tokens: the last one's final-norm hidden state and the cache.
+
+    The cache has room for `capacity` entries.  Of no tokens the hidden state is 0.
+    """
+    hidden_SxD, cache = llama.prefill(weights, tokens_S, cfg)
+    room = ((0, 0), (0, 0), (0, capacity - tokens_S.shape[0]), (0, 0))
+    hidden_D = jnp.where(length > 0, hidden_SxD[length - 1], 0.0)
+    return hidden_D, KVCache(*(jnp.pad(part, room) for part in cache))
+
+
 @functools.partial(jax.jit, static_argnames=("capacity", "cfg"))
 def start(
     weights: Weights,
@@ -109,12 +122,10 @@ def start(
     """Rows of prompts, the first `length` tokens of each line, with room for `capacity` entries."""
 
     def one(tokens_S: jax.Array, length: jax.Array, key: jax.Array) -> Row:
-        hidden_SxD, cache = llama.prefill(weights, tokens_S, cfg.model)
-        room = ((0, 0), (0, 0), (0, capacity - tokens_S.shape[0]), (0, 0))
-        hidden_D = hidden_SxD[length - 1]
+        hidden_D, cache = prefill_prompt(weights, tokens_S, length, capacity, cfg.model)
         logp_V = token_logp(llama.logits(weights, hidden_D), cfg.sampling)
         token = draw(keys_at(key, length).draw, logp_V, cfg.sampling)
-        return Row(KVCache(*(jnp.pad(part, room) for part in cache)), length, hidden_D, token, key)
+        return Row(cache, length, hidden_D, token, key)
 
     batch = min(cfg.prefill_batch, len(tokens_BxS))
     return lax.map(lambda prompt: one(*prompt), (tokens_BxS, length_B, key_B), batch_size=batch)

@@ -16,12 +16,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from configs import default, sol_j_fl
+from configs import sol_j_fl
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.errors import UnavailableError
 from sol_jax import config as config_lib
@@ -33,10 +32,9 @@ from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, 
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.llama import LlamaConfig
 from sol_jax.sampling import Sampling
-from sol_jax.session import read_config
-from sol_jax.state import Checkpoints
+from sol_jax.subject import best_of_run, open_run
 from sol_jax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from sol_jax.update import Setup, init_state
+from sol_jax.update import Setup
 
 
 def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:
@@ -45,26 +43,21 @@ def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Se
     Raises `UserError` if there is none, or if it was trained for another model or other actions.
     """
     workdir = pathlib.Path(name).expanduser()
-    is_run = (workdir / "checkpoints").is_dir()
-    params, config, _ = (None, read_config(workdir), None) if is_run else policy_files.load_policy(name)
-    # A field that came after the run has its default, which is what the code did before.
-    flat = config_lib.flatten(default.get_config()) | config_lib.flatten(config)
-    run = config_lib.unflatten(flat | {"model.path": model_path})
-    setup = config_lib.build(run, model)
-    if is_run:
-        params = _restore(workdir, config, setup)
+    if (workdir / "checkpoints").is_dir():
+        config, checkpoints = open_run(workdir)
+        run, setup = _with_model(config, model_path, model)
+        params = best_of_run(checkpoints, config, setup, name).params
+    else:
+        params, config, _ = policy_files.load_policy(name)
+        run, setup = _with_model(config, model_path, model)
     policy_files.check_fits(name, params, config, run, setup)
     return params, setup
 
 
-def _restore(workdir: pathlib.Path, config: ConfigDict, setup: Setup) -> Any:
-    """The parameters in a run's best checkpoint."""
-    checkpoints = Checkpoints(workdir, config_lib.flatten(config), config.train.keep, read_only=True)
-    like = jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
-    restored = checkpoints.restore(like, checkpoints.best_step())
-    if restored is None:
-        raise UserError(f"{workdir} holds no checkpoint yet; --policy takes a run that has written one")
-    return restored[1].params
+def _with_model(config: ConfigDict, model_path: str, model: LlamaConfig) -> tuple[ConfigDict, Setup]:
+    """A run's config and setup with another model in place of its own."""
+    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
+    return run, config_lib.build(run, model)
 
 
 def paint(piece: str, net: float) -> str:

@@ -17,8 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
-from configs import default
-from sol_jax.config import flatten, unflatten
+from sol_jax.config import flatten, restored
 from sol_jax.errors import UserError
 from sol_jax.update import Setup, init_state
 
@@ -26,7 +25,7 @@ POLICIES = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "poli
 MAX_BYTES = 15_000_000
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
 BOUND = ("axes.kappa.levels", "axes.rho.levels", "axes.eta.levels", "episode.horizon")
-HASH_LENGTH = 16  # hexadecimal digits of a document's sha256 that are kept
+HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 
 def save_policy(folder: pathlib.Path, params: Any, config: ConfigDict, about: Mapping[str, Any]) -> None:
@@ -47,7 +46,8 @@ def save_policy(folder: pathlib.Path, params: Any, config: ConfigDict, about: Ma
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(half, folder / "policy.safetensors")
-        described = {"about": dict(about), "config": flatten(config)}
+        # Thousands of documents: on one line, that the file stays one to read.
+        described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": flatten(config)}
         (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
         (folder / "README.md").write_text(card(config, about, size))
     except OSError as error:
@@ -62,9 +62,8 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, ConfigDict, dict[str, An
     folder = _folder(name)
     try:
         described = json.loads((folder / "config.json").read_text())
-        # A field that came after the policy has its default: what the code did before.
-        config = unflatten(flatten(default.get_config()) | described["config"])
-        about = dict(described["about"])
+        config = restored(described["config"])
+        about = {**described["about"], "documents": described["about"]["documents"].split()}
         flat = load_file(folder / "policy.safetensors")
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error

@@ -125,11 +125,12 @@ def rollout(
     space: ActionSpace,
     cfg: LlamaConfig,
     uncontrolled: int,
+    horizon: int | None = None,
 ) -> Rollout:
     """One schedule of one episode under `controller`, asked for the mean costs `budget_X`.
 
     Steps with at most `uncontrolled` keys take the dense action, whatever the controller chose, and do not
-    count towards the costs that it sees.
+    count towards the costs that it sees.  An episode of `horizon` steps can end early, with its tokens.
     """
     T = episode.token_T.shape[0]
     values_AxX, costs_AxX = jnp.asarray(space.values_AxX), jnp.asarray(space.costs_AxX)
@@ -138,7 +139,7 @@ def rollout(
         suffix, memory, hidden_D, prev_action, cost_sum_X, counted = carry
         t, token, key = inputs
         controllable = episode.prefix.length + t + 1 > uncontrolled
-        scalars = observation_scalars(t, T, controllable, budget_X, cost_sum_X, counted)
+        scalars = observation_scalars(t, horizon or T, controllable, budget_X, cost_sum_X, counted)
         seen = Observation(hidden_D, llama.embed(weights, token), scalars, prev_action)
         with jax.named_scope("controller"):
             chosen, logp, memory = controller.act(key, seen, memory)

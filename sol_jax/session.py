@@ -10,7 +10,6 @@ import subprocess
 
 from ml_collections import ConfigDict
 
-from configs import default
 from sol_jax import config as config_lib
 from sol_jax import data, load
 from sol_jax.errors import UserError
@@ -67,8 +66,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(
             f"{file} cannot be read ({error}); --workdir must be the folder of a training run"
         ) from None
-    # A field that came after the run has its default: what the code did before.
-    return config_lib.unflatten(config_lib.flatten(default.get_config()) | flat)
+    return config_lib.restored(flat)
 
 
 def commit() -> str:

@@ -1,6 +1,5 @@
 """What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
 
-import json
 import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -32,9 +31,7 @@ class Subject(NamedTuple):
 def open_run(workdir: pathlib.Path) -> tuple[ConfigDict, Checkpoints]:
     """The config and the checkpoints of a run; `UserError` if it has none."""
     config = read_config(workdir)
-    # As the run wrote it: fields that came later have their defaults in `config`, and checkpoints lack them.
-    own = json.loads((workdir / "config.json").read_text())
-    checkpoints = Checkpoints(workdir, own, config.train.keep, read_only=True)
+    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
     if not checkpoints.steps():
         raise UserError(f"{workdir} holds no checkpoint; --workdir must be the folder of a training run")
     return config, checkpoints
@@ -42,7 +39,8 @@ def open_run(workdir: pathlib.Path) -> tuple[ConfigDict, Checkpoints]:
 
 def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str) -> Subject:
     """The policy of the best checkpoint of the run `name`."""
-    restored = checkpoints.restore(init_state(jax.random.key(0), setup), checkpoints.best_step())
+    like = jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
+    restored = checkpoints.restore(like, checkpoints.best_step())
     assert restored is not None
     step, state, _ = restored
     return Subject(state.params, config, name, step)

@@ -237,7 +237,7 @@ def test_training_text_is_refused_by_name(tiny_folder, session, tmp_path):
     other = subject.open_text(config, str(text), "")
     assert list(other.blocks) == ["test"]
     documents = subject.training_documents(config, other)
-    assert set(documents) == {name[:16] for name in trained}
+    assert set(documents) == {name[: policy_files.HASH_LENGTH] for name in trained}
     with pytest.raises(UserError) as mistake:
         subject.refuse_training_text(other, "test", documents)
     assert "holds documents that the policy was trained on: 'Grey Birds' (sha256 " in str(mistake.value)

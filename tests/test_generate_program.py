@@ -153,7 +153,7 @@ def test_a_run_from_before_a_field_was_there(tiny_folder, tiny_session, policy, 
 def test_a_run_without_a_checkpoint(tiny_folder, policy, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_bytes((pathlib.Path(policy.workdir) / "config.json").read_bytes())
-    with pytest.raises(UserError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="holds no checkpoint; "):
         opened(tiny_folder, policy=str(tmp_path), budget="0.5,0.7,0.5")
 
 

@@ -21,7 +21,7 @@ ABOUT = {
     "updates": 3,
     "seed": 0,
     "commit": "abc1234",
-    "documents": ["0123456789abcdef"],
+    "documents": ["0123456789", "abcdef0123"],
     "results": ["| text | 0.5 / 0.7 / 0.65 | 0.62 | 20.1 | 21.5 | +0.067 [+0.05, +0.08] |"],
 }
 
@@ -151,7 +151,7 @@ def test_model_names():
 def test_the_card(folder, tiny_session):
     text = (folder / "README.md").read_text()
     for part in (
-        "# tiny/sol-j-2l", "`--policy tiny/sol-j-2l`", ABOUT["command"], "| 3, 0, abc1234 |", "1 documents",
+        "# tiny/sol-j-2l", "`--policy tiny/sol-j-2l`", ABOUT["command"], "| 3, 0, abc1234 |", "2 documents",
         "| levels of kappa | 0.1, 1 |", "| levels of eta | 5, 16 |", ABOUT["results"][0], "bfloat16",
         "32 tokens of prefix, 4 steps",
     ):  # fmt: skip
