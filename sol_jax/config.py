@@ -232,7 +232,7 @@ def _prices(config: ConfigDict) -> cost_model.CostModel:
 def requested(config: ConfigDict, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
     """The keep rates of `config.eval.budgets` as mean costs, in the unit of the axes."""
     rates = config.eval.budgets
-    return tuple(tuple(a.budget_for(r) for a, r in zip(space.axes, of, strict=True)) for of in rates)
+    return tuple(tuple(float(a.budget_for(r)) for a, r in zip(space.axes, of, strict=True)) for of in rates)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

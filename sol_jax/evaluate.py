@@ -16,12 +16,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
 from sol_jax import budgets, policy_files, results
 from sol_jax.comparison import BASELINES, Plan, Row, Stage, run, summary
+from sol_jax.config import requested
 from sol_jax.data import Batch, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.llama import Weights
@@ -48,21 +48,20 @@ def compare(
     weights: Weights,
     params: Any,
     batches: Sequence[Batch],
-    budget_JxX: np.ndarray,
+    asked: budgets.Budgets,
     num_random: int,
     setup: Setup,
     seed: int = 0,
 ) -> list[Row]:
     """The policy, fixed and random schedules at each budget, without bars and files."""
     sweep = Sweep(weights, params, batches, setup, Store(None, {}), setup.grpo.num_schedules)
-    asked = tuple(tuple(float(cost) for cost in budget_X) for budget_X in budget_JxX)
     return run(sweep, Plan(asked, num_random=num_random, seed=seed))[0]
 
 
 def report(session: Session, params: Any, workdir: pathlib.Path) -> list[Row]:
     """The comparison at the end of a training, on its test text: a new `results.csv`, and a table."""
     cfg, setup = session.config, session.setup
-    plan = Plan(_tuples(cfg.eval.budgets), num_random=cfg.eval.num_random, seed=cfg.seed)
+    plan = Plan(requested(cfg, setup.space), num_random=cfg.eval.num_random, seed=cfg.seed)
     batches = list(evaluation_batches(session.split("test"), cfg.eval.batch_size, cfg.eval.num_test_blocks))
     sweep = Sweep(session.weights, params, batches, setup, Store(None, {}), cfg.grpo.num_schedules)
     subject = Subject(params, cfg, workdir.absolute().name, cfg.train.num_updates)
@@ -70,10 +69,6 @@ def report(session: Session, params: Any, workdir: pathlib.Path) -> list[Row]:
     for name in ("results.csv", "results-draws.csv"):
         (workdir / name).unlink(missing_ok=True)  # of an earlier policy
     return run_and_write(sweep, plan, describe(subject, session, "test", batches), output)
-
-
-def _tuples(asked: Sequence[Sequence[float]]) -> budgets.Budgets:
-    return tuple(tuple(float(cost) for cost in budget) for budget in asked)
 
 
 def run_and_write(sweep: Sweep, plan: Plan, about: dict[str, Any], output: pathlib.Path) -> list[Row]:
@@ -162,7 +157,7 @@ def plan_of(options: Options, config: ConfigDict, setup: Setup) -> Plan:
             raise UserError(f"--hold: there is no axis {name!r}; the axes are {', '.join(names)}")
     if options.budgets and options.grid:
         raise UserError("give --budgets or --grid, not both")
-    asked = _tuples(config.eval.budgets)
+    asked = requested(config, setup.space)
     along: tuple[str, ...] = ()
     if options.budgets:
         asked = budgets.parse(options.budgets, setup.space, "--budgets")

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -150,9 +149,9 @@ def validate(session: Session, state: TrainState) -> dict[str, float]:
     """The policy against the schedules on a few blocks of validation text."""
     cfg = session.config.eval
     batches = list(evaluation_batches(session.split("validation"), cfg.batch_size, cfg.num_blocks))
-    budgets = np.array(requested(session.config, session.setup.space), np.float32)
+    asked = requested(session.config, session.setup.space)
     rows = evaluate.compare(
-        session.weights, state.params, batches, budgets, cfg.num_random, session.setup, session.config.seed
+        session.weights, state.params, batches, asked, cfg.num_random, session.setup, session.config.seed
     )
     return evaluate.summary(rows, session.setup)
 

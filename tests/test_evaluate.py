@@ -403,7 +403,6 @@ def test_plans_that_are_refused(session, given, expected):
 
 def test_compare_for_training(session, state):
     batches = list(evaluation_batches(session.split("test"), 2, 3))
-    asked = np.array(BUDGETS, np.float32)
-    rows = evaluate.compare(session.weights, state.params, batches, asked, 2, session.setup)
+    rows = evaluate.compare(session.weights, state.params, batches, BUDGETS, 2, session.setup)
     assert [row.controller for row in rows] == ["policy", "fixed", "random", "random_best", "dense"] * 2
-    np.testing.assert_allclose([row.requested for row in rows[::5]], asked)
+    np.testing.assert_allclose([row.requested for row in rows[::5]], BUDGETS)
