@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.dispatch import without_triton
-from pallas_kernels.prune import keep_channels
-from pallas_kernels.quantize import MAX_BITS, fake_quantize
+from pallas_kernels.prune import keep_channels, norm_prune
+from pallas_kernels.quantize import MAX_BITS, fake_quantize, quantize_residual
 from pallas_kernels.quest import extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
 from sol_jax.axis import Axis, StepShape, Work
@@ -220,6 +220,9 @@ class ChannelPruning(Axis):
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
         return keep_channels(x_D, value, without_triton(self.kernels))
 
+    def norm_mlp_input(self, value: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+        return norm_prune(x_D, gain_D, eps, value, without_triton(self.kernels)).x_D
+
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         share = _chosen(level, shape.hidden_size) / shape.hidden_size
         return {"gate_up": Work(share, share)}
@@ -236,6 +239,11 @@ class OutputQuantization(Axis):
 
     def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
         return fake_quantize(y_D, value, without_triton(self.kernels))
+
+    def mlp_output_norm(
+        self, value: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return quantize_residual(y_D, value, x_D, gain_D, eps, without_triton(self.kernels))
 
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         return {"mlp_output": Work(level / shape.dtype_bits, 1.0)} if level < MAX_BITS else {}

@@ -11,12 +11,14 @@ heads of each.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.norm import rms_norm
 from sol_jax.keys import Keys, Selection
 
 
@@ -108,12 +110,62 @@ class Axis:
         """Acts on the MLP's output, before the residual add."""
         return y_D
 
+    def norm_mlp_input(self, value: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+        """RMSNorm, then `mlp_input`: for an axis that does both in one pass."""
+        return self.mlp_input(value, rms_norm(x_D, gain_D, eps))
+
+    def mlp_output_norm(
+        self, value: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """`mlp_output` added to the residual stream x_D, and the RMSNorm of that: likewise."""
+        return _add_norm(x_D, self.mlp_output(value, y_D), gain_D, eps)
+
     def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
         """What a level leaves of the parts of a dense step, by their names in `costs.StepCost`.
 
         Parts that are not named stay whole.  `index`, which dense steps lack, is in units of `cache`.
         """
         return {}
+
+
+def mlp_input(
+    axes: Sequence[Axis], action_X: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+) -> jax.Array:
+    """The MLP's input from the residual stream: RMSNorm, then every axis in turn."""
+    acting = _acting(axes, action_X, "mlp_input")
+    if not acting:
+        return rms_norm(x_D, gain_D, eps)
+    (first, value), *others = acting
+    y_D = first.norm_mlp_input(value, x_D, gain_D, eps)
+    for axis, value in others:
+        y_D = axis.mlp_input(value, y_D)
+    return y_D
+
+
+def mlp_output(
+    axes: Sequence[Axis], action_X: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream x_D with the MLP's output after every axis in turn, and the RMSNorm of that."""
+    acting = _acting(axes, action_X, "mlp_output")
+    if not acting:
+        return _add_norm(x_D, y_D, gain_D, eps)
+    *others, (last, value) = acting
+    for axis, own in others:
+        y_D = axis.mlp_output(own, y_D)
+    return last.mlp_output_norm(value, y_D, x_D, gain_D, eps)
+
+
+def _acting(axes: Sequence[Axis], action_X: jax.Array, effect: str) -> list[tuple[Axis, jax.Array]]:
+    """The axes that have an effect of their own, with their levels: the rest must not part fused ones."""
+    pairs = zip(axes, action_X, strict=True)
+    return [
+        (axis, value) for axis, value in pairs if getattr(type(axis), effect) is not getattr(Axis, effect)
+    ]
+
+
+def _add_norm(x_D: jax.Array, y_D: jax.Array, gain_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    stream_D = x_D + y_D
+    return stream_D, rms_norm(stream_D, gain_D, eps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,9 @@ from jax import lax
 
 from pallas_kernels.decode import attend, split_attention
 from pallas_kernels.mlp import gated_hidden
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.prefill import causal_attention
-from sol_jax.axis import Axis
+from sol_jax.axis import Axis, mlp_input, mlp_output
 from sol_jax.keys import Keys
 
 Weights = dict[str, Any]
@@ -154,11 +155,6 @@ class Suffix(NamedTuple):
 def dot(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
     """`x [..., n] . w [n, ...]` over `contract` dimensions: operands of w's dtype, float32 result."""
     return jnp.tensordot(x.astype(w.dtype), w, contract, preferred_element_type=jnp.float32)
-
-
-def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32."""
-    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * gain_D.astype(jnp.float32)
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
@@ -322,13 +318,15 @@ def decode_step(
     Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
     those of the *compressed* step: later steps see them (sol.md section 3).
     """
-    rope = rope_at(prefix.length + step, cfg)
+    rope, layers = rope_at(prefix.length + step, cfg), weights["layers"]
+    # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
+    next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
 
-    def block(carry: tuple[jax.Array, Suffix], i: jax.Array) -> tuple[tuple[jax.Array, Suffix], None]:
-        x_D, suffix = carry
-        layer = _at(weights["layers"], i)
+    def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
+        x_D, normed_D, suffix = carry
+        layer = _at(layers, i)
         with jax.named_scope("attention"):
-            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, rms_norm(x_D, layer["attn_norm"], cfg.norm_eps), rope, cfg)
+            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, normed_D, rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
@@ -352,17 +350,15 @@ def decode_step(
             )
             x_D = x_D + dot(mixed_HxGxd.reshape(cfg.num_heads, cfg.head_size), layer["o"], 2)
         with jax.named_scope("mlp"):
-            y_D = rms_norm(x_D, layer["mlp_norm"], cfg.norm_eps)
-            for axis, value in zip(axes, action_X, strict=True):
-                y_D = axis.mlp_input(value, y_D)
-            stacked = weights["layers"]["gate"], weights["layers"]["up"]
-            y_D = dot(gated_hidden(y_D, *stacked, cfg.kernels, i), layer["down"])
-            for axis, value in zip(axes, action_X, strict=True):
-                y_D = axis.mlp_output(value, y_D)
-        return (x_D + y_D, suffix), None
+            y_D = mlp_input(axes, action_X, x_D, layer["mlp_norm"], cfg.norm_eps)
+            y_D = dot(gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i), layer["down"])
+            x_D, normed_D = mlp_output(axes, action_X, y_D, x_D, _at(next_norm_LxD, i), cfg.norm_eps)
+        return (x_D, normed_D, suffix), None
 
-    (x_D, suffix), _ = lax.scan(block, (embed(weights, token), suffix), jnp.arange(cfg.num_layers))
-    return rms_norm(x_D, weights["final_norm"], cfg.norm_eps), suffix
+    x_D = embed(weights, token)
+    start = x_D, rms_norm(x_D, layers["attn_norm"][0], cfg.norm_eps), suffix
+    (_, normed_D, suffix), _ = lax.scan(block, start, jnp.arange(cfg.num_layers))
+    return normed_D, suffix
 
 
 def _bits(x: jax.Array) -> jax.Array:

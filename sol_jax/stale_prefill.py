@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.quest import page_bounds, page_scores
 from pallas_kernels.topk import at_least_kth
 from sol_jax import llama
@@ -87,17 +88,17 @@ def sparse_prefill(
         return mixed_HxGxSxd.transpose(2, 0, 1, 3).reshape(q_SxHxd.shape)
 
     def block(x_SxD: jax.Array, layer: Weights) -> tuple[jax.Array, KVCache]:
-        y_SxD = llama.rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
+        y_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
         q, k = (llama.rotate(llama.dot(y_SxD, layer[name]), rope).astype(cfg.dtype) for name in "qk")
         v = llama.dot(y_SxD, layer["v"]).astype(cfg.dtype)
         kv = KVCache(k.swapaxes(0, 1), v.swapaxes(0, 1))
         x_SxD = x_SxD + llama.dot(attend(q, kv), layer["o"], 2)
-        y_SxD = llama.rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps)
+        y_SxD = rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps)
         gated = jax.nn.silu(llama.dot(y_SxD, layer["gate"])) * llama.dot(y_SxD, layer["up"])
         return x_SxD + llama.dot(gated, layer["down"]), kv
 
     x_SxD, cache = lax.scan(block, llama.embed(weights, tokens_S), weights["layers"])
-    return llama.rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
+    return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
 
 
 @functools.partial(jax.jit, static_argnames="setup")
