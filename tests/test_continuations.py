@@ -1,10 +1,10 @@
 """Scoring of forced tokens under a controller, against a naive loop over the tokens of one text."""
 
 import dataclasses
+import functools
 import types
 
 import jax
-import jax.numpy as jnp
 import naive_generation as naive
 import numpy as np
 import pytest
@@ -50,8 +50,8 @@ def tiny_model(tiny_folder):
     model, weights = load_model(tiny_folder / "model")
     policy = PolicyConfig(model.hidden_size, SPACE.num_actions, T, d_model=16)
     example = example_observation(policy), initial_carry(policy)
-    params = Policy(policy).init(jax.random.key(3), *example, method="step")
-    params = jax.tree.map(lambda x: 8 * x, params)  # or no observation would move it
+    init = jax.jit(lambda key: Policy(policy).init(key, *example, method="step"))
+    params = jax.tree.map(lambda x: 8 * np.asarray(x), init(jax.random.key(3)))  # or none would move it
     tokenizer, decoder = load_tokenizer(tiny_folder / "model"), Decoder(model, SPACE, T)
     engines = {name: Engine(weights, tokenizer, decoder, name) for name in ("fixed", "random", "dense")}
     engines["policy"] = Engine(
@@ -60,6 +60,20 @@ def tiny_model(tiny_folder):
     pairs = [(CONTEXTS[0], end) for end in ENDINGS] + [(CONTEXTS[1], ENDINGS[1]), (CONTEXTS[2], ENDINGS[0])]
     requests = [Continuation(*(tuple(tokenizer.encode(text)) for text in pair)) for pair in pairs]
     return types.SimpleNamespace(engines=engines, requests=requests, weights=weights, model=model)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def begin_episode(cache, length, cfg):
+    prefix = llama.make_prefix(cache, length, cfg.space.axes)
+    return prefix, llama.empty_suffix(prefix, cfg.horizon, cfg.space.axes)
+
+
+@jax.jit
+def all_logp(weights, hidden):
+    return jax.nn.log_softmax(llama.logits(weights, hidden))
+
+
+observed = functools.partial(jax.jit, static_argnums=(1,))(scalars_of)
 
 
 def naively(engine, request, plan=None):
@@ -72,31 +86,30 @@ def naively(engine, request, plan=None):
             # What lies behind the episode's start is never seen: other tokens, so that one program does.
             padded = np.full(64, 7)
             padded[: begin + n] = text[: begin + n]
-            hidden_SxD, cache = naive.prefill(engine.weights, jnp.array(padded), cfg.model)
-            hidden_D = hidden_SxD[begin + n - 1] if begin + n else jnp.zeros(cfg.model.hidden_size)
-            prefix = llama.make_prefix(cache, begin + n, cfg.space.axes)
-            suffix = llama.empty_suffix(prefix, cfg.horizon, cfg.space.axes)
+            hidden_SxD, cache = naive.prefill(engine.weights, padded, cfg.model)
+            hidden_D = np.asarray(hidden_SxD)[begin + n - 1] * (begin + n > 0)
+            prefix, suffix = begin_episode(cache, begin + n, cfg)
             seen, spent, chosen = [], [], cfg.space.num_actions
         controllable = begin + n + 1 > cfg.uncontrolled
         total = np.sum(spent, 0) if spent else np.zeros(3)
         seen.append(
             Observation(
                 hidden_D,
-                llama.embed(engine.weights, jnp.int32(text[begin + n])),
-                scalars_of(t, cfg.horizon, controllable, BUDGET, total, len(spent)),
-                jnp.int32(chosen),
+                np.asarray(engine.weights["embed"])[text[begin + n]],
+                observed(t, cfg.horizon, controllable, BUDGET, total, len(spent)),
+                np.int32(chosen),
             )
         )
         chosen = int(naive.choose(engine.params, seen, cfg.policy)) if plan is None else int(plan[n])
         action = chosen if controllable else cfg.space.dense
         spent += [cfg.space.costs_AxX[action]] if controllable else []
-        values_X = jnp.asarray(cfg.space.values_AxX[action])
-        token = jnp.int32(text[begin + n])
+        values_X = cfg.space.values_AxX[action]
+        token = np.int32(text[begin + n])
         hidden_D, suffix = naive.decode(
-            engine.weights, prefix, suffix, token, jnp.int32(t), values_X, cfg.space.axes, cfg.model
+            engine.weights, prefix, suffix, token, np.int32(t), values_X, cfg.space.axes, cfg.model
         )
-        logp_V = jax.nn.log_softmax(llama.logits(engine.weights, hidden_D))
-        logp.append((float(logp_V[request.tokens[n]]), int(jnp.argmax(logp_V)) == request.tokens[n]))
+        logp_V = np.asarray(all_logp(engine.weights, hidden_D))
+        logp.append((logp_V[request.tokens[n]], logp_V.argmax() == request.tokens[n]))
         actions.append(action)
     return logp, actions
 
@@ -135,13 +148,14 @@ def test_dense_is_the_model_itself(tiny_model):
     replayed = score(tiny_model.engines["fixed"], tiny_model.requests, plan_RxM=plan_RxM)
     for request, mine, other in zip(tiny_model.requests, found, replayed, strict=True):
         text = [*request.context, *request.tokens]
-        hidden_SxD, _ = naive.prefill(tiny_model.weights, jnp.array(text), tiny_model.model)
-        logp = jax.nn.log_softmax(llama.logits(tiny_model.weights, hidden_SxD))
+        padded = np.pad(text, (0, 64 - len(text)))
+        hidden_SxD, _ = naive.prefill(tiny_model.weights, padded, tiny_model.model)
+        logp = np.asarray(all_logp(tiny_model.weights, hidden_SxD))
         places = np.arange(len(request.context) - 1, len(text) - 1)
-        wanted = np.asarray(logp)[places, request.tokens]
+        wanted = logp[places, request.tokens]
         np.testing.assert_allclose(mine.logp_N, wanted, atol=1e-5)
         np.testing.assert_allclose(other.logp_N, wanted, atol=2e-4)
-        assert mine.greedy_N.tolist() == (np.asarray(logp).argmax(-1)[places] == request.tokens).tolist()
+        assert mine.greedy_N.tolist() == (logp.argmax(-1)[places] == request.tokens).tolist()
         assert not mine.controllable_N.any()
         assert (mine.action_N == SPACE.dense).all()
 
