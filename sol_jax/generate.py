@@ -18,46 +18,15 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict
 
-from configs import sol_j_fl
-from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
-from pallas_kernels.errors import UnavailableError
-from sol_jax import config as config_lib
-from sol_jax import costs, load, page, policy_files
-from sol_jax.axis import ActionSpace
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+from sol_jax import costs, load, opening, page
 from sol_jax.chat import chat_prompt
 from sol_jax.decoding import Decoder
 from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
-from sol_jax.llama import LlamaConfig
 from sol_jax.sampling import Sampling
-from sol_jax.subject import best_of_run, open_run
-from sol_jax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from sol_jax.update import Setup
-
-
-def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:
-    """A policy's parameters, and the setup of its training with `model` in place of its own.
-
-    Raises `UserError` if there is none, or if it was trained for another model or other actions.
-    """
-    workdir = pathlib.Path(name).expanduser()
-    if (workdir / "checkpoints").is_dir():
-        config, checkpoints = open_run(workdir)
-        run, setup = _with_model(config, model_path, model)
-        params = best_of_run(checkpoints, config, setup, name).params
-    else:
-        params, config, _ = policy_files.load_policy(name)
-        run, setup = _with_model(config, model_path, model)
-    policy_files.check_fits(name, params, config, run, setup)
-    return params, setup
-
-
-def _with_model(config: ConfigDict, model_path: str, model: LlamaConfig) -> tuple[ConfigDict, Setup]:
-    """A run's config and setup with another model in place of its own."""
-    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
-    return run, config_lib.build(run, model)
+from sol_jax.tokenizer import Tokenizer
 
 
 def paint(piece: str, net: float) -> str:
@@ -178,44 +147,29 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
     if controller == "policy" and not args["policy"].value:
         raise UserError("the controller policy needs a --policy")
     budget = _budget(args["budget"].value, controller)
-    path = load.resolve(args["model"].value)
-    kernels = args["kernels"].value
-    try:
-        choose("attend", kernels)
-    except UnavailableError as error:
-        raise UserError(f"--kernels: {error}") from None
-    model = dataclasses.replace(load.load_config(path, args["dtype"].value), kernels=kernels)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, model)
-    prompt = _prompt(args, tokenizer)
-    params, policy = None, None
-    if args["policy"].value:
-        params, setup = open_policy(args["policy"].value, args["model"].value, model)
-        space, episode, policy = setup.space, setup.episode, setup.policy
-    else:
-        config = sol_j_fl.get_config()
-        space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
-    space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))
+    found: list[Request] = []
+
+    def check(engine: Engine) -> None:
+        prompt, stops = _prompt(args, engine.tokenizer), tuple(args["stop"].value)
+        found.append(Request(prompt, budget, args["max-tokens"].value, stops, args["seed"].value))
+        check_request(found[0], engine.cfg, controller)
+
     try:
         sampling = Sampling(args["temperature"].value, args["top-k"].value, args["top-p"].value)
-        cfg = Decoder(
-            model,
-            space,
-            episode.horizon,
-            episode.uncontrolled,
-            policy if controller == "policy" else None,
-            sampling,
-            # Without compression there is nothing to refresh.
-            refresh=args["refresh"].value and (controller != "dense" or args["lossless"].value),
-            lossless=args["lossless"].value,
-        )
-        stops = tuple(args["stop"].value)
-        request = Request(prompt, budget, args["max-tokens"].value, stops, args["seed"].value)
-        check_request(request, cfg, controller)
     except ValueError as error:
         raise UserError(str(error)) from None
-    weights = load.load_weights(path, model)
-    return Engine(weights, tokenizer, cfg, controller, params if controller == "policy" else None), request
+    engine = opening.open_engine(
+        args["model"].value,
+        args["policy"].value,
+        controller,
+        args["dtype"].value,
+        args["kernels"].value,
+        check,
+        sampling=sampling,
+        refresh=args["refresh"].value,
+        lossless=args["lossless"].value,
+    )
+    return engine, found[0]
 
 
 @exits_on_user_error
