@@ -1,4 +1,8 @@
-"""Intervals that respect how the data were drawn."""
+"""Intervals and tests that respect how the data were drawn."""
+
+import math
+from fractions import Fraction
+from statistics import NormalDist
 
 import numpy as np
 
@@ -56,3 +60,25 @@ def _correlation(sums: np.ndarray) -> np.ndarray:
     # Rounding leaves a constant some 1e-16 of variance, relative to its squares.
     exists = spread > 1e-18 * (n * xx) * (n * yy)
     return np.where(exists, (n * xy - x * y) / np.sqrt(np.where(exists, spread, 1.0)), np.nan)
+
+
+def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, which stays within 0 and 1 (JASA 22, 1927)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    """Two-sided p-value of two controllers being right as often, on the same items: McNemar's exact test.
+
+    Only items on which they differ tell; if neither is better, each of these is a fair coin's.
+    """
+    first_N, second_N = np.asarray(first_N, bool), np.asarray(second_N, bool)
+    wins, losses = int(np.sum(first_N & ~second_N)), int(np.sum(second_N & ~first_N))
+    differ = wins + losses
+    tail = sum(math.comb(differ, k) for k in range(min(wins, losses) + 1))
+    # Whole numbers, for 2**differ exceeds a float beyond a thousand items.
+    return min(1.0, float(Fraction(2 * tail, 2**differ)))

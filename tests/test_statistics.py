@@ -1,11 +1,11 @@
-"""The bootstrap over documents, against every possible resample and against known truths."""
+"""The bootstrap over documents, against every resample and known truths; shares and paired tests by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from sol_jax.statistics import document_bootstrap, document_correlation
+from sol_jax.statistics import document_bootstrap, document_correlation, mcnemar, wilson
 
 
 def test_against_all_resamples():
@@ -101,3 +101,24 @@ def test_coverage_of_the_correlation():
             == 2
         )
     assert 0.88 <= hits / runs <= 0.99
+
+
+def test_wilson_by_hand():
+    """The ends are the shares p at which the observed one is z standard errors away: roots of a quadratic."""
+    for successes, count in ((3, 10), (150, 200)):
+        for end in wilson(successes, count):
+            assert abs(successes / count - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / count))
+    low, high = wilson(0, 4, level=0.6826895)  # z = 1: p = (1 - p) / 4
+    assert (low, high) == pytest.approx((0.0, 0.2), abs=1e-6)
+    assert wilson(4, 4, level=0.6826895) == pytest.approx((0.8, 1.0), abs=1e-6)
+
+
+def test_mcnemar_by_hand():
+    """Five items that differ, four of them one way: 2 (1 + 5) / 32."""
+    first = np.array([1, 1, 1, 1, 0, 1, 0, 0])
+    second = np.array([0, 0, 0, 0, 1, 1, 0, 0])
+    assert mcnemar(first, second) == pytest.approx(12 / 32)
+    assert mcnemar(second, first) == mcnemar(first, second)
+    assert mcnemar(first, first) == 1.0
+    assert mcnemar(np.ones(7), np.zeros(7)) == pytest.approx(2 / 128)
+    assert mcnemar(np.arange(3000) % 2, np.arange(3000) % 2 == 0) == 1.0
