@@ -3,6 +3,10 @@
 import os
 import pathlib
 
+# Most of the time of the tests is LLVM's.  Set before JAX is imported, for started processes too; XLA's own
+# passes over the program, which decide what is computed, stay as users have them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 import pytest
 

@@ -47,7 +47,7 @@ RUNS = [
     ("demo", "", 8),
     *(("sol_j_2l", v, 8) for v in ("", "smoke", "cpu", "1b")),
     *(("sol_j_3l", v, 27) for v in ("", "cpu")),
-    *(("sol_j_fl", v, 1560) for v in ("", "cpu", "1b", "3b", "8b")),
+    *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast", "1b", "3b", "8b")),
     *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
     *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
     ("reasoning", "", 11),
