@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from sol_jax import budgets, policy_files, results
 from sol_jax.comparison import BASELINES, Plan, Row, Stage, run, summary
 from sol_jax.config import requested
@@ -119,6 +120,7 @@ class Options:
     num_blocks: int | None = None
     hold: Sequence[str] = ()
     protect: bool | None = None
+    kernels: str | None = None
     stale_prefill: bool = False
     batch_size: int | None = None
     parallel: int | None = None
@@ -140,6 +142,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_blocks", None, "Blocks of text; default: the run's.", 1)
     flags.DEFINE_list("hold", "", "Axes; for each, everything is run again with it kept dense.")
     flags.DEFINE_bool("protect", None, "Always keep sinks and window; default: as the run.")
+    implementations = ["auto", *IMPLEMENTATIONS]
+    flags.DEFINE_enum("kernels", None, implementations, "How decode steps run; default: as the run.")
     flags.DEFINE_bool("stale_prefill", False, "Put in the authors' fault: prefill under left-over budgets.")
     flags.DEFINE_integer("batch_size", None, "Blocks at a time; default: the run's.", 1)
     flags.DEFINE_integer("parallel", None, "Schedules of an episode at a time; default: the run's.", 1)
@@ -186,12 +190,12 @@ def evaluate(options: Options) -> list[Row]:
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
-        session = open_text(config, options.source, options.document_start, options.protect)
+        session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
-        session = open_text(config, options.source, options.document_start, options.protect)
+        session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
         subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
         trained_on = training_documents(config, session)
     refuse_training_text(session, options.split, trained_on)

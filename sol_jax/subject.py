@@ -47,11 +47,15 @@ def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name
 
 
 def open_text(
-    config: ConfigDict, source: str = "", document_start: str = "", protect: bool | None = None
+    config: ConfigDict,
+    source: str = "",
+    document_start: str = "",
+    protect: bool | None = None,
+    kernels: str | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
-    `protect` overrides the run's protection of sinks and window.
+    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run.
     """
     other = ConfigDict(config.to_dict())
     if source:
@@ -59,6 +63,8 @@ def open_text(
         other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
     if protect is not None:
         other.axes.kappa.protect = protect
+    if kernels is not None:
+        other.kernels = kernels
     return open_session(other)
 
 
