@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import logging
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -79,16 +79,16 @@ def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[s
     return None
 
 
-def _unmet(conditions: Mapping[str, Container[Any]], facts: Mapping[str, Any]) -> Iterator[str]:
+def _unmet(conditions: Mapping[str, Collection[Any]], facts: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong, a clause for each condition that is not met; a fact that was not given meets any."""
     for name, allowed in conditions.items():
         if name in facts and facts[name] not in allowed:
             yield f"{name} is {facts[name]} and must be {_describe(allowed)}"
 
 
-def _describe(allowed: Container[Any]) -> str:
+def _describe(allowed: Collection[Any]) -> str:
     if not isinstance(allowed, range):
-        return " or ".join(map(str, allowed))  # type: ignore[call-overload]
+        return " or ".join(map(str, allowed))
     steps = f" in steps of {allowed.step}" if allowed.step > 1 else ""
     return (
         f"at least {allowed.start}{steps}"

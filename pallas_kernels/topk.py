@@ -39,8 +39,8 @@ def kth_largest(bits: Sequence[jax.Array], k: jax.Array, axis: int | tuple[int, 
 def at_least_kth(x_N: jax.Array, k: jax.Array) -> jax.Array:
     """Mask [..., N] of the entries >= the k-th largest of the last axis, for k in 1..N (k: [...])."""
     *rows, N = x_N.shape
-    # XLA's CPU code counts rows of lanes faster than one long row: 1.5 times at N = 1,024, twice at 576.  Rows
-    # that would have to be padded (131 pages) gain nothing.
+    # XLA's CPU code counts rows of lanes faster than one long row: 1.5 times at N = 1,024, twice at 576.
+    # Rows that would have to be padded (131 pages) gain nothing.
     lanes = _LANES if N % _LANES == 0 else N
     bits_MxN = ordered_bits(x_N).reshape(*rows, N // lanes, lanes)
     threshold = kth_largest([bits_MxN], jnp.broadcast_to(k, rows)[..., None, None], (-2, -1))

@@ -8,7 +8,7 @@ Nothing here has been measured on a GPU or TPU yet: `pays` follows byte counts (
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -16,8 +16,8 @@ from typing import Any
 class Kernel:
     """Conditions of one kernel: to run, and to be preferred."""
 
-    takes: Mapping[str, Container[Any]] = dataclasses.field(default_factory=dict)
-    pays: Mapping[str, Container[Any]] | None = None  # None: only when named; {}: always
+    takes: Mapping[str, Collection[Any]] = dataclasses.field(default_factory=dict)
+    pays: Mapping[str, Collection[Any]] | None = None  # None: only when named; {}: always
 
 
 NO_END = 1 << 62  # range(8, NO_END): at least 8
