@@ -24,8 +24,8 @@ from jax import lax
 from sol_jax import llama
 from sol_jax.axis import ActionSpace
 from sol_jax.llama import KVCache, LlamaConfig, Suffix, Weights
-from sol_jax.policy import Observation, Policy, PolicyConfig, observation_scalars
-from sol_jax.rollout import Controller, label_logp, policy_controller, replay
+from sol_jax.policy import Policy, PolicyConfig
+from sol_jax.rollout import Carry, Controller, begin, controlled_step, label_logp, policy_controller, replay
 from sol_jax.sampling import GREEDY, Sampling, draw, token_logp
 from sol_jax.speculate import accept
 
@@ -139,40 +139,34 @@ def draft(
     Returns what they did, the cache entries they wrote and the last hidden state.
     """
     T, space = cfg.horizon, cfg.space
-    values_AxX, costs_AxX = jnp.asarray(space.values_AxX), jnp.asarray(space.costs_AxX)
     prefix = llama.make_prefix(row.cache, row.length, space.axes)
 
-    def step(carry: tuple, t: jax.Array) -> tuple[tuple, Steps]:
-        suffix, memory, token, hidden_D, prev_action, cost_sum_X, counted = carry
+    def step(carry: tuple[Carry, jax.Array], t: jax.Array) -> tuple[tuple[Carry, jax.Array], Steps]:
+        state, token = carry
         keys = keys_at(row.key, row.length + t + 1)
-        controllable = row.length + t + 1 > cfg.uncontrolled
-        scalars = observation_scalars(t, T, controllable, budget_X, cost_sum_X, counted)
-        seen = Observation(hidden_D, llama.embed(weights, token), scalars, prev_action)
-        with jax.named_scope("controller"):
-            chosen, _, memory = controller.act(keys.act, seen, memory)
-            action = jnp.where(controllable, chosen, space.dense)
-        with jax.named_scope("llama"):
-            hidden_D, suffix = llama.decode_step(
-                weights, prefix, suffix, token, t, values_AxX[action], space.axes, cfg.model
-            )
+        state, did = controlled_step(
+            weights,
+            prefix,
+            state,
+            t,
+            token,
+            keys.act,
+            budget_X,
+            controller.act,
+            space,
+            cfg.model,
+            cfg.uncontrolled,
+            T,
+        )
         with jax.named_scope("head"):
-            logp_V = token_logp(llama.logits(weights, hidden_D), cfg.sampling)
+            logp_V = token_logp(llama.logits(weights, state.hidden_D), cfg.sampling)
             token = draw(keys.draw, logp_V, cfg.sampling)
-        cost_sum_X, counted = cost_sum_X + controllable * costs_AxX[action], counted + controllable
-        carry = (suffix, memory, token, hidden_D, chosen, cost_sum_X, counted)
-        return carry, Steps(token, action, controllable, logp_V)
+        action = jnp.where(did.controllable_T, did.action_T, space.dense)
+        return (state, token), Steps(token, action, did.controllable_T, logp_V)
 
-    begin = (
-        llama.empty_suffix(prefix, T, space.axes),
-        controller.memory,
-        row.token,
-        row.hidden_D,
-        jnp.int32(space.num_actions),
-        jnp.zeros(len(space.axes)),
-        jnp.int32(0),
-    )
-    (suffix, _, _, hidden_D, *_), steps = lax.scan(step, begin, jnp.arange(T))
-    return steps, suffix, hidden_D
+    start = begin(prefix, row.hidden_D, controller, T, space), row.token
+    (state, _), steps = lax.scan(step, start, jnp.arange(T))
+    return steps, state.suffix, state.hidden_D
 
 
 def keep_all(

@@ -18,7 +18,7 @@ from jax import lax
 from sol_jax import llama
 from sol_jax.axis import ActionSpace
 from sol_jax.grpo import action_logp
-from sol_jax.llama import LlamaConfig, Prefix, Weights
+from sol_jax.llama import LlamaConfig, Prefix, Suffix, Weights
 from sol_jax.policy import Observation, Policy, PolicyCarry, initial_carry, observation_scalars
 
 
@@ -113,7 +113,60 @@ def cut_episodes(
 
 # What of an episode has a leading W: everything but the shared cache and its index.  These are vmap's axes
 # in place of the arrays, hence the ignored types.
-EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]  # axes, as said
+EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
+
+
+class Carry(NamedTuple):
+    """What one controlled step hands to the next of its episode."""
+
+    suffix: Suffix
+    memory: Any  # of the controller
+    hidden_D: jax.Array
+    prev_action: jax.Array
+    cost_sum_X: jax.Array  # over the steps that count
+    counted: jax.Array
+
+
+def begin(
+    prefix: Prefix, hidden_D: jax.Array, controller: Controller, steps: int, space: ActionSpace
+) -> Carry:
+    """Before the first of `steps` steps; `hidden_D` is that of the prefix' last token."""
+    suffix = llama.empty_suffix(prefix, steps, space.axes)
+    no_action, no_cost_X = jnp.int32(space.num_actions), jnp.zeros(len(space.axes))
+    return Carry(suffix, controller.memory, hidden_D, no_action, no_cost_X, jnp.int32(0))
+
+
+def controlled_step(
+    weights: Weights,
+    prefix: Prefix,
+    carry: Carry,
+    t: jax.Array,
+    token: jax.Array,
+    key: jax.Array,
+    budget_X: jax.Array,
+    act: Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]],
+    space: ActionSpace,
+    cfg: LlamaConfig,
+    uncontrolled: int,
+    horizon: int,
+) -> tuple[Carry, Rollout]:
+    """Step `t` of an episode of `horizon`, as `rollout` says; what it did is without the T of `Rollout`."""
+    controllable = prefix.length + t + 1 > uncontrolled
+    scalars = observation_scalars(t, horizon, controllable, budget_X, carry.cost_sum_X, carry.counted)
+    seen = Observation(carry.hidden_D, llama.embed(weights, token), scalars, carry.prev_action)
+    with jax.named_scope("controller"):
+        chosen, logp, memory = act(key, seen, carry.memory)
+        action = jnp.where(controllable, chosen, space.dense)
+    with jax.named_scope("llama"):
+        value_X = jnp.asarray(space.values_AxX)[action]
+        hidden_D, suffix = llama.decode_step(
+            weights, prefix, carry.suffix, token, t, value_X, space.axes, cfg
+        )
+    cost_X = jnp.asarray(space.costs_AxX)[action]
+    cost_sum_X, counted = carry.cost_sum_X + controllable * cost_X, carry.counted + controllable
+    # The controller's own choice is what it is trained on and told of, as in the authors' code.
+    after = Carry(suffix, memory, hidden_D, chosen, cost_sum_X, counted)
+    return after, Rollout(seen, chosen, logp, cost_X, controllable, hidden_D)
 
 
 def rollout(
@@ -133,38 +186,26 @@ def rollout(
     count towards the costs that it sees.  An episode of `horizon` steps can end early, with its tokens.
     """
     T = episode.token_T.shape[0]
-    values_AxX, costs_AxX = jnp.asarray(space.values_AxX), jnp.asarray(space.costs_AxX)
 
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        suffix, memory, hidden_D, prev_action, cost_sum_X, counted = carry
+    def step(carry: Carry, inputs: tuple) -> tuple[Carry, Rollout]:
         t, token, key = inputs
-        controllable = episode.prefix.length + t + 1 > uncontrolled
-        scalars = observation_scalars(t, horizon or T, controllable, budget_X, cost_sum_X, counted)
-        seen = Observation(hidden_D, llama.embed(weights, token), scalars, prev_action)
-        with jax.named_scope("controller"):
-            chosen, logp, memory = controller.act(key, seen, memory)
-            action = jnp.where(controllable, chosen, space.dense)
-        with jax.named_scope("llama"):
-            hidden_D, suffix = llama.decode_step(
-                weights, episode.prefix, suffix, token, t, values_AxX[action], space.axes, cfg
-            )
-        cost_X = costs_AxX[action]
-        cost_sum_X, counted = cost_sum_X + controllable * cost_X, counted + controllable
-        # The controller's own choice is what it is trained on and told of, as in the authors' code.
-        carry = (suffix, memory, hidden_D, chosen, cost_sum_X, counted)
-        return carry, Rollout(seen, chosen, logp, cost_X, controllable, hidden_D)
+        return controlled_step(
+            weights,
+            episode.prefix,
+            carry,
+            t,
+            token,
+            key,
+            budget_X,
+            controller.act,
+            space,
+            cfg,
+            uncontrolled,
+            horizon or T,
+        )
 
-    start = (
-        llama.empty_suffix(episode.prefix, T, space.axes),
-        controller.memory,
-        episode.hidden_D,
-        jnp.int32(space.num_actions),
-        jnp.zeros(len(space.axes)),
-        jnp.int32(0),
-    )
-    inputs_T = (jnp.arange(T), episode.token_T, jax.random.split(key, T))
-    _, steps_T = lax.scan(step, start, inputs_T)
-    return Rollout(*steps_T)
+    start = begin(episode.prefix, episode.hidden_D, controller, T, space)
+    return lax.scan(step, start, (jnp.arange(T), episode.token_T, jax.random.split(key, T)))[1]
 
 
 def group_rollout(
