@@ -2,6 +2,7 @@
 
     python -m experiments.bench_update                       # SmolLM2-135M, B=8, K=16, T=16, S=1024
     python -m experiments.bench_update --prefix_len 256 --batch_size 4 --csv FILE
+    python -m experiments.bench_update --scaling --batch_size 2     # cost against K and against T
 
 Random weights of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
 bfloat16, and bfloat16 with several episodes per prefix) runs in turn, and the rate of a large matrix
@@ -30,6 +31,7 @@ from sol_jax.rollout import EpisodeConfig, policy_controller
 from sol_jax.update import GrpoConfig, Setup
 
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
+SIZES = {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}
 SPACE = ActionSpace(
     (
         Quest((0.1, 0.5, 1.0), (0.1, 1.0), 100.0),
@@ -73,7 +75,7 @@ def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
 
 
 def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any]:
-    """One row: a whole update, its stages and its share of the matmul rate."""
+    """One row: a whole update, its share of the matmul rate and, unless `--scaling`, its stages."""
     setup = make_setup(args, dtype, windows)
     weights = jax.block_until_ready(
         jax.jit(functools.partial(llama.init_weights, cfg=setup.model))(jax.random.key(0))
@@ -91,6 +93,7 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
     decoded = args.batch_size * windows * args.num_schedules * args.horizon
     row = {
         "dtype": dtype,
+        **{name: getattr(args, name) for name in SIZES},
         "episodes_per_prefix": windows,
         "seconds": round(whole, 3),
         "schedule_tokens_per_second": round(decoded / whole, 1),
@@ -100,7 +103,7 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
         "compile_seconds": round(first - whole, 1),
         "peak_gib_beyond_weights": round(memory, 2),
     }
-    return row | stages(args, setup, weights, tokens, state)
+    return row if args.scaling else row | stages(args, setup, weights, tokens, state)
 
 
 def stages(
@@ -136,20 +139,47 @@ def stages(
     return {f"{name}_seconds": round(seconds, 3) for name, seconds in named.items()}
 
 
+def compare_modes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """float32, bfloat16, and bfloat16 with four episodes per prefix."""
+    rows = [
+        shown(measure(args, dtype, windows))
+        for dtype, windows in (("float32", 1), ("bfloat16", 1), ("bfloat16", 4))
+    ]
+    base, narrow, shared = (row["schedule_tokens_per_second"] for row in rows)
+    print(f"bfloat16 / float32: {narrow / base:.2f}x; 4 episodes per prefix: {shared / narrow:.2f}x more")
+    return rows
+
+
+def compare_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """K and T, each halved, as given and doubled: what an update costs beside the smallest."""
+    rows = []
+    for name in ("num_schedules", "horizon"):
+        for size in (getattr(args, name) // 2, getattr(args, name), getattr(args, name) * 2):
+            sizes = argparse.Namespace(**vars(args) | {name: size})
+            rows.append(shown(measure(sizes, "bfloat16", 1)))
+        least, *more = rows[-3:]
+        grown = [(row["seconds"] / least["seconds"], row[name] // least[name]) for row in more]
+        print(
+            f"{name}: " + ", ".join(f"{seconds:.2f}x the time for {n}x" for seconds, n in grown), flush=True
+        )
+    return rows
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}.items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--scaling", action="store_true", help="vary K and T instead of the mode")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
     parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
     args = parser.parse_args()
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}: {vars(args)}", flush=True)
-    rows = []
-    for dtype, windows in (("float32", 1), ("bfloat16", 1), ("bfloat16", 4)):
-        rows.append(measure(args, dtype, windows))
-        print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-    base, narrow, shared = (row["schedule_tokens_per_second"] for row in rows)
-    print(f"bfloat16 / float32: {narrow / base:.2f}x; 4 episodes per prefix: {shared / narrow:.2f}x more")
+    rows = compare_sizes(args) if args.scaling else compare_modes(args)
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
