@@ -56,7 +56,8 @@ class Score(NamedTuple):
 
 def mean_cost(scores: Sequence[Score], costs_AxX: np.ndarray) -> np.ndarray:
     """Mean cost per axis of all controllable steps; of none, that of dense ones."""
-    action_N = np.concatenate([score.action_N[score.controllable_N] for score in scores])
+    none = np.zeros(0, int)
+    action_N = np.concatenate([none, *(score.action_N[score.controllable_N] for score in scores)])
     return costs_AxX[action_N].mean(0) if len(action_N) else costs_AxX[-1]
 
 

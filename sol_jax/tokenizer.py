@@ -1,6 +1,6 @@
 """Text <-> token ids, through the `tokenizers` library: from a folder's tokenizer.json or GGUF metadata.
 
-No special token is ever added, but one that is spelled out in the text (`<|im_start|>`) is one id.
+Special tokens are added where asked for only, but one that a text spells out (`<|im_start|>`) is one id.
 A byte-level vocabulary need not have all 256 bytes (SmolLM2 lacks six control characters, and planes of
 Unicode that nobody assigned); the library drops what it cannot spell, and so do we.
 
@@ -55,9 +55,9 @@ class Tokenizer:
         """A hash of everything that decides how text is split: equal for equal tokenizers."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens around it."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens come around it only where asked for, as tokenizer.json says."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""

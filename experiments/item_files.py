@@ -1,0 +1,71 @@
+"""What came of every item of a downstream task, as lines of JSON; a sweep that was killed goes on by them."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sol_jax.errors import UserError
+
+
+class Record(NamedTuple):
+    """One item under one controller.  Costs are of all its choices together."""
+
+    item: str
+    right: bool
+    right_norm: bool | None  # by log-likelihood per character; None where that is not defined
+    logp: tuple[float, ...]  # of every choice, in nats; none for a free answer
+    tokens: int  # of the right choice, or of the free answer
+    answer: int  # which choice is right
+    cost: tuple[float, ...]  # per axis, summed over the controllable steps
+    steps: int  # of them
+    work: tuple[float, float]  # bytes read and operations after the prefill
+    dense_work: tuple[float, float]  # what they would have been densely
+    text: str = ""  # of a free answer
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    """The whole lines of a file; none if it is not there."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().split("\n")[:-1]:  # what a killed process left after the last end of line
+        try:
+            found = json.loads(line)
+            records.append(Record(**{name: _tuple(value) for name, value in found.items()}))
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; delete it, and its items are run again") from None
+    return records
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def add(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """Appends records; what a killed process began to write is cut off first."""
+    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes() if path.is_file() else b""
+        with open(path, "r+b" if whole else "wb") as file:
+            file.seek(whole.rfind(b"\n") + 1)
+            file.truncate()
+            file.write("".join(lines).encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def mean_cost(records: Sequence[Record]) -> np.ndarray:
+    """Realised budget per axis; of no controllable step, that of dense ones."""
+    steps = sum(record.steps for record in records)
+    total_X = np.sum([record.cost for record in records], 0)
+    return total_X / steps if steps else np.ones(len(total_X))
+
+
+def shares(records: Sequence[Record]) -> Mapping[str, float]:
+    """Bytes and operations as shares of the dense ones."""
+    spent, dense = (np.sum([getattr(r, name) for r in records], 0) for name in ("work", "dense_work"))
+    return dict(zip(("bytes", "flops"), (spent / dense).tolist(), strict=True))

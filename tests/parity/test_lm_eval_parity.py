@@ -1,0 +1,184 @@
+"""The lm-evaluation-harness adapter against the harness' own Hugging Face backend, on local tasks."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from sol_jax.load import resolve
+from sol_jax.tokenizer import load_tokenizer
+
+torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
+transformers = pytest.importorskip("transformers")
+lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.parity
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHOICES = """
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: byte_perplexity}]
+"""
+WRITING = """
+task: writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n\\n", " the"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ITEMS = [
+    ("Which of these is a bird?", ["a wall", "a seven-year-old grey parrot ", "mat"], 1),
+    ("What covers most of the Earth?", ["water", "land", "ice sheets and snow"], 0),
+    (
+        "Once there were seven cats. They sat on a mat and saw grey birds. What did they see?",
+        ["birds", "é"],
+        0,
+    ),
+    ("What is 2 + 2?", ["3", "4", "5", "22"], 1),
+    ("The sea is", [" salty", " blue and wide"], 0),
+]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> pathlib.Path:
+    """A folder with the items and three tasks about them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    names = ("question", "choices", "answer")
+    lines = (json.dumps(dict(zip(names, item, strict=True))) for item in ITEMS)
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    for text in (CHOICES, ROLLING, WRITING):
+        name = text.split()[1]
+        (folder / f"{name}.yaml").write_text(text.replace("FILE", str(folder / "items.jsonl")))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_hub(tmp_path_factory):
+    """Nothing is fetched, and what the `datasets` package keeps is thrown away."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def evaluate(model: Any, tasks: pathlib.Path) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(
+        model, tasks=["choices", "rolling", "writing"], task_manager=manager, bootstrap_iters=0
+    )
+
+
+def hf_backend(model: Any, tokenizer: Any, max_length: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    named = {"eos_token": tokenizer.token(tokenizer.eos_id)}
+    if tokenizer.bos_id is not None:
+        named["bos_token"] = tokenizer.token(tokenizer.bos_id)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend, **named)
+    return HFLM(model.eval(), tokenizer=fast, max_length=max_length, device="cpu", batch_size=4)
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Requests one by one, then the numbers: at most 0.1 point apart."""
+    for task in ("choices", "rolling", "writing"):
+        for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            assert mine["doc"] == other["doc"]
+            if task == "writing":
+                assert mine["resps"] == other["resps"]
+                continue
+            logp = lambda sample: np.array(
+                [answer[0][0] if isinstance(answer[0], tuple) else answer[0] for answer in sample["resps"]]
+            )
+            np.testing.assert_allclose(logp(mine), logp(other), atol=1e-3)
+            if task == "choices":
+                assert [x[0][1] for x in mine["resps"]] == [x[0][1] for x in other["resps"]]
+        for name, value in theirs["results"][task].items():
+            if isinstance(value, float):
+                assert ours["results"][task][name] == pytest.approx(value, abs=1e-3), name
+
+
+def test_a_tiny_model_with_long_texts(tmp_path, tasks):
+    """A context of 48 tokens, bytes: questions are cut on the left, texts are scored in windows."""
+    from sol_jax.lm_eval_adapter import SolJax
+
+    folder = tiny.save_model(tmp_path / "model")
+    ours = SolJax(str(folder), max_length=48, batch_size=8)
+    original = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    theirs = hf_backend(original, load_tokenizer(folder), 48)
+    compare(evaluate(ours, tasks), evaluate(theirs, tasks))
+
+
+def test_smollm2(tasks):
+    from sol_jax.lm_eval_adapter import SolJax
+
+    path = resolve("smollm2-135m")
+    original = transformers.LlamaForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = evaluate(hf_backend(original, load_tokenizer(path), 8192), tasks)
+    del original
+    compare(evaluate(SolJax("smollm2-135m"), tasks), theirs)
+
+
+def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
+    """A fixed schedule: a line per request, whose costs average to the budget; mistakes in one sentence."""
+    folder, output = tiny.save_model(tmp_path / "model"), tmp_path / "costs.jsonl"
+
+    def run(args: str, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "sol_jax.lm_eval_adapter", "--model", "sol_jax", "--batch_size", "8"]
+        command += ["--tasks", "choices,writing", "--include_path", str(tasks), "--model_args", args, *more]
+        quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+        return subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=300)
+
+    ended = run(f"path={folder},controller=fixed,budget=0.5:0.7:0.6,output={output}")
+    assert ended.returncode == 0, ended.stderr
+    assert "acc_norm" in ended.stdout
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("loglikelihood") == sum(len(choices) for _, choices, _ in ITEMS)
+    assert kinds.count("generate_until") == len(ITEMS)
+    scored = [line for line in lines if line["kind"] == "loglikelihood"]
+    weights = [line["tokens"] for line in scored]
+    for name, wanted in zip(("kappa", "rho", "eta"), (0.5, 0.7, 0.6), strict=True):
+        realised = np.average([line["realised"][name] for line in scored], weights=weights)
+        assert realised == pytest.approx(wanted, abs=0.01)
+        assert scored[0]["requested"][name] == wanted
+    for args, told in {
+        f"path={folder},controller=fixed": "budget",
+        f"path={folder},controller=fixed,budget=0.5:x:0.6": "budget=0.5:x:0.6",
+        f"path={folder},controller=fixed,budget=0.5:0.7:1.6": "1.6",
+        f"path={folder},controller=policy": "needs a",
+        "path=nowhere": "nowhere",
+    }.items():
+        ended = run(args)
+        assert ended.returncode == 2, ended.stderr
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+        assert told in line
