@@ -10,6 +10,7 @@ that end in the device or language: `_gpu` (Pallas through Triton), `_tpu` (Pall
 `quantize`  rounding to a number of bits, with the residual and the next norm      `norm`  RMSNorm
 
 Shared: `dispatch` (which implementation runs, or why not), `tuning` (where each exists and pays), `shapes`
-(the named shapes of tests and benchmarks), `one_row` and `fold` (vmaps as rows of one call), `cache` (layers
-of stacked arrays), `errors`, `cost_model` (time from bytes, operations and launches).
+(the named shapes of tests and benchmarks), `one_row` and `fold` (vmaps as rows of one call), `rows_gpu` and
+`rows_tpu` (calls of kernels of rows), `cache` (layers of stacked arrays), `errors`, `cost_model` (time from
+bytes, operations and launches).
 """

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.mlp_gpu import WARPS, finish, tiling
-from pallas_kernels.prune_gpu import row_params
+from pallas_kernels.rows_gpu import row_params
 
 
 def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array) -> jax.Array:

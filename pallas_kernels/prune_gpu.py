@@ -1,7 +1,4 @@
-"""GPU kernels of pruning (Pallas, lowered through Triton): a program holds a row in registers.
-
-Rows are padded to a power of two, and the padding's lanes are masked.
-"""
+"""GPU kernels of pruning (Pallas, lowered through Triton)."""
 
 import functools
 from typing import Any
@@ -12,23 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-
-def row_params(D: int) -> plgpu.CompilerParams:
-    """For a program that holds a row of D: 16 numbers a thread, until a block has all the warps it may."""
-    return plgpu.CompilerParams(num_warps=min(32, max(4, pl.next_power_of_2(D) // 512)), num_stages=1)
+from pallas_kernels.rows_gpu import call_rows, lanes
 
 
 def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: bool = False) -> jax.Array:
     """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
-    N, D = x_NxD.shape
-    return pl.pallas_call(
-        _keep_kernel,
-        out_shape=jax.ShapeDtypeStruct((N, D), x_NxD.dtype),
-        grid=(N,),
-        compiler_params=row_params(D),
-        interpret=interpret,
-        name="keep_channels",
-    )(x_NxD, count_N)
+    out = jax.ShapeDtypeStruct(x_NxD.shape, x_NxD.dtype)
+    return call_rows(_keep_kernel, out, x_NxD, count_N, name="keep_channels", interpret=interpret)
 
 
 def norm_prune(
@@ -36,36 +23,24 @@ def norm_prune(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`prune.Pruned` of each row: [N, D], [N, D], [N]."""
     N, D = x_NxD.shape
-    return pl.pallas_call(
-        functools.partial(_norm_kernel, eps=eps),
-        out_shape=(
-            jax.ShapeDtypeStruct((N, D), jnp.float32),
-            jax.ShapeDtypeStruct((N, D), jnp.int32),
-            jax.ShapeDtypeStruct((N,), jnp.int32),
-        ),
-        grid=(N,),
-        compiler_params=row_params(D),
-        interpret=interpret,
-        name="norm_prune",
-    )(x_NxD, count_N, gain_D)
+    out = tuple(
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((N, D), jnp.float32), ((N, D), jnp.int32), ((N,), jnp.int32))
+    )
+    kernel = functools.partial(_norm_kernel, eps=eps)
+    return call_rows(kernel, out, x_NxD, count_N, gain_D, name="norm_prune", interpret=interpret)
 
 
 def compact(x_NxD: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """The channels that some row has (is not zero in), ascending, then the others [1, D]; their count [1]."""
     D = x_NxD.shape[1]
-    return pl.pallas_call(
-        _compact_kernel,
-        out_shape=(jax.ShapeDtypeStruct((1, D), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)),
-        grid=(1,),
-        compiler_params=row_params(D),
-        interpret=interpret,
-        name="compact",
-    )(x_NxD)
+    out = jax.ShapeDtypeStruct((1, D), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return call_rows(_compact_kernel, out, x_NxD, name="compact", interpret=interpret, programs=1)
 
 
 def _keep_kernel(x_ref: Any, count_ref: Any, out_ref: Any) -> None:
     row, D = pl.program_id(0), x_ref.shape[1]
-    lane, inside = _lanes(D)
+    lane, inside = lanes(D)
     x = plgpu.load(x_ref.at[row, lane], mask=inside, other=0)
     kept = _largest(x, inside, count_ref[row])
     plgpu.store(out_ref.at[row, lane], jnp.where(kept, x, 0), mask=inside)
@@ -75,7 +50,7 @@ def _norm_kernel(
     x_ref: Any, count_ref: Any, gain_ref: Any, out_ref: Any, channels_ref: Any, kept_ref: Any, *, eps: float
 ) -> None:
     row, D = pl.program_id(0), x_ref.shape[1]
-    lane, inside = _lanes(D)
+    lane, inside = lanes(D)
     x = plgpu.load(x_ref.at[row, lane], mask=inside, other=0).astype(jnp.float32)
     gain = plgpu.load(gain_ref.at[lane], mask=inside, other=0).astype(jnp.float32)
     normed = x * lax.rsqrt(jnp.sum(x * x) / D + eps) * gain
@@ -86,17 +61,11 @@ def _norm_kernel(
 
 def _compact_kernel(x_ref: Any, channels_ref: Any, kept_ref: Any) -> None:
     N, D = x_ref.shape
-    lane, inside = _lanes(D)
+    lane, inside = lanes(D)
     kept = jnp.zeros(lane.shape, jnp.bool_)
     for row in range(N):
         kept |= plgpu.load(x_ref.at[row, lane], mask=inside, other=0) != 0
     _store_channels(kept, 0, channels_ref, kept_ref)
-
-
-def _lanes(D: int) -> tuple[jax.Array, jax.Array]:
-    """The lanes of a row, and whether each is a channel."""
-    lane = jnp.arange(pl.next_power_of_2(D))
-    return lane, lane < D
 
 
 def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
@@ -125,7 +94,7 @@ def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
 
 def _store_channels(kept: jax.Array, row: Any, channels_ref: Any, kept_ref: Any) -> None:
     """Writes which lanes are kept, ascending, then which are not, and how many are."""
-    lane, inside = _lanes(channels_ref.shape[1])
+    lane, inside = lanes(channels_ref.shape[1])
     up_to = jnp.cumsum(kept.astype(jnp.int32))
     count = jnp.sum(kept.astype(jnp.int32))
     # A permutation of all lanes; the padding, which is never kept, stays at the end and is not written.

@@ -1,4 +1,4 @@
-"""TPU kernels of pruning (Pallas, lowered through Mosaic): a program holds eight rows, one a sublane.
+"""TPU kernels of pruning (Pallas, lowered through Mosaic).
 
 A TPU walks a grid serially and has no scatter: rows are batched here, and lists are compacted by shifting
 lanes a power of two at a time.
@@ -13,31 +13,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-ROWS = 8  # sublanes of a float32 register
+from pallas_kernels.rows_tpu import call_rows
+
 LANES = 128
 INDEX_BITS = 15  # a lane's index and its distance share 32 bits; rows are 16,384 at most (`tuning`)
 INDEX = (1 << INDEX_BITS) - 1
-PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
-
-
-def row_spec(N: int, D: int) -> pl.BlockSpec:
-    """Blocks of eight whole rows of [N, D]."""
-    return pl.BlockSpec((min(N, ROWS), D), lambda i: (i, 0))
 
 
 def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: Any = False) -> jax.Array:
     """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
-    N, D = x_NxD.shape
-    return pl.pallas_call(
-        _keep_kernel,
-        out_shape=jax.ShapeDtypeStruct((N, D), x_NxD.dtype),
-        grid=(pl.cdiv(N, ROWS),),
-        in_specs=[row_spec(N, D), row_spec(N, 1)],
-        out_specs=row_spec(N, D),
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="keep_channels",
-    )(x_NxD, count_N[:, None])
+    out = jax.ShapeDtypeStruct(x_NxD.shape, x_NxD.dtype)
+    return call_rows(_keep_kernel, out, x_NxD, count_N[:, None], name="keep_channels", interpret=interpret)
 
 
 def norm_prune(
@@ -47,24 +33,13 @@ def norm_prune(
     N, D = x_NxD.shape
     width = pl.cdiv(D, LANES) * LANES  # lanes shift within whole registers
     pad = ((0, 0), (0, width - D))
-    pruned, channels, kept = pl.pallas_call(
-        functools.partial(_norm_kernel, D=D, eps=eps),
-        out_shape=(
-            jax.ShapeDtypeStruct((N, width), jnp.float32),
-            jax.ShapeDtypeStruct((N, width), jnp.int32),
-            jax.ShapeDtypeStruct((N, 1), jnp.int32),
-        ),
-        grid=(pl.cdiv(N, ROWS),),
-        in_specs=[
-            row_spec(N, width),
-            row_spec(N, 1),
-            pl.BlockSpec((1, width), lambda i: (0, 0)),
-        ],
-        out_specs=(row_spec(N, width), row_spec(N, width), row_spec(N, 1)),
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="norm_prune",
-    )(jnp.pad(x_NxD, pad), count_N[:, None], jnp.pad(gain_D[None], pad))
+    out = tuple(
+        jax.ShapeDtypeStruct((N, size), dtype)
+        for size, dtype in ((width, jnp.float32), (width, jnp.int32), (1, jnp.int32))
+    )
+    kernel = functools.partial(_norm_kernel, D=D, eps=eps)
+    args = jnp.pad(x_NxD, pad), count_N[:, None], jnp.pad(gain_D[None], pad)
+    pruned, channels, kept = call_rows(kernel, out, *args, name="norm_prune", interpret=interpret)
     return pruned[:, :D], channels[:, :D], kept[:, 0]
 
 

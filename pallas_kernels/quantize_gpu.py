@@ -1,4 +1,4 @@
-"""GPU kernels of quantisation (Pallas, lowered through Triton): a program holds a row in registers."""
+"""GPU kernels of quantisation (Pallas, lowered through Triton)."""
 
 import functools
 from typing import Any
@@ -9,20 +9,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.prune_gpu import row_params
+from pallas_kernels.rows_gpu import call_rows, lanes
 
 
 def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: bool = False) -> jax.Array:
     """Each row rounded to whole multiples, up to `top`, of its own scale; unchanged where `top` is 0."""
-    N, D = y_NxD.shape
-    return pl.pallas_call(
-        functools.partial(_quantize_kernel, interpret=interpret),
-        out_shape=jax.ShapeDtypeStruct((N, D), y_NxD.dtype),
-        grid=(N,),
-        compiler_params=row_params(D),
-        interpret=interpret,
-        name="fake_quantize",
-    )(y_NxD, top_N)
+    out = jax.ShapeDtypeStruct(y_NxD.shape, y_NxD.dtype)
+    kernel = functools.partial(_quantize_kernel, interpret=interpret)
+    return call_rows(kernel, out, y_NxD, top_N, name="fake_quantize", interpret=interpret)
 
 
 def quantize_residual(
@@ -34,23 +28,16 @@ def quantize_residual(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`fake_quantize`, the residual added, and the RMSNorm of that: two [N, D] of the residual's dtype."""
-    N, D = y_NxD.shape
-    stream = jax.ShapeDtypeStruct((N, D), residual_NxD.dtype)
-    return pl.pallas_call(
-        functools.partial(_residual_kernel, eps=eps, interpret=interpret),
-        out_shape=(stream, stream),
-        grid=(N,),
-        compiler_params=row_params(D),
-        interpret=interpret,
-        name="quantize_residual",
-    )(y_NxD, top_N, residual_NxD, gain_D)
+    out = (jax.ShapeDtypeStruct(y_NxD.shape, residual_NxD.dtype),) * 2
+    kernel = functools.partial(_residual_kernel, eps=eps, interpret=interpret)
+    args = y_NxD, top_N, residual_NxD, gain_D
+    return call_rows(kernel, out, *args, name="quantize_residual", interpret=interpret)
 
 
 def _quantize_kernel(y_ref: Any, top_ref: Any, out_ref: Any, *, interpret: bool) -> None:
-    row, D = pl.program_id(0), y_ref.shape[1]
-    lane = jnp.arange(pl.next_power_of_2(D))
-    y = plgpu.load(y_ref.at[row, lane], mask=lane < D, other=0)
-    plgpu.store(out_ref.at[row, lane], _rounded(y, top_ref[row], interpret), mask=lane < D)
+    row, (lane, inside) = pl.program_id(0), lanes(y_ref.shape[1])
+    y = plgpu.load(y_ref.at[row, lane], mask=inside, other=0)
+    plgpu.store(out_ref.at[row, lane], _rounded(y, top_ref[row], interpret), mask=inside)
 
 
 def _residual_kernel(
@@ -65,8 +52,7 @@ def _residual_kernel(
     interpret: bool,
 ) -> None:
     row, D = pl.program_id(0), y_ref.shape[1]
-    lane = jnp.arange(pl.next_power_of_2(D))
-    inside = lane < D
+    lane, inside = lanes(D)
     y = plgpu.load(y_ref.at[row, lane], mask=inside, other=0)
     residual = plgpu.load(residual_ref.at[row, lane], mask=inside, other=0)
     gain = plgpu.load(gain_ref.at[lane], mask=inside, other=0).astype(jnp.float32)

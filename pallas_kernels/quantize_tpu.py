@@ -1,4 +1,4 @@
-"""TPU kernels of quantisation (Pallas, lowered through Mosaic): a program holds eight rows, one a sublane.
+"""TPU kernels of quantisation (Pallas, lowered through Mosaic).
 
 The chip's division is not IEEE 754's, here as in XLA: a value on the very edge of a step may round to the
 other side.
@@ -10,26 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from pallas_kernels.prune_tpu import PARAMS, ROWS, row_spec
+from pallas_kernels.rows_tpu import call_rows
 
 INFINITY_BITS = 0x7F800000
 
 
 def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: Any = False) -> jax.Array:
     """Each row rounded to whole multiples, up to `top`, of its own scale; unchanged where `top` is 0."""
-    N, D = y_NxD.shape
-    return pl.pallas_call(
-        _quantize_kernel,
-        out_shape=jax.ShapeDtypeStruct((N, D), y_NxD.dtype),
-        grid=(pl.cdiv(N, ROWS),),
-        in_specs=[row_spec(N, D), row_spec(N, 1)],
-        out_specs=row_spec(N, D),
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="fake_quantize",
-    )(y_NxD, top_N[:, None])
+    out = jax.ShapeDtypeStruct(y_NxD.shape, y_NxD.dtype)
+    return call_rows(_quantize_kernel, out, y_NxD, top_N[:, None], name="fake_quantize", interpret=interpret)
 
 
 def quantize_residual(
@@ -41,23 +31,10 @@ def quantize_residual(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`fake_quantize`, the residual added, and the RMSNorm of that: two [N, D] of the residual's dtype."""
-    N, D = y_NxD.shape
-    stream = jax.ShapeDtypeStruct((N, D), residual_NxD.dtype)
-    return pl.pallas_call(
-        functools.partial(_residual_kernel, eps=eps),
-        out_shape=(stream, stream),
-        grid=(pl.cdiv(N, ROWS),),
-        in_specs=[
-            row_spec(N, D),
-            row_spec(N, 1),
-            row_spec(N, D),
-            pl.BlockSpec((1, D), lambda i: (0, 0)),
-        ],
-        out_specs=(row_spec(N, D), row_spec(N, D)),
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="quantize_residual",
-    )(y_NxD, top_N[:, None], residual_NxD, gain_D[None])
+    out = (jax.ShapeDtypeStruct(y_NxD.shape, residual_NxD.dtype),) * 2
+    kernel = functools.partial(_residual_kernel, eps=eps)
+    args = y_NxD, top_N[:, None], residual_NxD, gain_D[None]
+    return call_rows(kernel, out, *args, name="quantize_residual", interpret=interpret)
 
 
 def _quantize_kernel(y_ref: Any, top_ref: Any, out_ref: Any) -> None:

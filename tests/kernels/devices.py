@@ -1,5 +1,7 @@
 """What the machine that runs the tests has: kernels of its device are compiled, all others interpreted."""
 
+from types import ModuleType
+
 import pytest
 
 from pallas_kernels.dispatch import current_platform, triton_problem
@@ -8,6 +10,16 @@ from pallas_kernels.dispatch import current_platform, triton_problem
 def interpreted(platform: str) -> bool:
     """Whether kernels for `platform` ("gpu" or "tpu") are interpreted here."""
     return current_platform() != platform
+
+
+def interpret(kernels: ModuleType) -> bool:
+    """The same of a module of kernels, whose name ends in its platform."""
+    return interpreted(kernels.__name__.rsplit("_", 1)[-1])
+
+
+def either(*modules: ModuleType) -> pytest.MarkDecorator:
+    """Parametrises `kernels` by the GPU's module of an op's kernels and the TPU's."""
+    return pytest.mark.parametrize("kernels", modules, ids=["gpu", "tpu"])
 
 
 def _has_triton() -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.devices import IMPLEMENTATIONS, interpreted
+from kernels import devices
 from kernels.lowering import lowers
 from pallas_kernels import mlp_gpu, mlp_tpu
 from pallas_kernels.dispatch import tracing_for
@@ -20,11 +20,8 @@ from pallas_kernels.mlp import MAX_ROWS, gated_hidden
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
-kernels = pytest.mark.parametrize("kernels", [mlp_gpu, mlp_tpu], ids=["gpu", "tpu"])
+kernels = devices.either(mlp_gpu, mlp_tpu)
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
-
-
-INTERPRET = {mlp_gpu: interpreted("gpu"), mlp_tpu: interpreted("tpu")}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +33,7 @@ def exact_products():
 
 @functools.cache
 def jitted(kernels, interpret=None):
-    return jax.jit(functools.partial(kernels.gated_hidden, interpret=interpret or INTERPRET[kernels]))
+    return jax.jit(functools.partial(kernels.gated_hidden, interpret=interpret or devices.interpret(kernels)))
 
 
 def make_weights(D: int, F: int, dtype) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +108,7 @@ def test_weights_of_pruned_channels_are_not_read(kernels):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("N", range(1, 10))
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", devices.IMPLEMENTATIONS)
 def test_any_number_of_rows(name, N, dtype):
     """Gather, union and dense product give what the reference gives row by row."""
     rng = np.random.default_rng(N)

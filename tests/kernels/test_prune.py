@@ -11,27 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.devices import interpreted
+from kernels import devices
 from kernels.lowering import lowers
 from pallas_kernels import prune, prune_gpu, prune_tpu
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
-kernels = pytest.mark.parametrize("kernels", [prune_gpu, prune_tpu], ids=["gpu", "tpu"])
+kernels = devices.either(prune_gpu, prune_tpu)
 EPS = 1e-5
-
-
-INTERPRET = {prune_gpu: interpreted("gpu"), prune_tpu: interpreted("tpu")}
 
 
 @functools.cache
 def keep(kernels, interpret=None):
-    return jax.jit(functools.partial(kernels.keep_channels, interpret=interpret or INTERPRET[kernels]))
+    return jax.jit(
+        functools.partial(kernels.keep_channels, interpret=interpret or devices.interpret(kernels))
+    )
 
 
 @functools.cache
 def norm(kernels, interpret=None):
-    return jax.jit(lambda *args: kernels.norm_prune(*args, EPS, interpret or INTERPRET[kernels]))
+    return jax.jit(lambda *args: kernels.norm_prune(*args, EPS, interpret or devices.interpret(kernels)))
 
 
 def draw_rows(data, N: int, D: int) -> np.ndarray:
@@ -104,7 +103,7 @@ def test_norm_prune(kernels, N, D):
 
 @pytest.mark.parametrize(("N", "D"), [(1, 576), (3, 37)])
 def test_compact(N, D):
-    compact = jax.jit(functools.partial(prune_gpu.compact, interpret=interpreted("gpu")))
+    compact = jax.jit(functools.partial(prune_gpu.compact, interpret=devices.interpreted("gpu")))
 
     @quick
     @given(st.data())

@@ -10,28 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.devices import interpreted
+from kernels import devices
 from kernels.lowering import lowers
 from pallas_kernels import quantize, quantize_gpu, quantize_tpu
 from pallas_kernels.dispatch import current_platform, tracing_for
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
-kernels = pytest.mark.parametrize("kernels", [quantize_gpu, quantize_tpu], ids=["gpu", "tpu"])
+kernels = devices.either(quantize_gpu, quantize_tpu)
 EPS = 1e-5
-
-
-INTERPRET = {quantize_gpu: interpreted("gpu"), quantize_tpu: interpreted("tpu")}
 
 
 @functools.cache
 def alone(kernels, interpret=None):
-    return jax.jit(functools.partial(kernels.fake_quantize, interpret=interpret or INTERPRET[kernels]))
+    return jax.jit(
+        functools.partial(kernels.fake_quantize, interpret=interpret or devices.interpret(kernels))
+    )
 
 
 @functools.cache
 def fused(kernels, interpret=None):
-    return jax.jit(lambda *args: kernels.quantize_residual(*args, EPS, interpret or INTERPRET[kernels]))
+    return jax.jit(
+        lambda *args: kernels.quantize_residual(*args, EPS, interpret or devices.interpret(kernels))
+    )
 
 
 def draw_rows(data, N: int, D: int) -> np.ndarray:

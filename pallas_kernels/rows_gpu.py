@@ -1,0 +1,38 @@
+"""What GPU kernels of rows share (Pallas, lowered through Triton): a program holds a row in registers.
+
+Rows are padded to a power of two, and the padding's lanes are masked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def row_params(D: int) -> plgpu.CompilerParams:
+    """For a program that holds a row of D: 16 numbers a thread, until a block has all the warps it may."""
+    return plgpu.CompilerParams(num_warps=min(32, max(4, pl.next_power_of_2(D) // 512)), num_stages=1)
+
+
+def call_rows(
+    kernel: Callable[..., None], out: Any, *args: jax.Array, name: str, interpret: bool, programs: int = 0
+) -> Any:
+    """`kernel` once for each row of the first argument [N, D], or in `programs` programs; `out` as shapes."""
+    N, D = args[0].shape
+    return pl.pallas_call(
+        kernel,
+        out_shape=out,
+        grid=(programs or N,),
+        compiler_params=row_params(D),
+        interpret=interpret,
+        name=name,
+    )(*args)
+
+
+def lanes(D: int) -> tuple[jax.Array, jax.Array]:
+    """The lanes of a row, and whether each holds a channel."""
+    lane = jnp.arange(pl.next_power_of_2(D))
+    return lane, lane < D
