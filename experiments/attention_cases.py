@@ -100,6 +100,36 @@ def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, s
     return Case("attend", str(shape), actions, [buffer(i) for i in range(turns)], variants, kept, exact)
 
 
+def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+    """Quest's page bounds of one layer's keys, which a prefix pays for once."""
+    B, H, S, d, page = shape.batch, shape.kv_heads, shape.context, shape.head_size, shape.page_size
+    P, k_bytes = -(-S // page), B * H * S * d * jnp.dtype(dtype).itemsize
+    calls, turns = calls_of(k_bytes, smoke)
+    work = Work(k_bytes * (1 + 2 / page) + B * S, 0.0)
+
+    def of(name: str) -> Callable[..., Any]:
+        def one(k_HxSxd: jax.Array, valid_S: jax.Array) -> jax.Array:
+            return quest.page_bounds(k_HxSxd, valid_S, page, name)
+
+        return lambda valid_BxS, k: jax.vmap(one)(k, valid_BxS)
+
+    def valid(i: int) -> jax.Array:
+        """Two keys of three; none of a page would be infinite bounds."""
+        return (jax.random.uniform(jax.random.key(i), (B, S)) < 2 / 3) | (jnp.arange(S) % page == 0)
+
+    def exact(valid_BxS: Any, k: Any, dense: bool) -> np.ndarray:
+        whole = ((0, 0), (0, P * page - S), (0, 0))
+        k_HxPxpxd = np.pad(np.asarray(k[0], np.float64), whole).reshape(H, P, page, d)
+        there = np.pad(np.asarray(valid_BxS[0]), (0, P * page - S)).reshape(P, page, 1)
+        high, low = (np.where(there, sign * k_HxPxpxd, -np.inf).max(2) for sign in (1, -1))
+        return np.concatenate([high, -low], -1)
+
+    variants = {name: Variant(of(name), lambda share: work) for name in ("xla", "pallas")}
+    actions = {"two of three keys": [valid(i) for i in range(calls)]}
+    buffers = [normals(i, B, H, S, d, dtype=dtype) for i in range(turns)]
+    return Case("page_bounds", str(shape), actions, buffers, variants, lambda x, buffer: 1.0, exact)
+
+
 def shared_prefix(
     shape: Shape, K: int, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
 ) -> Case:

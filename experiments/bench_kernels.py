@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from experiments import kernel_steps, timing
-from experiments.attention_cases import attention, shared_prefix
+from experiments.attention_cases import attention, bounds, shared_prefix
 from experiments.kernel_cases import Case
 from experiments.kernel_table import device_name, finish_steps, run_case, show, write
 from experiments.mlp_cases import pruned_mlp, rounding
@@ -48,6 +48,7 @@ def cases(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
             ("gated_hidden tiny", lambda: pruned_mlp(TINY, 1, (0.4,), smoke=True)),
             ("shared_prefix tiny", lambda: shared_prefix(TINY, 3, (0.5,), smoke=True)),
             ("quantize_residual tiny", lambda: rounding(TINY, 2, (5, 16), smoke=True)),
+            ("page_bounds tiny", lambda: bounds(TINY, smoke=True)),
         ]
     model = "llama-3.1-8b"
 
@@ -78,6 +79,7 @@ def cases(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
         shared("llama-3.2-1b-8x1024"),
         quantize(1),
         attend("llama-3.2-1b-1x131072"),
+        (f"page_bounds {model}-8x32768", lambda: bounds(shape(f"{model}-8x32768"))),
         gated(model, 8),
     ]
 
@@ -95,6 +97,7 @@ def verified(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
                 for n in (1, 3)
             ),
             (f"shared_prefix {label}", lambda: shared_prefix(s, 4, (0.5,), dtype, smoke=True)),
+            (f"page_bounds {label}", lambda: bounds(s, dtype, smoke=True)),
         ]
 
     rows = [(f"quantize_residual {s}", lambda s=s: rounding(s, 8, (2, 8, 16), smoke=True)) for s in shapes]

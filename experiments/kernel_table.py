@@ -99,7 +99,7 @@ def show(row: dict[str, Any]) -> None:
     )
     took = f"{row['seconds'] * 1e6:11.1f} us" if row.get("seconds") else f"{'-':>14}"
     name = f"{row['op']} {row['shape']} {row['action']} {row['implementation']}"
-    print(f"{took}  {name}: {row.get('note') or ', '.join(facts)}", flush=True)
+    print(f"{took}  {name}: {', '.join(facts)} {row.get('note') or ''}".rstrip(), flush=True)
 
 
 def write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

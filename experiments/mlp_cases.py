@@ -33,12 +33,15 @@ def pruned_mlp(
     def pruned(x: Any, gain_D: jax.Array, name: str | None) -> jax.Array:
         return jax.vmap(lambda x, keep: prune.norm_prune(x, gain_D, EPS, keep, name).x_D)(x[0], x[1])
 
-    def sparse(name: str) -> Callable[..., Any]:
-        def call(x: Any, buffer: Any) -> jax.Array:
-            x_NxD = pruned(x, buffer[2], without_triton(name))
-            return jax.vmap(lambda x_D: mlp.gated_hidden(x_D, buffer[0], buffer[1], name))(x_NxD)
+    def hidden(x_NxD: jax.Array, buffer: Any, name: str) -> jax.Array:
+        return jax.vmap(lambda x_D: mlp.gated_hidden(x_D, buffer[0], buffer[1], name))(x_NxD)
 
-        return call
+    def sparse(name: str) -> Callable[..., Any]:
+        return lambda x, buffer: hidden(pruned(x, buffer[2], without_triton(name)), buffer, name)
+
+    def apart(x: Any, buffer: Any) -> jax.Array:
+        """Norm and pruning one after the other."""
+        return hidden(prune.keep_channels(rms_norm(x[0], buffer[2], EPS), x[1], "pallas"), buffer, "pallas")
 
     def normed(x: Any, buffer: Any) -> jax.Array:
         return rms_norm(x[0], buffer[2], EPS).astype(dtype)
@@ -65,6 +68,7 @@ def pruned_mlp(
         return lambda share: Work(weight_bytes * share + small, flops * share)
 
     variants = {name: Variant(sparse(name), work_of(name)) for name in implementations()}
+    variants["pallas, norm apart"] = Variant(apart, work_of("pallas"))
     variants["dense xla"] = Variant(dense, lambda share: whole, True, True)
     if peers.has_torch():
         # Without its norm, which flatters it.
@@ -106,6 +110,11 @@ def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) 
         stream = x[0] + x[1]
         return stream, rms_norm(stream, gain_D, EPS)
 
+    def apart(x: Any, gain_D: jax.Array) -> Any:
+        """Rounding alone by a kernel."""
+        y, residual, bits = x
+        return plain((quantize.fake_quantize(y, bits, "pallas"), residual), gain_D)
+
     def exact(x: Any, gain_D: Any, dense: bool) -> np.ndarray:
         y, residual, bits = (np.asarray(part[0]) for part in x)
         if not dense and bits < quantize.MAX_BITS:
@@ -120,6 +129,7 @@ def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) 
         return out[1][0]
 
     variants = {name: Variant(fused(name), lambda share: work, first=normed) for name in ("xla", "pallas")}
+    variants["pallas, norm apart"] = Variant(apart, lambda share: work, first=normed)
     variants["dense xla"] = Variant(plain, lambda share: work, True, True, first=normed)
 
     def one(i: int, bits: int) -> Any:

@@ -3,8 +3,8 @@
     python -m experiments.roofline --csv experiments/results/kernels_h200.csv
 
 Writes, beside the table, cost_model_DEVICE.json (prices), and to experiments/figures roofline_DEVICE.png
-(what each implementation reaches, under the copy and matmul rates of the same run) and prediction_DEVICE.png
-(the cost model against every time).
+(what each implementation reaches, under the copy and matmul rates of the same run), actions_DEVICE.png
+(speedup against what the action keeps) and prediction_DEVICE.png (the cost model against every time).
 """
 
 import argparse
@@ -12,14 +12,17 @@ import csv
 import pathlib
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
+from experiments import plots
 from pallas_kernels import cost_model
 from pallas_kernels.cost_model import CostModel
 from sol_jax.errors import UserError, exits_on_user_error
 
-FIGURES = pathlib.Path(__file__).parent / "figures"
 Row = dict[str, str]
+SKIPPING = ("pallas", "triton", "auto")  # implementations that read less where an action keeps less
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -76,20 +79,14 @@ def predict(model: CostModel, row: Row) -> float:
     return model.seconds(*(float(row[column]) for column in ("bytes", "flops", "launches")))
 
 
-def draw(rows: Sequence[Row], model: CostModel, name: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Both figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_roofline(rows: Sequence[Row]) -> Figure:
+    """What each implementation reaches, under the copy and matmul rates of the same run."""
     copy, matmul = rates(rows)
     timed = [row for row in rows if row["seconds"] and float(row["flops"] or 0) > 0]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     intensity = np.logspace(-1, 4, 100)
     axes.loglog(intensity, np.minimum(intensity * copy, matmul) / 1e12, color="black", lw=1)
-    for op in dict.fromkeys(row["op"] for row in timed):
+    for i, op in enumerate(dict.fromkeys(row["op"] for row in timed)):
         for peer, marker in (("0", "o"), ("1", "x")):
             of_op = [row for row in timed if (row["op"], row["peer"]) == (op, peer)]
             flops, bytes, seconds = (
@@ -97,13 +94,47 @@ def draw(rows: Sequence[Row], model: CostModel, name: str, folder: pathlib.Path)
             )
             label = op + (" (dense peers)" if peer == "1" else "")
             if of_op:
-                axes.plot(flops / bytes, flops / seconds / 1e12, marker, ms=4, alpha=0.7, label=label)
-    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=model.device)
+                axes.plot(
+                    flops / bytes, flops / seconds / 1e12, f"{marker}C{i}", ms=4, alpha=0.7, label=label
+                )
+    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=rows[0]["device"])
     if timed:
         axes.legend(fontsize=7)
-    roof = folder / f"roofline_{name}.png"
-    figure.savefig(roof, dpi=150)
+    return figure
 
+
+def draw_actions(rows: Sequence[Row]) -> Figure:
+    """Speedup over the best dense peer against what an action leaves, a panel for each operation."""
+    dense: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row["peer"] == "1" and row["bytes"]:
+            key = row["op"], row["shape"]
+            dense[key] = min(float(row["bytes"]), dense.get(key, np.inf))
+    timed = [row for row in rows if row["speedup"] and row["implementation"] in SKIPPING]
+    ops = list(dict.fromkeys(row["op"] for row in timed))
+    columns = max(len(ops), 1)
+    figure, panels = plt.subplots(
+        1, columns, squeeze=False, figsize=(1 + 3.6 * columns, 3.8), layout="constrained"
+    )
+    for axes, op in zip(panels[0], ops, strict=False):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in timed:
+            if row["op"] == op:
+                share = float(row["bytes"]) / dense[op, row["shape"]]
+                lines.setdefault(f"{row['shape']}, {row['implementation']}", []).append(
+                    (share, float(row["speedup"]))
+                )
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", ms=4, lw=1, label=label)
+        axes.axhline(1, color="black", lw=0.8, ls=":")
+        axes.set(xlabel="bytes read / bytes of the dense peer", title=op, xlim=(0, None), ylim=(0, None))
+        axes.legend(fontsize=6)
+    panels[0][0].set_ylabel("speedup over the best dense peer")
+    return figure
+
+
+def draw_prediction(rows: Sequence[Row], model: CostModel) -> Figure:
+    """The cost model against every time that it was fitted to."""
     figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
     used = fitted(rows)
     for op in dict.fromkeys(row["op"] for row in used):
@@ -114,17 +145,14 @@ def draw(rows: Sequence[Row], model: CostModel, name: str, folder: pathlib.Path)
     axes.plot(ends, ends, color="black", lw=1)
     axes.set(xlabel="measured, µs", ylabel="predicted, µs", title=f"cost model of {model.device}")
     axes.legend(fontsize=7)
-    prediction = folder / f"prediction_{name}.png"
-    figure.savefig(prediction, dpi=150)
-    plt.close("all")
-    return [roof, prediction]
+    return figure
 
 
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=pathlib.Path, required=True, help="written by bench_kernels")
-    parser.add_argument("--figures", type=pathlib.Path, default=FIGURES, help="folder of the figures")
+    parser.add_argument("--figures", type=pathlib.Path, default=plots.FIGURES, help="folder of the figures")
     args = parser.parse_args()
     rows = read(args.csv)
     model = fit(rows)
@@ -137,8 +165,14 @@ def main() -> None:
         f"{to_rate(model.seconds_per_flop, 'TFLOP/s')}, {model.seconds_per_launch * 1e6:.2f} us a launch; "
         f"median relative error {np.median(miss):.0%} over {len(miss)} rows"
     )
-    for written in (path, *draw(rows, model, name, args.figures)):
-        print(f"wrote {written}")
+    print(f"wrote {path}")
+    drawn = {
+        "roofline": draw_roofline(rows),
+        "actions": draw_actions(rows),
+        "prediction": draw_prediction(rows, model),
+    }
+    for kind, figure in drawn.items():
+        print(f"wrote {plots.save(figure, args.figures / f'{kind}_{name}.png')}")
 
 
 def to_rate(price: float, unit: str) -> str:

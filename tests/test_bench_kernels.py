@@ -37,11 +37,12 @@ HloModule made_up
 ENTRY %main (q: f32[4]) -> f32[4] {
   %q = f32[4]{0} parameter(0)
   %g = f32[4]{0} call(%q), to_apply=%graph
-  %w = (s32[], /*index=1*/f32[4]{0}) while(%g), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %w = (s32[], /*index=1*/f32[4]{0}) while(%g), condition=%cond, body=%body, backend_config={"known_trip_\
+count":{"n":"7"}}
   %s = ((f32[4]{0}), f32[4]{0}) copy-start(%g)
   ROOT %d = f32[4]{0} copy-done(%s)
 }
-"""  # noqa: E501
+"""
 
 
 def test_launches_are_counted():
@@ -188,8 +189,8 @@ def test_smoke_writes_a_table_that_a_cost_model_is_fitted_to(tmp_path, monkeypat
     assert model.seconds_per_byte == pytest.approx(1 / 2e12)
     assert model.seconds_per_launch == pytest.approx(4e-6)
     assert model.launches_per_layer == float(rows[-1]["launches"]) / 2
-    assert (tmp_path / "roofline_here.png").stat().st_size > 1000
-    assert (tmp_path / "prediction_here.png").stat().st_size > 1000
+    for kind in ("roofline", "actions", "prediction"):
+        assert (tmp_path / f"{kind}_here.png").stat().st_size > 1000
 
 
 def test_bad_tables(tmp_path):
@@ -207,6 +208,44 @@ def test_without_a_gpu_one_sentence(monkeypatch):
         bench_kernels.main()
     with pytest.raises(SystemExit, match="make gpu-check needs a GPU, and there is none here"):
         gpu_check.main()
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "tests"),
+    [
+        ((), [], "tests/kernels"),
+        (("pytest",), [], "--verify"),
+        (("hypothesis",), ["--csv", "here.csv"], "--verify"),
+        ((), ["--smoke"], "--verify"),
+    ],
+)
+def test_gpu_check_tests_and_then_measures(missing, arguments, tests, monkeypatch):
+    """Its steps are processes; here they only say that they ran, and what failed fails the whole."""
+    ran: list[list[str]] = []
+    fails: set[str] = set()
+
+    def run(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, int(any(word in fails for word in command)), "gpu H200")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    find = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_check.importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
+    for failing in (None, tests, "--minutes"):
+        fails = {failing}
+        ran.clear()
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main()
+        assert bool(ended.value.code) == (failing is not None)
+        _, tested, measured = ran
+        assert tests in tested
+        assert "experiments.bench_kernels" in measured
+        assert "--verify" not in measured
+        assert ("--smoke" in measured) == ("--smoke" in arguments)
+        assert ("here.csv" in measured) == ("here.csv" in arguments)
 
 
 def test_nothing_optional_is_imported():
