@@ -7,7 +7,7 @@ import sys
 from experiments import plots
 from sol_jax.errors import UserError
 
-NUMBERS = (2, 3, 4, 5, 7, 8, 9, 10, 11)
+NUMBERS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 
 
 def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[int, str]:

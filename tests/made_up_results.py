@@ -5,10 +5,12 @@ import pathlib
 import numpy as np
 
 from experiments import pollution
+from experiments.tasks import TASKS
 from sol_jax import budgets, results
 from sol_jax.axis import ActionSpace
 from sol_jax.comparison import BASELINES, Draw, Row
 from sol_jax.config import build_axes
+from sol_jax.statistics import wilson
 
 AXES = ("kappa", "rho", "eta")
 # Nats that a controller is behind the policy.
@@ -45,6 +47,26 @@ def write(
     if draws:
         drawn_path = path.with_name(f"{path.stem}-draws.csv")
         results.write(drawn_path, results.records(draws, AXES, said))
+    return path
+
+
+def write_downstream(folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0) -> pathlib.Path:
+    """`downstream-sol-j-fl-t16-sSEED.csv`: tasks at three budgets; compute helps, and the policy is ahead."""
+    rng, lines = np.random.default_rng(seed), []
+    for task in tasks:
+        for net in (0.4, 0.6, 0.8):
+            for controller in ("policy", "fixed", "dense", "random_best"):
+                behind = BEHIND[controller]
+                accuracy = float(np.round(200 * (0.3 + 0.3 * net - 0.2 * behind + 0.01 * rng.normal()))) / 200
+                low, high = wilson(round(200 * accuracy), 200)
+                line = {"task": task, "controller": controller}
+                line |= {f"requested_{axis}": net for axis in AXES}
+                line |= {"net": 1.0 if controller == "dense" else net, "items": 200, "accuracy": accuracy}
+                line |= {"accuracy_low": low, "accuracy_high": high, "nats": 3.0 - net + behind}
+                line |= {"gain": behind, "gain_low": behind - 0.04, "gain_high": behind + 0.05}
+                lines.append(results.texts(line | {"run": "x", "model": "smollm2-135m", "horizon": 16}))
+    path = folder / "smollm2-135m" / f"downstream-sol-j-fl-t16-s{seed}.csv"
+    results.write(path, lines)
     return path
 
 

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     for name in list(single_axis.LEVELS)[:7]:
         made_up_results.write(folder, name, single_axis.get_config(name))
     made_up_results.write_pollution(folder)
+    made_up_results.write_downstream(folder)
     return folder
 
 
@@ -87,12 +88,34 @@ def test_shares_of_draws_beaten(folder):
     plots.plt.close(figure)
 
 
+def test_means_of_tasks(folder, tmp_path):
+    """A point is the mean of three tasks; its bar is narrower than any one's by about the root of three."""
+    from experiments import figure6
+
+    rows = plots.load(folder, "smollm2-135m/downstream-sol-j-fl-t16-s*")
+    first = figure6.points(rows, figure6.COMMON, "fixed")[0]
+    mine = [r for r in rows if r.task in figure6.COMMON and r.controller == "fixed" and r.net == 0.4]
+    assert first.x == pytest.approx(0.4)
+    assert first.y == pytest.approx(np.mean([row.accuracy for row in mine]))
+    half = np.mean([row.accuracy_high - row.accuracy for row in mine])
+    assert first.high - first.y == pytest.approx(half / np.sqrt(3), rel=0.02)
+    nats = figure6.points(rows, ("gsm8k",), "fixed")[0]
+    assert nats == pytest.approx((0.4, 2.7, 2.66, 2.75))
+    made_up_results.write_downstream(tmp_path, tasks=("arc_easy",))
+    few = plots.load(tmp_path, "smollm2-135m/downstream-sol-j-fl-t16-s*")
+    assert figure6.points(few, figure6.COMMON, "fixed") == []
+    figure = figure6.draw(tmp_path)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not run"]
+    assert len(figure.axes[3].containers) == len(figure6.CONTROLLERS)
+    plots.plt.close(figure)
+
+
 def test_what_is_missing_is_said(folder, tmp_path, capsys):
     missing = figures.draw_all(tmp_path / "none", tmp_path / "drawn")
     assert list(missing) == list(figures.NUMBERS)
     for why in missing.values():
         assert "\n" not in why
-        assert re.search(r"evaluate|experiments\.pollution", why)
+        assert re.search(r"evaluate|experiments\.(pollution|downstream)", why)
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
     assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NUMBERS)

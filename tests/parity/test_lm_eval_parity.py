@@ -148,6 +148,50 @@ def test_smollm2(tasks):
     compare(evaluate(SolJax("smollm2-135m"), tasks), theirs)
 
 
+def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
+    """Its own task files, with one item each in the form of the hub's data sets."""
+    import yaml
+    from lm_eval.tasks.winogrande import preprocess_winogrande
+
+    from experiments import tasks
+
+    home = pathlib.Path(lm_eval.__file__).parent / "tasks"
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+
+    def file(name: str) -> dict[str, Any]:
+        return yaml.load((home / name).read_text(), Loader)
+
+    rendered = lm_eval.utils.apply_template
+    item = {"id": "x", "question": " Is it \u00e9?", "choices": ["a b ", "c"], "answer": 1}
+    arc, piqa = tasks.TASKS["arc_easy"].render(item), tasks.TASKS["piqa"].render(item)
+    text = rendered(file("arc/arc_easy.yaml")["doc_to_text"], {"question": item["question"]})
+    assert arc.pairs == ((text, " a b "), (text, " c"))
+    assert piqa.pairs[0][0] == rendered(file("piqa/piqa.yaml")["doc_to_text"], {"goal": item["question"]})
+    subject = "high_school_chemistry"
+    mmlu = tasks.TASKS[f"mmlu_{subject}"].render(item | {"subject": subject})
+    said = file(f"mmlu/continuation/mmlu_{subject}.yaml")["description"]
+    shared = file("mmlu/continuation/_continuation_template_yaml")["doc_to_text"]
+    assert mmlu.pairs[1] == (said + rendered(shared, item), " c")
+    gap = {"sentence": "It was _ who sat.", "option1": "Ann", "option2": "Bo", "answer": "2"}
+    wino = tasks.TASKS["winogrande"].render(
+        {"id": "x", "question": gap["sentence"], "choices": ["Ann", "Bo"], "answer": 1}
+    )
+    end = f" {preprocess_winogrande.doc_to_target(gap)}"
+    assert wino.pairs == tuple((begin, end) for begin in preprocess_winogrande.doc_to_choice(gap))
+    assert wino.answer == preprocess_winogrande.doc_to_text(gap)
+    cot = file("gsm8k/gsm8k-cot.yaml")
+    question = {"question": "1+1?"}
+    gsm = tasks.TASKS["gsm8k"].render(
+        {"id": "x", **question, "answer_text": "It is 2.\n#### 2", "answer_number": 2}
+    )
+    assert gsm.pairs[0][0] == rendered(cot["doc_to_text"], question)
+    assert set(tasks.STOPS) == set(cot["generation_kwargs"]["until"])
+
+
 def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
     """A fixed schedule: a line per request, whose costs average to the budget; mistakes in one sentence."""
     folder, output = tiny.save_model(tmp_path / "model"), tmp_path / "costs.jsonl"
