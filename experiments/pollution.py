@@ -1,6 +1,6 @@
 """How long compression outlives itself in the KV cache (the paper's figure 7).
 
-    python -m experiments.pollution --source ../shared/data/wikitext2/wiki.test.raw.gz \\
+    python -m experiments.pollution --source data/wikitext2/wiki.test.raw.gz \\
         --document_start '^ = [^=].* = $' --output experiments/results/pollution.csv
 
 One axis is compressed for a few steps after a dense prefill, then all is dense again; whatever those later

@@ -86,6 +86,7 @@ class Steps(NamedTuple):
     action_T: jax.Array  # taken
     controllable_T: jax.Array  # False where that was the dense action, whatever the controller chose
     logp_TxV: jax.Array  # the distributions that the tokens were drawn from
+    seen_TxD: jax.Array  # the hidden state that each step's controller saw
 
 
 class Played(NamedTuple):
@@ -95,6 +96,7 @@ class Played(NamedTuple):
     num_new: jax.Array
     action_T: jax.Array
     controllable_T: jax.Array
+    seen_TxD: jax.Array
 
 
 def prefill_prompt(
@@ -143,7 +145,7 @@ def draft(
 
     def step(carry: tuple[Carry, jax.Array], t: jax.Array) -> tuple[tuple[Carry, jax.Array], Steps]:
         state, token = carry
-        keys = keys_at(row.key, row.length + t + 1)
+        keys, seen_D = keys_at(row.key, row.length + t + 1), state.hidden_D
         state, did = controlled_step(
             weights,
             prefix,
@@ -162,7 +164,7 @@ def draft(
             logp_V = token_logp(llama.logits(weights, state.hidden_D), cfg.sampling)
             token = draw(keys.draw, logp_V, cfg.sampling)
         action = jnp.where(did.controllable_T, did.action_T, space.dense)
-        return (state, token), Steps(token, action, did.controllable_T, logp_V)
+        return (state, token), Steps(token, action, did.controllable_T, logp_V, seen_D)
 
     start = begin(prefix, row.hidden_D, controller, T, space), row.token
     (state, _), steps = lax.scan(step, start, jnp.arange(T))
@@ -181,7 +183,9 @@ def keep_all(
         hidden_D = dense_TxD[-1]
     cache = llama.append(row.cache, entries, row.length)
     after = Row(cache, row.length + cfg.horizon, hidden_D, steps.token_T[-1], row.key)
-    return after, Played(steps.token_T, jnp.int32(cfg.horizon), steps.action_T, steps.controllable_T)
+    return after, Played(
+        steps.token_T, jnp.int32(cfg.horizon), steps.action_T, steps.controllable_T, steps.seen_TxD
+    )
 
 
 def keep_agreed(weights: Weights, row: Row, steps: Steps, cfg: Decoder) -> tuple[Row, Played]:
@@ -199,7 +203,7 @@ def keep_agreed(weights: Weights, row: Row, steps: Steps, cfg: Decoder) -> tuple
     cache = llama.append(row.cache, entries, row.length)  # those of refused tokens lie beyond the new length
     after = Row(cache, row.length + agreed + 1, dense_NxD[agreed], token, row.key)
     token_N = jnp.append(steps.token_T, 0).at[agreed].set(token)
-    return after, Played(token_N, agreed + 1, steps.action_T, steps.controllable_T)
+    return after, Played(token_N, agreed + 1, steps.action_T, steps.controllable_T, steps.seen_TxD)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="row_B")
@@ -218,6 +222,12 @@ def play(
         return keep_all(weights, row, steps, suffix, hidden_D, cfg)
 
     return jax.vmap(one)(row_B, budget_BxX, plan_BxT)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def text_hidden(weights: Weights, tokens_N: jax.Array, cfg: LlamaConfig) -> jax.Array:
+    """The dense model's final-norm hidden state after each token, [N, D]."""
+    return llama.prefill(weights, tokens_N, cfg)[0]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -67,6 +67,7 @@ class Episode(NamedTuple):
     controllable_T: np.ndarray
     tokens: int  # that it added to the text
     steps: int  # that count: to the end of the text, or, in lossless mode, all (it takes some back)
+    seen_TxD: np.ndarray  # the hidden state that each step's controller saw
 
 
 @dataclasses.dataclass
@@ -219,7 +220,7 @@ def _take(output: Output, begin: int, played: decoding.Played, cfg: Decoder) -> 
     tokens = len(output.transcript.ids) - before
     steps = cfg.horizon if cfg.lossless else tokens
     actions = np.asarray(played.action_T), np.asarray(played.controllable_T)
-    output.episodes.append(Episode(begin, *actions, tokens, steps))
+    output.episodes.append(Episode(begin, *actions, tokens, steps, np.asarray(played.seen_TxD)))
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[Output]:
@@ -230,8 +231,29 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Output]:
 
 def dense_logp(weights: Weights, output: Output, cfg: LlamaConfig) -> np.ndarray:
     """The dense model's log-probability of each generated token, given all before it."""
+    padded, length = _padded(output)
+    logp_N = np.asarray(decoding.text_logp(weights, padded, cfg))
+    return logp_N[len(output.request.prompt) - 1 : length - 1]
+
+
+def input_drift(weights: Weights, output: Output, cfg: LlamaConfig) -> np.ndarray:
+    """How far what the controller saw before each step is from the dense model's, on the same text.
+
+    One minus the cosine of the two hidden states, of the steps that gave a token of the text.
+    """
+    dense_NxD = np.asarray(decoding.text_hidden(weights, _padded(output)[0], cfg))
+    drift: list[np.ndarray] = []
+    for episode in output.episodes:
+        seen_TxD = episode.seen_TxD[: min(episode.tokens, len(episode.seen_TxD))]
+        truth_TxD = dense_NxD[episode.start - 1 :][: len(seen_TxD)]
+        lengths_T = np.linalg.norm(seen_TxD, axis=-1) * np.linalg.norm(truth_TxD, axis=-1)
+        drift.append(1 - (seen_TxD * truth_TxD).sum(-1) / lengths_T)
+    return np.concatenate([np.zeros(0), *drift])
+
+
+def _padded(output: Output) -> tuple[np.ndarray, int]:
+    """Prompt and text, filled up to a bucket, and their length."""
     tokens = [*output.request.prompt, *output.transcript.ids]
     padded = np.zeros(length_bucket(len(tokens)), np.int32)
     padded[: len(tokens)] = tokens
-    logp_N = np.asarray(decoding.text_logp(weights, padded, cfg))
-    return logp_N[len(output.request.prompt) - 1 : len(tokens) - 1]
+    return padded, len(tokens)

@@ -155,8 +155,8 @@ def test_a_text():
     """Two episodes of 3 steps after a prompt of 7 tokens; the text ends after 2 steps of the second."""
     space = ActionSpace(AXES)
     cfg = Decoder(MODEL, space, 3)
-    cheap, free = np.array([0, space.dense, 0]), np.ones(3, bool)
-    episodes = [Episode(7, cheap, free, 3, 3), Episode(10, cheap, free, 2, 2)]
+    cheap, free, seen = np.array([0, space.dense, 0]), np.ones(3, bool), np.zeros((3, 4))
+    episodes = [Episode(7, cheap, free, 3, 3, seen), Episode(10, cheap, free, 2, 2, seen)]
     output = Output(Request([0] * 7), Ended(6, "stop"), episodes)
     steps = [((0.2, 0.3, 8.0), 8), (TOP, 9), ((0.2, 0.3, 8.0), 10), ((0.2, 0.3, 8.0), 11), (TOP, 12)]
     played = sum((step_cost(levels, kv_len, MODEL, AXES) for levels, kv_len in steps), StepCost())
@@ -176,9 +176,8 @@ def test_a_lossless_text_pays_for_what_it_takes_back():
     """An episode of 3 steps that added one token, and the dense pass over all 4 with their logits."""
     space = ActionSpace(AXES)
     cfg = Decoder(MODEL, space, 3, lossless=True)
-    output = Output(
-        Request([0] * 7), Ended(2, "length"), [Episode(7, np.zeros(3, int), np.ones(3, bool), 1, 3)]
-    )
+    episode = Episode(7, np.zeros(3, int), np.ones(3, bool), 1, 3, np.zeros((3, 4)))
+    output = Output(Request([0] * 7), Ended(2, "length"), [episode])
     cost = text_cost(output, cfg)
     assert cost.refresh == dense_pass(4, 7, MODEL, with_head=True)
     steps = (step_cost((0.2, 0.3, 8.0), kv_len, MODEL, AXES) for kv_len in (8, 9, 10))

@@ -12,7 +12,17 @@ from absl import logging
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
 from sol_jax.axis import ActionSpace
 from sol_jax.decoding import Decoder
-from sol_jax.engine import Engine, Request, batch_bucket, dense_logp, generate, length_bucket, plan, stream
+from sol_jax.engine import (
+    Engine,
+    Request,
+    batch_bucket,
+    dense_logp,
+    generate,
+    input_drift,
+    length_bucket,
+    plan,
+    stream,
+)
 from sol_jax.errors import UserError
 from sol_jax.load import load_model
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
@@ -220,6 +230,22 @@ def test_dense_log_probabilities_are_the_model_s(tiny_model):
     np.testing.assert_allclose(
         dense_logp(tiny_model.weights, output, tiny_model.decoder.model), wanted, atol=1e-4
     )
+
+
+def test_drift_is_how_far_what_a_controller_sees_is_from_the_dense_model(tiny_model):
+    """None without compression; with it, none where a refresh has just been, and some at every later step."""
+    model = tiny_model.decoder.model
+    requests = tiny_model.requests(PROMPTS[2:3], max_tokens=2 * T + 2)
+    drift = {}
+    for controller, refresh in (("dense", True), ("fixed", True), ("fixed", False)):
+        engine = tiny_model.engine(controller, refresh=refresh)
+        output = generate(engine, [dataclasses.replace(requests[0], budget=(0.3, 0.5, 0.4))])[0]
+        drift[controller, refresh] = input_drift(engine.weights, output, model)
+    assert all(len(of) == 2 * T + 1 for of in drift.values())
+    np.testing.assert_allclose(drift["dense", True], 0, atol=1e-6)
+    np.testing.assert_allclose(drift["fixed", True][::T], 0, atol=1e-6)
+    assert (np.delete(drift["fixed", True], np.s_[::T]) > 1e-5).all()
+    assert (drift["fixed", False][1:] > 1e-5).all()
 
 
 @pytest.mark.parametrize(
