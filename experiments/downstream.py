@@ -64,7 +64,7 @@ def row(
         found["nats"] = float(np.average(nats_N, weights=tokens_N))
         each = np.repeat(nats_N - policy_N, tokens_N), np.repeat(np.arange(len(mine)), tokens_N)
         found |= dict(zip(("gain", "gain_low", "gain_high"), document_bootstrap(*each), strict=True))
-    return found
+    return found | {"note": results.NOTES.get(controller, "")}
 
 
 def rows(sweep: Sweep, asked: budgets.Budgets, tell: Callable[[int], None]) -> list[dict[str, Any]]:
