@@ -17,7 +17,7 @@ from kernels.lowering import lowers
 from pallas_kernels import attention_gpu, attention_tpu, attention_triton, decode
 from pallas_kernels.decode import attend, paged_attention, split_attention
 from pallas_kernels.errors import UnavailableError
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.shapes import SHAPES, distinct
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 H, G, D, T = 2, 3, 24, 5
@@ -389,11 +389,16 @@ def test_lowering(shape, platform):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("rows", [16, 32])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.batch == 8 and s.context == 1024], ids=str)
-def test_lowering_of_shared_prefixes(shape, rows, platform):
-    """Training: 16 or 32 schedules of 8 sequences."""
-    lower_rows(shape, rows, platform)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowering_of_shared_prefixes(shape, platform):
+    """Training: 16 schedules of each sequence."""
+    lower_rows(shape, 16, platform)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("shape", distinct("name"), ids=lambda s: s.name)
+def test_lowering_of_more_schedules(shape, platform):
+    lower_rows(shape, 32, platform)
 
 
 @pytest.mark.parametrize(("d", "dtype"), [(64, "bf16"), (128, "bf16"), (128, "fp32")])

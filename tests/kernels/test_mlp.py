@@ -107,7 +107,7 @@ def test_weights_of_pruned_channels_are_not_read(kernels):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("N", range(1, 10))
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 9])  # kernels up to three, dense from there
 @pytest.mark.parametrize("name", devices.IMPLEMENTATIONS)
 def test_any_number_of_rows(name, N, dtype):
     """Gather, union and dense product give what the reference gives row by row."""

@@ -118,7 +118,7 @@ def test_compact(N, D):
     check()
 
 
-@pytest.mark.parametrize("N", range(1, 10))
+@pytest.mark.parametrize("N", [1, 3, 9])
 def test_rows_of_vmaps_are_those_of_a_loop(N):
     rng = np.random.default_rng(N)
     x, fraction = rng.normal(size=(N, 40)).astype(np.float32), rng.random(N, np.float32)

@@ -126,7 +126,7 @@ def test_bfloat16_rows(kernels):
     np.testing.assert_array_equal(stream, residual + expected)  # a rounded product is not fused
 
 
-@pytest.mark.parametrize("N", range(1, 10))
+@pytest.mark.parametrize("N", [1, 3, 9])
 def test_rows_of_vmaps_are_those_of_a_loop(N):
     rng = np.random.default_rng(N)
     y, residual = rng.normal(size=(2, N, 40)).astype(np.float32)

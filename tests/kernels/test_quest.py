@@ -242,13 +242,11 @@ def test_gradients_are_refused(implementation):
         jax.grad(chosen)(q)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lowering(shape, platform):
-    """As in generation: each row its own cache, of which one layer is read, and a few own pages."""
+def lower_choice(shape, K: int, platform: str) -> None:
+    """The choice of K schedules of each sequence: of one layer's pages, and a few of their own."""
     abstract = jax.ShapeDtypeStruct
-    B, kv_heads, d, page_size = shape.batch, shape.kv_heads, shape.head_size, shape.page_size
-    pages = shape.context // page_size
+    B, kv_heads, d = shape.batch, shape.kv_heads, shape.head_size
+    pages = shape.context // shape.page_size
 
     def chosen(q, bounds, own, used, own_used, pages, layer):
         def one(q, bounds, own, used, own_used, pages):
@@ -256,19 +254,34 @@ def test_lowering(shape, platform):
                 q, (bounds, own), (used, own_used), pages, layer=layer, implementation="pallas"
             )
 
-        return jax.vmap(one)(q, bounds, own, used, own_used, pages)
+        schedules = jax.vmap(one, in_axes=(0, None, 0, 0, 0, 0))
+        return jax.vmap(schedules)(q, bounds, own, used, own_used, pages)
 
     lowers(
         chosen,
-        abstract((B, kv_heads, shape.group_size, d), jnp.bfloat16),
+        abstract((B, K, kv_heads, shape.group_size, d), jnp.bfloat16),
         abstract((B, 2, kv_heads, pages, 2 * d), jnp.bfloat16),
-        abstract((B, kv_heads, 3, 2 * d), jnp.bfloat16),
-        abstract((B, pages), bool),
-        abstract((B, 3), bool),
-        abstract((B,), jnp.int32),
+        abstract((B, K, kv_heads, 3, 2 * d), jnp.bfloat16),
+        abstract((B, K, pages), bool),
+        abstract((B, K, 3), bool),
+        abstract((B, K), jnp.int32),
         abstract((), jnp.int32),
         platform=platform,
     )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.batch == 8], ids=str)
+def test_lowering_of_training(shape, platform):
+    lower_choice(shape, 16, platform)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowering(shape, platform):
+    abstract = jax.ShapeDtypeStruct
+    B, kv_heads, d, page_size = shape.batch, shape.kv_heads, shape.head_size, shape.page_size
+    lower_choice(shape, 1, platform)
     lowers(
         jax.vmap(lambda k, valid: quest.page_bounds(k, valid, page_size, "pallas")),
         abstract((B, kv_heads, shape.context, d), jnp.bfloat16),
