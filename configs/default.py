@@ -42,6 +42,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.axes.kappa = _axis(levels=(0.1, 1.0), budget=(0.1, 1.0), penalty=100.0)
     config.axes.kappa.rule = "quest"  # or recency, relevancy
     config.axes.kappa.page_size = 8  # of quest
+    config.axes.kappa.heads = "head"  # of quest: each has its own pages; "group" shares them, another method
     config.axes.kappa.protect = False  # quest: always keep the sinks and the window
     config.axes.rho = _axis(levels=(0.4, 1.0), budget=(0.4, 1.0), penalty=100.0)
     config.axes.eta = _axis(levels=(5, 16), budget=(0.3125, 1.0), penalty=200.0)  # levels in bits

@@ -16,7 +16,7 @@ from jax import lax
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.prune import keep_channels, norm_prune
 from pallas_kernels.quantize import MAX_BITS, fake_quantize, quantize_residual
-from pallas_kernels.quest import extend_bounds, page_bounds, select_pages
+from pallas_kernels.quest import Select, extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
 from sol_jax.axis import Axis, StepShape, Work
 from sol_jax.keys import Keys, Selection, ends, exact_ceil, float32_ceil
@@ -40,10 +40,12 @@ class Quest(Axis):
 
     Pages are `page_size` consecutive positions from 0.  Whole pages of the prefix are bounded once;
     the page in which the prefix ends and those after it are the schedule's own (its *trailing* pages).
-    `protect` keeps the sinks and the recent window whatever their score.
+    `protect` keeps the sinks and the recent window whatever their score.  `heads="group"` is not Quest: the
+    query heads of a key/value head take the same pages, so that a kernel reads each only once.
     """
 
     page_size: int = 8
+    heads: Select = "head"
     protect: bool = False
     sinks: int = 4
     window: int = 2
@@ -98,7 +100,9 @@ class Quest(Axis):
         pages = (tokens + self.page_size - 1) // self.page_size
         bounds, used = (prefix_index, suffix_index), (whole_P, begun_P)
         chosen = without_triton(self.kernels)
-        return select_pages(q_HxGxd, bounds, used, pages, layer=layer, implementation=chosen)
+        return select_pages(
+            q_HxGxd, bounds, used, pages, layer=layer, select=self.heads, implementation=chosen
+        )
 
     def select(
         self,
@@ -130,7 +134,8 @@ class Quest(Axis):
         protected = self.sinks + self.window + 1 if self.protect else 0
         # The two bounds of a page are as long as a key and a value, and scoring it takes as many operations.
         index = -(-shape.kv_len // self.page_size) / shape.kv_len
-        return {"cache": _cache_shares(entries + protected, shape), "index": Work(index, index)}
+        readers = shape if self.heads == "head" else shape._replace(group_size=1)
+        return {"cache": _cache_shares(entries + protected, readers), "index": Work(index, index)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ CHOICES = {
     "kernels": ("auto", *IMPLEMENTATIONS),
     "axes.budget_unit": ("nominal", "bytes", "time"),
     "axes.kappa.rule": RULES,
+    "axes.kappa.heads": ("head", "group"),
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
     "grpo.norm": ("center", "zscore"),
@@ -147,8 +148,9 @@ def build_axes(config: ConfigDict) -> tuple[Axis, ...]:
     """The three axes; one with a single level asks for that level's cost, whatever its budget says."""
     kappa, rho, eta = config.axes.kappa, config.axes.rho, config.axes.eta
     ends = {"sinks": config.episode.sinks, "window": config.episode.window}
+    pages = {"page_size": kappa.page_size, "heads": kappa.heads, "protect": kappa.protect}
     rules = {
-        "quest": lambda common: Quest(**common, **ends, page_size=kappa.page_size, protect=kappa.protect),
+        "quest": lambda common: Quest(**common, **ends, **pages),
         "recency": lambda common: Recency(**common, **ends),
         "relevancy": lambda common: Relevancy(**common, **ends),
     }

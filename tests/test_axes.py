@@ -145,9 +145,14 @@ def token_budget(kappa: float, count: int) -> int:
 
 
 def reference_quest(kappa, q_d, k_Nxd, page_size) -> np.ndarray:
+    return reference_pages(kappa, q_d[None], k_Nxd, page_size)
+
+
+def reference_pages(kappa, q_Gxd, k_Nxd, page_size) -> np.ndarray:
+    """The keys of the pages that are best for some query heads together."""
     pages = [k_Nxd[start : start + page_size] for start in range(0, len(k_Nxd), page_size)]
     # The best logit that any mixture of a page's channels could have.
-    score_P = np.array([(q_d * page).max(0).sum() for page in pages])
+    score_P = np.array([sum((q_d * page).max(0).sum() for q_d in q_Gxd) for page in pages])
     budget = min(max(token_budget(kappa, len(k_Nxd)), 1), len(k_Nxd))
     kept_P = reference_at_least_kth(score_P, math.ceil(budget / page_size))
     return np.array([kept_P[i // page_size] for i in range(len(k_Nxd))])
@@ -188,6 +193,17 @@ def test_quest(page_size):
         assert_attends(quest, draw_case(data), lambda *row: reference_quest(*row, page_size))
 
     check()
+
+
+@quick
+@given(st.data())
+def test_pages_of_a_group(data):
+    """Not Quest: the query heads of a key/value head share the pages of the highest summed score."""
+    kappa, q, k, num_keys, prefix_len = draw_case(data)
+    mask = np.asarray(attended(axis(Quest, heads="group"), kappa, q, k, num_keys, prefix_len))
+    for h in range(H):
+        expected_N = reference_pages(kappa, q[h], k[h, :num_keys], 8)
+        np.testing.assert_array_equal(mask[h, :, :num_keys], np.tile(expected_N, (G, 1)))
 
 
 @quick

@@ -41,6 +41,7 @@ IMPOSSIBLE = {
     "episode.sinks": (-1,),
     "episode.window": (-1,),
     "axes.kappa.rule": ("oracle", ""),
+    "axes.kappa.heads": ("all", ""),
     "axes.kappa.page_size": (0, -8),
     "axes.kappa.penalty": (-1.0, NAN, INF),
     "axes.rho.penalty": (-1.0, NAN),

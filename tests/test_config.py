@@ -151,6 +151,7 @@ OTHER = {
     "axes.kappa.penalty": 50.0,
     "axes.kappa.rule": "recency",
     "axes.kappa.page_size": 4,
+    "axes.kappa.heads": "group",
     "axes.kappa.protect": True,
     "axes.rho.levels": (0.5, 1.0),
     "axes.rho.budget": (0.5, 0.9),

@@ -66,6 +66,8 @@ def test_quest_never_reads_more_than_there_is():
     assert AXES[0].shares(0.5, shape)["cache"] == Work(
         1.0, 8 / 9
     )  # 5 tokens: 2 pages of 4, for each of 4 heads
+    together = dataclasses.replace(AXES[0], heads="group")  # the 4 heads read the same 8
+    assert together.shares(0.5, shape)["cache"] == Work(8 / 9, 8 / 9)
     protecting = dataclasses.replace(AXES[0], protect=True)
     assert protecting.shares(0.2, shape)["cache"] == Work(1.0, 1.0)  # 4 and the 7 protected ones
     assert protecting.shares(1.0, shape) == {}
