@@ -67,6 +67,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.clip = 0.2
     config.grpo.entropy_coef = 0.05
     config.grpo.dead_zone = 0.02
+    config.grpo.quality_weight = 1.0  # of the returns; 0: an ablation, only budgets are rewarded
     config.grpo.divergence_weight = 0.0  # w, share of KL(dense || sparse) in the reward
     config.grpo.reference_kl_coef = 0.0
 

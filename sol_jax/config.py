@@ -45,6 +45,7 @@ AT_LEAST = {
     "axes.kappa.penalty": 0, "axes.rho.penalty": 0, "axes.eta.penalty": 0,
     "policy.d_model": 1, "policy.num_heads": 1, "policy.num_layers": 1,
     "grpo.batch_size": 1, "grpo.num_schedules": 2, "grpo.entropy_coef": 0, "grpo.dead_zone": 0,
+    "grpo.quality_weight": 0,
     "grpo.reference_kl_coef": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.decay_steps": 0,
     "optim.minibatch_steps": 1, "optim.accumulate": 1, "train.num_updates": 0, "train.log_every": 1,
     "train.checkpoint_every": 1, "train.keep": 1, "eval.every": 0, "eval.num_blocks": 1,

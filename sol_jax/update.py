@@ -48,6 +48,7 @@ class GrpoConfig:
     clip: float = 0.2  # epsilon
     entropy_coef: float = 0.05
     dead_zone: float = 0.02  # budget misses up to this cost nothing
+    quality_weight: float = 1.0  # of the returns, beside the penalties; 0 rewards budgets alone
     divergence_weight: float = 0.0  # w: share of KL(dense || sparse) in the reward
     reference_kl_coef: float = 0.0  # beta: pull towards the policy the run started from
 
@@ -237,7 +238,7 @@ def advantages(
         penalty_KxX = jax.vmap(lambda m: rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone))(
             mean_KxX
         )
-        signal_KxT = return_KxT - jnp.sum(penalty_KxX, -1, keepdims=True)
+        signal_KxT = cfg.quality_weight * return_KxT - jnp.sum(penalty_KxX, -1, keepdims=True)
         return grpo.group_advantage(signal_KxT, cfg.level, cfg.norm), penalty_KxX, mean_KxX
 
     batched = jax.vmap(jax.vmap(of_group))

@@ -71,6 +71,7 @@ IMPOSSIBLE = {
     "grpo.clip": (0.0, NAN),
     "grpo.entropy_coef": (-0.1, NAN),
     "grpo.dead_zone": (-0.1, NAN),
+    "grpo.quality_weight": (-0.1, NAN),
     "grpo.divergence_weight": (-0.1, 1.1, NAN),
     "grpo.reference_kl_coef": (-0.1, NAN),
     "optim.learning_rate": (0.0, -1e-4, NAN, INF),

@@ -178,6 +178,7 @@ OTHER = {
     "grpo.clip": 0.1,
     "grpo.entropy_coef": 0.1,
     "grpo.dead_zone": 0.1,
+    "grpo.quality_weight": 0.5,
     "grpo.divergence_weight": 0.5,
     "grpo.reference_kl_coef": 0.1,
     "optim.learning_rate": 1e-2,

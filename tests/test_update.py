@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax import flops, llama, update
+from sol_jax import flops, llama, rollout, update
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
 from sol_jax.axis import ActionSpace
 from sol_jax.policy import PolicyConfig
@@ -268,3 +268,20 @@ def test_flops_by_hand():
     both = flops.update_flops(grpo_of(SETUP, divergence_weight=0.5), B)
     assert both["head"] == 3 * expected["head"]
     assert both["prefill"] > expected["prefill"]
+
+
+def test_without_the_quality_weight_only_budgets_are_rewarded():
+    """Two schedules of one step each: one is likelier, the other meets its budget."""
+    grpo = dataclasses.replace(SETUP.grpo, whiten=False)
+    X = len(SETUP.space.axes)
+    cost = jnp.stack([jnp.full((1, X), 1.0), jnp.full((1, X), 0.5)])[None, None]
+    played = rollout.Rollout(None, None, None, cost, jnp.ones((1, 1, 2, 1), bool), None)
+    reward, budget = jnp.array([-1.0, -3.0]).reshape(1, 1, 2, 1), jnp.full((1, 1, X), 0.5)
+
+    def advantage(weight):
+        cfg = dataclasses.replace(grpo, quality_weight=weight)
+        return update.advantages(reward, played, budget, dataclasses.replace(SETUP, grpo=cfg))[0].ravel()
+
+    spent = sum(axis.penalty_weight for axis in SETUP.space.axes) * (0.5 - grpo.dead_zone) ** 2 / 2
+    np.testing.assert_allclose(advantage(0.0), [-spent, spent], rtol=1e-5)
+    np.testing.assert_allclose(advantage(1.0), [1 - spent, spent - 1], rtol=1e-5)
