@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sol_jax import budgets, results
+from sol_jax.axis import ActionSpace, held_full
 from sol_jax.corpus import read_documents
 from sol_jax.engine import Engine, Output, Request, dense_logp, generate, input_drift
 from sol_jax.errors import UserError, exits_on_user_error
@@ -115,7 +116,8 @@ def rows_of_policy(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     asked = budgets.parse(args.budgets, space, "--budgets")
     plain = dataclasses.replace(opened.cfg, policy=None)
     prompts = prompts_of(opened, args.source, args.document_start, args.num_prompts, args.prompt_length)
-    dense = Engine(opened.weights, opened.tokenizer, dataclasses.replace(plain, refresh=False))
+    full = dataclasses.replace(plain, space=ActionSpace(held_full(space.axes)), refresh=False)
+    dense = Engine(opened.weights, opened.tokenizer, full)
     nothing_PxX = np.ones((len(prompts), len(space.axes)))
     texts = answer(dense, prompts, nothing_PxX, args)
     about = {"policy": name, "horizon": T, "prompts": len(prompts), "prompt": args.prompt_length,

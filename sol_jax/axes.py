@@ -6,7 +6,7 @@ heads of each.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +237,7 @@ class ChannelPruning(Axis):
 class OutputQuantization(Axis):
     """q: the MLP's output is rounded to q bits; its cost is eta = q / 16."""
 
+    full: ClassVar[float] = MAX_BITS
     name: str = dataclasses.field(default="eta", init=False)
 
     def nominal_cost(self, level: float) -> float:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,12 @@ class Axis:
     kernels: str = "auto"  # which implementation of its operations: see `llama.LlamaConfig.kernels`
     level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
     name: str = dataclasses.field(default="", init=False)
+    full: ClassVar[float] = 1.0  # the level that changes nothing
+
+    @property
+    def idle(self) -> bool:
+        """Whether steps need not know of it: it has no level but the full one."""
+        return self.levels == (self.full,)
 
     @property
     def penalty_weight(self) -> float:
@@ -126,6 +132,16 @@ class Axis:
         Parts that are not named stay whole.  `index`, which dense steps lack, is in units of `cache`.
         """
         return {}
+
+
+def effective(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with those that are idle replaced by ones that do nothing, at no cost in time either."""
+    return tuple(Axis(axis.levels, axis.budget, axis.penalty) if axis.idle else axis for axis in axes)
+
+
+def held_full(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with the full level alone: what dense decoding needs of them."""
+    return tuple(dataclasses.replace(axis, levels=(axis.full,), level_costs=()) for axis in axes)
 
 
 def mlp_input(

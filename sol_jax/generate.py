@@ -21,6 +21,7 @@ from absl import app, flags
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from sol_jax import costs, load, opening, page
+from sol_jax.axis import ActionSpace, held_full
 from sol_jax.chat import chat_prompt
 from sol_jax.decoding import Decoder
 from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
@@ -187,7 +188,8 @@ def main(argv: Sequence[str]) -> None:
         return
     sides = [page.Side(engine.controller, output.transcript.pieces, token_costs(output, engine.cfg), told)]
     if engine.controller != "dense":
-        cfg = dataclasses.replace(engine.cfg, policy=None, refresh=False, lossless=False)
+        space = ActionSpace(held_full(engine.cfg.space.axes))
+        cfg = dataclasses.replace(engine.cfg, space=space, policy=None, refresh=False, lossless=False)
         dense = Engine(engine.weights, engine.tokenizer, cfg)
         other, rate = run(dense, request, show=False, shaded=False)
         costs_NxX = token_costs(other, cfg)

@@ -23,7 +23,7 @@ from pallas_kernels.decode import attend, split_attention
 from pallas_kernels.mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.prefill import causal_attention
-from sol_jax.axis import Axis, mlp_input, mlp_output
+from sol_jax.axis import Axis, effective, mlp_input, mlp_output
 from sol_jax.keys import Keys
 
 Weights = dict[str, Any]
@@ -285,7 +285,7 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
 
 def make_prefix(cache: KVCache, length: jax.Array, axes: tuple[Axis, ...]) -> Prefix:
     """The first `length` entries of a dense cache as a prefix that schedules decode against."""
-    index = tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in axes)
+    index = tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes))
     return Prefix(cache, index, jnp.asarray(length, jnp.int32))
 
 
@@ -300,7 +300,8 @@ def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suff
 
         return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
 
-    return jax.tree.map(_bits, Suffix(KVCache(blank, blank), tuple(map(index, axes, prefix.axis_index))))
+    axis_index = tuple(map(index, effective(axes), prefix.axis_index))
+    return jax.tree.map(_bits, Suffix(KVCache(blank, blank), axis_index))
 
 
 def decode_step(
@@ -318,7 +319,7 @@ def decode_step(
     Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
     those of the *compressed* step: later steps see them (sol.md section 3).
     """
-    rope, layers = rope_at(prefix.length + step, cfg), weights["layers"]
+    rope, layers, axes = rope_at(prefix.length + step, cfg), weights["layers"], effective(axes)
     # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
     next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
 

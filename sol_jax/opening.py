@@ -12,7 +12,7 @@ from pallas_kernels.dispatch import choose
 from pallas_kernels.errors import UnavailableError
 from sol_jax import config as config_lib
 from sol_jax import load, policy_files
-from sol_jax.axis import ActionSpace
+from sol_jax.axis import ActionSpace, held_full
 from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine
 from sol_jax.errors import UserError
@@ -84,6 +84,8 @@ def open_engine(
         config = sol_j_fl.get_config()
         space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
     space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))
+    if controller == "dense":
+        space = ActionSpace(held_full(space.axes))
     if controller != "policy":
         params, network = None, None
     if controller == "dense" and not options.get("lossless"):

@@ -13,7 +13,7 @@ from pallas_kernels.decode import split_attention
 from pallas_kernels.prefill import CPU_BLOCK, causal_attention
 from sol_jax import llama
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
-from sol_jax.axis import ActionSpace, Axis
+from sol_jax.axis import ActionSpace, Axis, held_full
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EPISODE_AXES, EpisodeConfig, Rollout, cut_episodes, replay, rollout
@@ -141,6 +141,28 @@ def test_each_axis_changes_the_step():
         # The dense steps that follow read the compressed step's keys and values.
         assert (change_T[1:] > 1e-5).all(), f"{changed}: {change_T}"
         assert change_T[1] > 1e-3, f"{changed}: {change_T}"
+
+
+def test_an_axis_with_the_full_level_alone_is_left_out():
+    """Its steps are those of the dense action; nothing of it is in the prefix, the suffix or the program."""
+    weights, tokens_N = random_weights(CFG), tokens(CFG, ONE_EPISODE.block_length)
+    held = ActionSpace(held_full(EVERY.axes))
+    assert (held.num_actions, held.costs_AxX.tolist()) == (1, [[1.0] * len(held.axes)])
+    dense_1xT = jnp.full((1, 5), EVERY.dense)
+    every, _ = play(weights, tokens_N, dense_1xT, EVERY, CFG, ONE_EPISODE)
+    none, _ = play(weights, tokens_N, dense_1xT * 0, held, CFG, ONE_EPISODE)
+    assert_same(none.hidden_TxD, every.hidden_TxD, 2e-6)
+    cache = llama.prefill(weights, tokens_N, CFG)[1]
+    prefix = llama.make_prefix(cache, 5, held.axes)
+    assert jax.tree.leaves((prefix.axis_index, llama.empty_suffix(prefix, 3, held.axes).axis_index)) == []
+    plain = tuple(Axis(axis.levels, axis.budget, axis.penalty) for axis in held.axes)
+    programs = {
+        str(jax.make_jaxpr(lambda token, axes=axes: llama.decode_step(
+            weights, prefix, llama.empty_suffix(prefix, 3, axes), token, 0, jnp.ones(len(axes)), axes, CFG
+        ))(1))
+        for axes in (held.axes, plain)
+    }  # fmt: skip
+    assert len(programs) == 1
 
 
 # --- parts --------------------------------------------------------------------------------------
