@@ -1,4 +1,7 @@
-"""The attentions that are measured: Quest's of a decode step, and that of schedules that share a prefix."""
+"""The attentions that are measured: Quest's of a decode step, and that of schedules that share a prefix.
+
+Both include the choice of pages, which is also measured alone.
+"""
 
 import functools
 import math
@@ -27,19 +30,11 @@ def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, s
     kv_bytes, small = 2 * B * H * S * d * item, 2 * B * H * G * d * item
     index_bytes = 2 * B * H * P * d * item
     calls, turns = calls_of(kv_bytes, smoke)
-    bound = jax.jit(jax.vmap(lambda k: quest.page_bounds(k, jnp.ones(S, bool), page, "xla")))
 
     def buffer(i: int) -> tuple[jax.Array, ...]:
         k, v = (normals(10 * i + j, B, H, S, d, dtype=dtype) for j in range(2))
-        return k, v, bound(k), *(normals(10 * i + 2 + j, B, H, SUFFIX, d, dtype=dtype) for j in range(2))
-
-    def query(i: int) -> jax.Array:
-        own, common = (normals(1000 + 2 * i + j, B, H, g, d, dtype=dtype) for j, g in enumerate((G, 1)))
-        return ((1 - ALIKE**2) ** 0.5 * own + ALIKE * common).astype(dtype)
-
-    def choose(q_HxGxd: jax.Array, bounds: jax.Array, pages: jax.Array, name: str | None) -> jax.Array:
-        used_P = jnp.ones(P, bool)
-        return quest.select_pages(q_HxGxd, (bounds,), (used_P,), pages, implementation=name)[0]
+        own = (normals(10 * i + 2 + j, B, H, SUFFIX, d, dtype=dtype) for j in range(2))
+        return k, v, bounds_of(k, page), *own
 
     def sparse(name: str) -> Callable[..., Any]:
         def one(q, k, v, bounds, own_k, own_v, pages):
@@ -93,11 +88,54 @@ def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, s
     variants = {name: Variant(sparse(name), work_of(name)) for name in implementations()}
     variants["dense dispatch"] = Variant(whole, lambda share: reads_all, dense=True)
     variants |= dense_attention(reads_all)
-    actions = {
-        f"keep={keep}": [(query(i), jnp.full(B, math.ceil(keep * P), jnp.int32)) for i in range(calls)]
-        for keep in keeps
-    }
-    return Case("attend", str(shape), actions, [buffer(i) for i in range(turns)], variants, kept, exact)
+    actions = {f"keep={keep}": [query_of(shape, i, keep, dtype) for i in range(calls)] for keep in keeps}
+    return Case(
+        "attend", str(shape), dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
+    )
+
+
+def query_of(shape: Shape, i: int, keep: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The queries of a step, and the pages that each row keeps."""
+    B, H, G, d = shape.batch, shape.kv_heads, shape.group_size, shape.head_size
+    own, common = (normals(1000 + 2 * i + j, B, H, g, d, dtype=dtype) for j, g in enumerate((G, 1)))
+    q = ((1 - ALIKE**2) ** 0.5 * own + ALIKE * common).astype(dtype)
+    return q, jnp.full(B, math.ceil(keep * -(-shape.context // shape.page_size)), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def bounds_of(k_BxHxSxd: jax.Array, page: int) -> jax.Array:
+    every_S = jnp.ones(k_BxHxSxd.shape[2], bool)
+    return jax.vmap(lambda k: quest.page_bounds(k, every_S, page, "xla"))(k_BxHxSxd)
+
+
+def choose(q_HxGxd: jax.Array, bounds: jax.Array, pages: jax.Array, name: str | None) -> jax.Array:
+    used_P = jnp.ones(bounds.shape[-2], bool)
+    return quest.select_pages(q_HxGxd, (bounds,), (used_P,), pages, implementation=name)[0]
+
+
+def choice(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+    """Scores and choice of one layer's pages alone: that much of `attention` is not attention."""
+    B, H, S, d, page = shape.batch, shape.kv_heads, shape.context, shape.head_size, shape.page_size
+    P = -(-S // page)
+    index_bytes = 2 * B * H * P * d * jnp.dtype(dtype).itemsize
+    calls, turns = calls_of(index_bytes, smoke)
+    work = Work(index_bytes, 4.0 * B * H * shape.group_size * P * d)
+
+    def of(name: str) -> Callable[..., Any]:
+        return lambda x, bounds: jax.vmap(lambda q, b, n: choose(q, b, n, name))(x[0], bounds, x[1])
+
+    def exact(x: Any, bounds: Any, dense: bool) -> np.ndarray:
+        q, (high, low) = (np.asarray(x[0][0], np.float64), np.split(np.asarray(bounds[0], np.float64), 2, -1))
+        score_HxGxP = np.maximum(q, 0) @ high.swapaxes(1, 2) + np.minimum(q, 0) @ low.swapaxes(1, 2)
+        return score_HxGxP >= np.sort(score_HxGxP, -1)[..., -int(x[1][0]), None]
+
+    def kept(x: Any, bounds: Any) -> float:
+        return float(jnp.mean(jnp.any(jax.jit(of("xla"))(x, bounds), 2)))
+
+    variants = {name: Variant(of(name), lambda share: work) for name in ("xla", "pallas")}
+    actions = {f"keep={keep}": [query_of(shape, i, keep, dtype) for i in range(calls)] for keep in keeps}
+    buffers = [bounds_of(normals(i, B, H, S, d, dtype=dtype), page) for i in range(turns)]
+    return Case("select_pages", str(shape), dtype, actions, buffers, variants, kept, exact)
 
 
 def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
@@ -127,43 +165,51 @@ def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case
     variants = {name: Variant(of(name), lambda share: work) for name in ("xla", "pallas")}
     actions = {"two of three keys": [valid(i) for i in range(calls)]}
     buffers = [normals(i, B, H, S, d, dtype=dtype) for i in range(turns)]
-    return Case("page_bounds", str(shape), actions, buffers, variants, lambda x, buffer: 1.0, exact)
+    return Case("page_bounds", str(shape), dtype, actions, buffers, variants, lambda x, buffer: 1.0, exact)
 
 
 def shared_prefix(
     shape: Shape, K: int, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
 ) -> Case:
-    """One layer's attention of K schedules of each sequence, with page masks of their own."""
+    """One layer's attention of K schedules of each sequence, which choose pages of their own."""
     B, H, G, S, d = shape.batch, shape.kv_heads, shape.group_size, shape.context, shape.head_size
     page, P, item = shape.page_size, -(-shape.context // shape.page_size), jnp.dtype(dtype).itemsize
     kv_bytes, own_bytes = 2 * B * H * S * d * item, 2 * B * K * H * (G + SUFFIX) * d * item
+    index_bytes = 2 * B * H * P * d * item
     calls, turns = calls_of(kv_bytes + own_bytes, smoke)
     flops = 4.0 * B * K * H * G * (S + SUFFIX) * d
 
     def buffer(i: int) -> tuple[jax.Array, ...]:
         shapes = [(B, H, S, d)] * 2 + [(B, K, H, SUFFIX, d)] * 2
-        return tuple(normals(10 * i + j, *size, dtype=dtype) for j, size in enumerate(shapes))
+        k, *others = (normals(10 * i + j, *size, dtype=dtype) for j, size in enumerate(shapes))
+        return k, *others, bounds_of(k, page)
 
-    def with_masks(name: str) -> Callable[..., Any]:
-        def one(q, own_k, own_v, keep, k, v):
+    def sparse(name: str) -> Callable[..., Any]:
+        def one(q, own_k, own_v, pages, k, v, bounds):
+            keep = choose(q, bounds, pages, name)
             seen = jnp.ones((1, 1, SUFFIX), bool)
             length = jnp.int32(S)
             return decode.attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
 
-        schedules = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
+        schedules = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None, None))
 
         def call(x: Any, buffer: Any) -> jax.Array:
-            k, v, own_k, own_v = buffer
-            return jax.vmap(schedules)(x[0], own_k, own_v, x[1], k, v)
+            k, v, own_k, own_v, bounds = buffer
+            return jax.vmap(schedules)(x[0], own_k, own_v, x[1], k, v, bounds)
 
         return call
 
+    @jax.jit
+    def masks(x: Any, bounds: jax.Array) -> jax.Array:
+        schedules = jax.vmap(lambda q, b, n: choose(q, b, n, "xla"), in_axes=(0, None, 0))
+        return jax.vmap(schedules)(x[0], bounds, x[1])
+
     def kept(x: Any, buffer: Any) -> float:
-        return float(jnp.mean(jnp.any(x[1], (1, 3))))
+        return float(jnp.mean(jnp.any(masks(x, buffer[-1]), (1, 3))))
 
     def exact(x: Any, buffer: Any, dense: bool) -> np.ndarray:
-        q, k, v, own_k, own_v = (np.asarray(a[0], np.float64) for a in (x[0], *buffer))
-        keep = np.repeat(np.asarray(x[1][0]), page, -1)[..., :S]
+        q, k, v, own_k, own_v = (np.asarray(a[0], np.float64) for a in (x[0], *buffer[:4]))
+        keep = np.repeat(np.asarray(masks(x, buffer[-1])[0]), page, -1)[..., :S]
         if dense:
             return np.stack([softmax_attention(q[i], k, v, np.ones_like(keep[i])) for i in range(K)])
         keep = np.concatenate([keep, np.ones((K, H, G, SUFFIX), bool)], -1)
@@ -184,10 +230,10 @@ def shared_prefix(
 
     def work_of(name: str) -> Callable[[float], Work]:
         # "xla" reads every page, whatever the masks say.
-        return lambda share: Work(kv_bytes * (1 if name == "xla" else share) + own_bytes, flops)
+        return lambda share: Work(kv_bytes * (1 if name == "xla" else share) + index_bytes + own_bytes, flops)
 
     # Triton's lists pages, and schedules have nearly all of them between them.
-    variants = {name: Variant(with_masks(name), work_of(name)) for name in ("xla", "pallas")}
+    variants = {name: Variant(sparse(name), work_of(name)) for name in ("xla", "pallas")}
     variants |= dense_attention(once, as_rows, from_rows)
     variants |= {
         f"{name}, repeated caches": variant
@@ -197,14 +243,16 @@ def shared_prefix(
         f"keep={keep}": [
             (
                 normals(1000 + i, B, K, H, G, d, dtype=dtype),
-                jax.random.uniform(jax.random.key(i), (B, K, H, G, P)) < keep,
+                jnp.full((B, K), math.ceil(keep * P), jnp.int32),
             )
             for i in range(calls)
         ]
         for keep in keeps
     }
     name = f"{shape}-K{K}"
-    return Case("shared_prefix", name, actions, [buffer(i) for i in range(turns)], variants, kept, exact)
+    return Case(
+        "shared_prefix", name, dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
+    )
 
 
 def dense_attention(

@@ -47,6 +47,7 @@ class Case:
 
     op: str
     shape: str
+    dtype: Any  # of the operands, for the error that is allowed
     actions: Mapping[str, Sequence[Any]]  # inputs of each call
     buffers: Sequence[Any]
     variants: Mapping[str, Variant]

@@ -63,7 +63,7 @@ def pruned_mlp(
     whole = Work(weight_bytes + small, flops)
 
     def work_of(name: str) -> Callable[[float], Work]:
-        if rows > mlp.MAX_ROWS.get(name, 0):
+        if name == "xla" or rows > mlp.MAX_ROWS["pallas"]:  # with more than one, Triton's is Pallas'
             return lambda share: whole
         return lambda share: Work(weight_bytes * share + small, flops * share)
 
@@ -88,7 +88,9 @@ def pruned_mlp(
         for keep in keeps
     }
     name = f"{shape.name}-{rows} rows"
-    return Case("gated_hidden", name, actions, [buffer(i) for i in range(turns)], variants, kept, exact)
+    return Case(
+        "gated_hidden", name, dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
+    )
 
 
 def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) -> Case:
@@ -139,4 +141,4 @@ def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) 
     actions = {f"bits={b}": [one(i, b) for i in range(calls)] for b in bits}
     gains = [1 + 0.1 * normals(i, D, dtype=jnp.float32) for i in range(turns)]
     name = f"{shape.name}-{rows} rows"
-    return Case("quantize_residual", name, actions, gains, variants, lambda x, buffer: 1.0, exact)
+    return Case("quantize_residual", name, "float32", actions, gains, variants, lambda x, buffer: 1.0, exact)

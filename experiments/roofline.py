@@ -4,7 +4,8 @@
 
 Writes, beside the table, cost_model_DEVICE.json (prices), and to experiments/figures roofline_DEVICE.png
 (what each implementation reaches, under the copy and matmul rates of the same run), actions_DEVICE.png
-(speedup against what the action keeps) and prediction_DEVICE.png (the cost model against every time).
+(speedup against what the action keeps) and prediction_DEVICE.png (what a cost model predicts of the shapes
+that it was fitted to, and of others that were held out).  The prices written are those of all shapes.
 """
 
 import argparse
@@ -75,6 +76,25 @@ def fit(rows: Sequence[Row]) -> CostModel:
     return cost_model.fit(rows[0]["device"], bytes_N, flops_N, launches_N, seconds_N, launches)
 
 
+def held_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows to fit to, and those to predict: the last shape of every operation that has several."""
+    shapes: dict[str, list[str]] = {}
+    for row in fitted(rows):
+        of_op = shapes.setdefault(row["op"], [])
+        of_op += [row["shape"]] if row["shape"] not in of_op else []
+    last = {(op, of_op[-1]) for op, of_op in shapes.items() if len(of_op) > 1}
+    kept = [row for row in rows if (row["op"], row["shape"]) not in last]
+    return kept, [row for row in fitted(rows) if (row["op"], row["shape"]) in last]
+
+
+def misses(model: CostModel, rows: Sequence[Row]) -> str:
+    """How far predictions are off, in words."""
+    if not rows:
+        return "no rows"
+    miss = [abs(predict(model, row) / float(row["seconds"]) - 1) for row in rows]
+    return f"{np.median(miss):.0%} over {len(miss)} rows"
+
+
 def predict(model: CostModel, row: Row) -> float:
     return model.seconds(*(float(row[column]) for column in ("bytes", "flops", "launches")))
 
@@ -133,14 +153,17 @@ def draw_actions(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_prediction(rows: Sequence[Row], model: CostModel) -> Figure:
-    """The cost model against every time that it was fitted to."""
+def draw_prediction(seen: Sequence[Row], unseen: Sequence[Row], model: CostModel) -> Figure:
+    """The cost model against the times that it was fitted to, and (hollow) of shapes that it was not."""
     figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
-    used = fitted(rows)
-    for op in dict.fromkeys(row["op"] for row in used):
-        of_op = [row for row in used if row["op"] == op]
-        measured = [1e6 * float(row["seconds"]) for row in of_op]
-        axes.loglog(measured, [1e6 * predict(model, row) for row in of_op], "o", ms=4, alpha=0.7, label=op)
+    used = [*fitted(seen), *unseen]
+    for i, op in enumerate(dict.fromkeys(row["op"] for row in used)):
+        for rows, style, label in ((fitted(seen), {}, op), (unseen, {"mfc": "none"}, f"{op}, held out")):
+            of_op = [row for row in rows if row["op"] == op]
+            measured = [1e6 * float(row["seconds"]) for row in of_op]
+            predicted = [1e6 * predict(model, row) for row in of_op]
+            if of_op:
+                axes.loglog(measured, predicted, f"oC{i}", ms=4, alpha=0.7, label=label, **style)
     ends = [1e6 * f(float(row["seconds"]) for row in used) for f in (min, max)]
     axes.plot(ends, ends, color="black", lw=1)
     axes.set(xlabel="measured, µs", ylabel="predicted, µs", title=f"cost model of {model.device}")
@@ -159,17 +182,19 @@ def main() -> None:
     name = args.csv.stem.removeprefix("kernels_")
     path = args.csv.parent / f"cost_model_{name}.json"
     model.save(path)
-    miss = [abs(predict(model, row) / float(row["seconds"]) - 1) for row in fitted(rows)]
+    seen, unseen = held_out(rows)
+    checked = fit(seen)
     print(
         f"{model.device}: {to_rate(model.seconds_per_byte, 'TB/s')}, "
         f"{to_rate(model.seconds_per_flop, 'TFLOP/s')}, {model.seconds_per_launch * 1e6:.2f} us a launch; "
-        f"median relative error {np.median(miss):.0%} over {len(miss)} rows"
+        f"median relative error {misses(model, fitted(rows))}; "
+        f"of shapes held out from the fit {misses(checked, unseen)}"
     )
     print(f"wrote {path}")
     drawn = {
         "roofline": draw_roofline(rows),
         "actions": draw_actions(rows),
-        "prediction": draw_prediction(rows, model),
+        "prediction": draw_prediction(seen, unseen, checked),
     }
     for kind, figure in drawn.items():
         print(f"wrote {plots.save(figure, args.figures / f'{kind}_{name}.png')}")

@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels import attention_gpu, attention_tpu, attention_triton
 from pallas_kernels.cache import take_layer
-from pallas_kernels.dispatch import choose, current_platform, interpret, no_gradient
+from pallas_kernels.dispatch import choose, current_platform, interpret, logged, no_gradient, without_triton
 from pallas_kernels.fold import fold_rows
 
 KV = tuple[jax.Array, jax.Array]
@@ -48,14 +48,16 @@ def attend(
     of `page_size` positions (1: by position).  With `layer` the prefix has a leading axis of layers, of which
     one is read in place.  The suffix is k and v of [H, T, d].  Masks broadcast over H and G.  "xla" is
     `split_attention`; kernels read the kept pages only, and once for all rows that share the prefix.
+    jax-triton's reads lists of pages: with more than LISTED_ROWS rows "triton" is Pallas'.
     """
-    name = choose("attend", implementation)
+    name = choose("attend", implementation, log=False)
 
     def attended(*args: Any) -> jax.Array:
         q, prefix, suffix, keep_prefix, keep_suffix, length, layer = args
         if name == "xla":
             prefix = prefix if layer is None else tuple(take_layer(kv, layer) for kv in prefix)
             by_token = _keep_tokens(keep_prefix, length, page_size, prefix[0].shape[1])
+            q = logged(q, "attend", implementation, name)
             return split_attention(q, prefix, suffix, by_token, keep_suffix)
         paged = _paged_attention(q, prefix, keep_prefix, length, layer, page_size, implementation)
         own = part_attention(q, suffix, keep_suffix)
@@ -101,8 +103,9 @@ def _paged_attention(
     if layer is None:
         prefix, layer = (prefix[0][None], prefix[1][None]), jnp.int32(0)
     keep_HxGxP = jnp.broadcast_to(keep_HxGxP, (*q_HxGxd.shape[:2], P))
-    fold = functools.partial(_attend_rows, page_size=page_size, implementation=implementation)
-    return Part(*fold_rows(fold)(jnp.int32(layer), prefix, (q_HxGxd, keep_HxGxP, jnp.int32(length))))
+    rows = functools.partial(_attend_rows, page_size=page_size, implementation=implementation)
+    fold = fold_rows("paged_attention", rows)
+    return Part(*fold(jnp.int32(layer), prefix, (q_HxGxd, keep_HxGxP, jnp.int32(length))))
 
 
 def _attend_rows(
@@ -111,9 +114,14 @@ def _attend_rows(
     """`Part`s [B, K, H, G, ...] of K rows of each of B sequences, with caches [B, L, H, S, d]."""
     q_BxKxHxGxd, keep_BxKxHxGxP, length_BxK = own
     B, K, H, G, d = q_BxKxHxGxd.shape
-    op = "paged_attention" if K * G <= LISTED_ROWS else "shared_attention"
-    facts: dict[str, Any] = {"rows": K * G, "tokens": B * cache[0].shape[3]}
-    name = choose(op, implementation, head_size=d, page_size=page_size, **facts)
+    dtype = jnp.promote_types(q_BxKxHxGxd.dtype, cache[0].dtype)
+    facts: dict[str, Any] = {"rows": K * G, "tokens": B * cache[0].shape[3], "dtype": dtype.name}
+    facts |= {"head_size": d, "page_size": page_size}
+    op, named = "paged_attention", implementation
+    if K * G > LISTED_ROWS:
+        op, named = "shared_attention", without_triton(implementation)
+    name = choose(op, named, log=False, **facts)
+    q_BxKxHxGxd = logged(q_BxKxHxGxd, op, implementation, name, **facts)
     if name == "xla":
 
         def one(q: jax.Array, kv: KV, keep: jax.Array, length: jax.Array) -> Part:
@@ -127,7 +135,7 @@ def _attend_rows(
         return x.swapaxes(1, 2).reshape(B, H, K * G, *x.shape[4:])
 
     on = _on_tpu if current_platform() == "tpu" else functools.partial(_on_gpu, triton=name == "triton")
-    q_BxHxRxd = rows(q_BxKxHxGxd).astype(jnp.promote_types(q_BxKxHxGxd.dtype, cache[0].dtype))
+    q_BxHxRxd = rows(q_BxKxHxGxd).astype(dtype)
     part = on(layer, q_BxHxRxd, cache, rows(keep_BxKxHxGxP), jnp.repeat(length_BxK, G, 1), page_size)
     return jax.tree.map(lambda x: x.reshape(B, H, K, G, *x.shape[3:]).swapaxes(1, 2), part)
 

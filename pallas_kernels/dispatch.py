@@ -2,7 +2,8 @@
 
 `choose` is called while an op is traced.  None (or "auto") takes what `tuning.TABLE` says pays for the
 platform and shape; a named implementation runs or raises `UnavailableError` with the reason.  Nothing falls
-back silently.
+back silently.  The GPU kernels are for NVIDIA's (some hold PTX) from Ampere on; an AMD GPU is a platform
+"rocm", for which there are none.
 """
 
 import contextlib
@@ -15,27 +16,34 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.tuning import NO_END, TABLE, Kernel
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
+OLDEST_GPU = (8, 0)  # compute capability that Triton's bfloat16 and tensor floats need
 
 _log = logging.getLogger(__name__)
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
-def choose(op: str, implementation: str | None, *, platform: str | None = None, **facts: Any) -> str:
+def choose(
+    op: str, implementation: str | None, *, platform: str | None = None, log: bool = True, **facts: Any
+) -> str:
     """The implementation of `op` to trace: one of IMPLEMENTATIONS.
 
-    `facts` are what the table's conditions are about (rows, hidden, context ...); `platform` is "cpu", "gpu"
-    or "tpu", by default the one traced for.
+    `facts` are what the table's conditions are about (rows, hidden, context ...); `platform` is "cpu", "gpu",
+    "tpu" or "rocm", by default the one traced for.  What auto picks is logged, unless the op may ask again
+    once it knows more: it then calls `logged`.
     """
     platform = _normal(platform) or current_platform()
     if implementation in (None, "auto"):
-        kernels = ((name, TABLE.get((op, name, platform))) for name in IMPLEMENTATIONS)
-        picked = next((name for name, kernel in kernels if kernel and _pays(name, kernel, facts)), "xla")
-        _log_once(op, platform, picked, tuple(sorted(facts.items())))
+        pays = (name for name in IMPLEMENTATIONS[1:] if _pays(op, name, platform, facts))
+        picked = next(pays, "xla")
+        if log:
+            _log_once(op, platform, picked, tuple(sorted(facts.items())))
         return picked
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -51,8 +59,9 @@ def without_triton(implementation: str | None) -> str | None:
     return "pallas" if implementation == "triton" else implementation
 
 
-def _pays(name: str, kernel: Kernel, facts: Mapping[str, Any]) -> bool:
-    if kernel.pays is None or (name == "triton" and triton_problem() is not None):
+def _pays(op: str, name: str, platform: str, facts: Mapping[str, Any]) -> bool:
+    kernel = TABLE.get((op, name, platform), Kernel())
+    if kernel.pays is None or _problem_of_platform(op, name, platform) is not None:
         return False
     return not any(_unmet({**kernel.takes, **kernel.pays}, facts))
 
@@ -62,8 +71,9 @@ def _require(op: str, implementation: str, platform: str, facts: Mapping[str, An
         raise UnavailableError(op, implementation, f"run on this platform ({platform})", *problem)
     # A CPU interprets the GPU's kernel, so it takes what that takes.
     kernel = TABLE[op, implementation, "gpu" if platform == "cpu" else platform]
-    for reason in _unmet(kernel.takes, facts):
-        raise UnavailableError(op, implementation, "take this shape", reason, "'xla'")
+    for name, reason in _unmet(kernel.takes, facts):
+        cannot = "take numbers of this type" if name == "dtype" else "take this shape"
+        raise UnavailableError(op, implementation, cannot, reason, "'xla'")
 
 
 def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[str, str] | None:
@@ -74,16 +84,18 @@ def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[s
     if (op, implementation, runs_as) not in TABLE:
         others = [name for name in IMPLEMENTATIONS[1:] if (op, name, runs_as) in TABLE]
         return f"it has no {runs_as} kernel", " or ".join(map(repr, [*others, "xla"]))
+    if platform == "gpu" and (problem := gpu_problem()) is not None:
+        return problem, "'xla'"
     if implementation == "triton" and (problem := triton_problem()) is not None:
         return problem, "'pallas' or 'xla'"
     return None
 
 
-def _unmet(conditions: Mapping[str, Collection[Any]], facts: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong, a clause for each condition that is not met; a fact that was not given meets any."""
+def _unmet(conditions: Mapping[str, Collection[Any]], facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each fact that does not meet its condition, with a clause that says so; one not given meets any."""
     for name, allowed in conditions.items():
         if name in facts and facts[name] not in allowed:
-            yield f"{name} is {facts[name]} and must be {_describe(allowed)}"
+            yield name, f"{name} is {facts[name]} and must be {_describe(allowed)}"
 
 
 def _describe(allowed: Collection[Any]) -> str:
@@ -100,6 +112,41 @@ def _describe(allowed: Collection[Any]) -> str:
 @functools.cache
 def _log_once(op: str, platform: str, picked: str, facts: tuple[tuple[str, Any], ...]) -> None:
     _log.info("%s on %s: %s (%s)", op, platform, picked, ", ".join(f"{name}={fact}" for name, fact in facts))
+
+
+def logged(x: jax.Array, op: str, implementation: str | None, picked: str, **facts: Any) -> jax.Array:
+    """`x`; what `op` picked for it is logged once that is compiled (or run), unless it was asked for.
+
+    An op under vmap is traced for one row first and for all of them then, and only the last is compiled.
+    """
+    if picked == implementation:
+        return x
+    return _logged_p.bind(
+        x, op=op, platform=current_platform(), picked=picked, facts=tuple(sorted(facts.items()))
+    )
+
+
+def _logged_as_is(x: Any, **pick: Any) -> Any:
+    _log_once(**pick)
+    return x
+
+
+_logged_p = Primitive("logged")
+_logged_p.def_impl(_logged_as_is)
+_logged_p.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_logged_p, lambda ctx, x, **pick: [_logged_as_is(x, **pick)])
+batching.primitive_batchers[_logged_p] = lambda xs, axes, **pick: (_logged_p.bind(*xs, **pick), axes[0])
+
+
+def gpu_problem() -> str | None:
+    """Why this machine's NVIDIA GPU cannot run the kernels; None if it can, and where there is none."""
+    if _backend() != "gpu":
+        return None  # what is traced is for another machine
+    found = _capability()
+    if _version(found) >= OLDEST_GPU:
+        return None
+    oldest = ".".join(map(str, OLDEST_GPU))
+    return f"this {jax.devices()[0].device_kind} has compute capability {found} and the kernels need {oldest}"
 
 
 @functools.cache
@@ -122,8 +169,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def current_platform() -> str:
-    """What is traced for: "cpu", "gpu" or "tpu"; the default backend outside `tracing_for`."""
-    return _platform.get() or _normal(jax.default_backend()) or "cpu"
+    """What is traced for: "cpu", "gpu", "tpu" or "rocm"; the default backend outside `tracing_for`."""
+    return _platform.get() or _backend()
 
 
 @contextlib.contextmanager
@@ -140,7 +187,19 @@ def tracing_for(platform: str) -> Iterator[None]:
 
 
 def _normal(platform: str | None) -> str | None:
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return "gpu" if platform == "cuda" else platform
+
+
+def _backend() -> str:
+    """The platform of this machine.  JAX calls an AMD GPU "gpu" too, but its capability is a gfx number."""
+    platform = _normal(jax.default_backend()) or "cpu"
+    return "rocm" if platform == "gpu" and _capability().startswith("gfx") else platform
+
+
+def _capability() -> str:
+    """Of the GPU: "9.0"; one that does not say is taken to be new enough."""
+    oldest = ".".join(map(str, OLDEST_GPU))
+    return str(getattr(jax.devices()[0], "compute_capability", None) or oldest)
 
 
 def interpret() -> bool:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 
-def fold_rows(op: Callable[..., Any]) -> Callable[..., Any]:
+def fold_rows(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
     """`op(layer, shared, own)` of arrays [B, ...] in `shared` and [B, K, ...] in `own`, for one row.
 
     The function returned takes and gives them without B and K, and may be vmapped any number of times.
-    `layer` says which of stacked layers to read; it is the same for all rows.
+    `layer` says which of stacked layers to read; it is the same for all rows.  `name` is for errors.
     """
 
     @jax.custom_batching.custom_vmap
@@ -29,7 +29,10 @@ def fold_rows(op: Callable[..., Any]) -> Callable[..., Any]:
     def fold(N: int, batched: Any, layer: jax.Array, shared: Any, own: Any) -> tuple[Any, Any]:
         layer_batched, shared_batched, own_batched = batched
         if layer_batched:
-            raise ValueError("the layer to read must be the same for every row of a batch")
+            raise ValueError(
+                f"{name}: a kernel reads one layer for all rows, and here the layer is batched; "
+                "loop over layers (jax.lax.map) or use 'xla' instead"
+            )
         own = _spread(own, own_batched, N)
         if any(jax.tree.leaves(shared_batched)):
             shared = _spread(shared, shared_batched, N)

@@ -1,11 +1,20 @@
 """The gated half of a Llama MLP, reading only the weights of channels that its input has."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mlp_gpu, mlp_tpu
 from pallas_kernels.cache import take_layer
-from pallas_kernels.dispatch import choose, current_platform, interpret, no_gradient
+from pallas_kernels.dispatch import (
+    choose,
+    current_platform,
+    interpret,
+    logged,
+    no_gradient,
+    without_triton,
+)
 from pallas_kernels.one_row import one_row
 
 # The kernels' most rows: with more, almost every channel is in some row, and a dense product reads no more.
@@ -22,22 +31,30 @@ def gated_hidden(
     """`silu(x @ gate) * (x @ up)`: [..., F], float32, for x [..., D] whose pruned channels are zero.
 
     Operands have the weights' dtype, sums are float32.  Kernels skip a channel that is zero in every row
-    (vmaps over x add rows), whatever its weights; NaN is not zero.  Beyond MAX_ROWS rows every implementation
-    is the dense product of the zeroed inputs.
+    (vmaps over x add rows), whatever its weights; NaN is not zero.  jax-triton has a kernel of one row alone:
+    "triton" is Pallas' with more.  Beyond MAX_ROWS rows every implementation is the dense product of the
+    zeroed inputs, which is logged.
 
     With `layer` (int32) gate and up are stacked, [L, D, F], and a kernel reads the layer in place.  A slice
     of them would be copied before a kernel sees it, at a higher cost than the kernel saves.
     """
-    op, D, F = "gated_hidden", x_D.shape[-1], gate_DxF.shape[-1]
-    if choose(op, implementation, hidden=D, ffn=F) == "xla":
-        return _dense(x_D, layer, gate_DxF, up_DxF)
+    op = "gated_hidden"
+    facts: dict[str, Any] = {"hidden": x_D.shape[-1], "ffn": gate_DxF.shape[-1], "dtype": gate_DxF.dtype.name}
+
+    def dense(x_NxD: jax.Array, layer: Any, gate: jax.Array, up: jax.Array, **more: int) -> jax.Array:
+        return _dense(logged(x_NxD, op, implementation, "xla", **more, **facts), layer, gate, up)
+
+    if choose(op, implementation, log=False, **facts) == "xla":
+        return no_gradient(op, dense)(x_D, layer, gate_DxF, up_DxF)
 
     def rows(x_NxD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array) -> jax.Array:
         # Once more, for only here are the rows known.
-        picked = choose(op, implementation, rows=len(x_NxD), hidden=D, ffn=F)
-        if len(x_NxD) > MAX_ROWS.get(picked, 0):
-            return _dense(x_NxD, layer, gate_LxDxF, up_LxDxF)
-        x_NxD = x_NxD.astype(gate_LxDxF.dtype)
+        count = len(x_NxD)
+        name = implementation if count <= MAX_ROWS["triton"] else without_triton(implementation)
+        picked = choose(op, name, log=False, rows=count, **facts)
+        if picked == "xla" or count > MAX_ROWS[picked]:
+            return dense(x_NxD, layer, gate_LxDxF, up_LxDxF, rows=count)
+        x_NxD = logged(x_NxD, op, implementation, picked, rows=count, **facts).astype(gate_LxDxF.dtype)
         if picked == "triton":
             from pallas_kernels import mlp_triton  # imports triton
 

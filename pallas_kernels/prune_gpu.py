@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.rows_gpu import call_rows, lanes
+from pallas_kernels.topk import ordered_bits
 
 
 def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: bool = False) -> jax.Array:
@@ -70,10 +71,7 @@ def _compact_kernel(x_ref: Any, channels_ref: Any, kept_ref: Any) -> None:
 
 def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
     """Mask of the lanes whose |x| is at least the count-th largest (`topk.at_least_kth`)."""
-    magnitude = jnp.abs(x.astype(jnp.float32))
-    # Bits order like the numbers, NaN above infinity; the padding goes below.
-    bits = lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
-    bits = jnp.where(inside, bits, -1)
+    bits = jnp.where(inside, ordered_bits(jnp.abs(x.astype(jnp.float32))), -1)  # the padding below every |x|
 
     def unsettled(state: tuple[Any, Any, Any]) -> jax.Array:
         i, _, at_least = state

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.rows_tpu import call_rows
+from pallas_kernels.topk import ordered_bits
 
 LANES = 128
 INDEX_BITS = 15  # a lane's index and its distance share 32 bits; rows are 16,384 at most (`tuning`)
@@ -72,9 +73,8 @@ def _norm_kernel(
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Integers in the order of |x|; NaN above infinity."""
-    magnitude = jnp.abs(x.astype(jnp.float32))
-    return lax.bitcast_convert_type(jnp.where(magnitude == 0, 0.0, magnitude), jnp.int32)
+    """Integers of at least 0 in the order of |x|."""
+    return ordered_bits(jnp.abs(x.astype(jnp.float32)))
 
 
 def _kth_largest(bits: jax.Array, count: jax.Array) -> jax.Array:

@@ -16,15 +16,20 @@ def fake_quantize(y_D: jax.Array, bits: jax.Array, implementation: str | None = 
 
     The arithmetic is float32 whatever y's dtype, as in the authors' code; the result has y's dtype.
     """
-    if choose("fake_quantize", implementation, hidden=y_D.shape[-1]) != "xla":
-        kernels = quantize_tpu if current_platform() == "tpu" else quantize_gpu
+    op = "fake_quantize"
+    if choose(op, implementation, hidden=y_D.shape[-1], dtype=y_D.dtype.name) == "xla":
+        return no_gradient(op, _fake_quantize)(y_D, jnp.asarray(bits))
+    kernels = quantize_tpu if current_platform() == "tpu" else quantize_gpu
 
-        def rows(y_NxD: jax.Array, top_N: jax.Array) -> jax.Array:
-            return kernels.fake_quantize(y_NxD, top_N, interpret())
+    def rows(y_NxD: jax.Array, top_N: jax.Array) -> jax.Array:
+        return kernels.fake_quantize(y_NxD, top_N, interpret())
 
-        rounded = jnp.vectorize(one_row(rows), signature="(d),()->(d)")
-        return no_gradient("fake_quantize", rounded)(y_D, _top_or_zero(bits))
-    bits = jnp.asarray(bits)[..., None]
+    rounded = jnp.vectorize(one_row(rows), signature="(d),()->(d)")
+    return no_gradient(op, rounded)(y_D, _top_or_zero(bits))
+
+
+def _fake_quantize(y_D: jax.Array, bits: jax.Array) -> jax.Array:
+    bits = bits[..., None]
     top = _top(bits)
     wide_D = y_D.astype(jnp.float32)
     scale = _divide(jnp.maximum(jnp.max(jnp.abs(wide_D), -1, keepdims=True), 1e-8), top)
@@ -41,15 +46,20 @@ def quantize_residual(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One row's `residual + fake_quantize(y)`, and the RMSNorm of that with the next norm's gain."""
-    if choose("quantize_residual", implementation, hidden=y_D.shape[-1]) == "xla":
-        stream_D = residual_D + fake_quantize(y_D, bits, "xla")
+    op = "quantize_residual"
+
+    def by_xla(y_D: jax.Array, bits: jax.Array, residual_D: jax.Array, gain_D: jax.Array) -> tuple:
+        stream_D = residual_D + _fake_quantize(y_D, bits)
         return stream_D, rms_norm(stream_D, gain_D, eps)
+
+    if choose(op, implementation, hidden=y_D.shape[-1], dtype=y_D.dtype.name) == "xla":
+        return no_gradient(op, by_xla)(y_D, jnp.asarray(bits), residual_D, gain_D)
     kernels = quantize_tpu if current_platform() == "tpu" else quantize_gpu
 
     def rows(y_NxD: jax.Array, top_N: jax.Array, residual_NxD: jax.Array, gain_D: jax.Array) -> tuple:
         return kernels.quantize_residual(y_NxD, top_N, residual_NxD, gain_D, eps, interpret())
 
-    fused = no_gradient("quantize_residual", one_row(rows, num_shared=1))
+    fused = no_gradient(op, one_row(rows, num_shared=1))
     return fused(y_D, _top_or_zero(bits), residual_D, gain_D)
 
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.rows_tpu import call_rows
-
-INFINITY_BITS = 0x7F800000
+from pallas_kernels.topk import is_nan
 
 
 def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: Any = False) -> jax.Array:
@@ -60,12 +59,9 @@ def _residual_kernel(
 
 def _rounded(y: jax.Array, top: jax.Array) -> jax.Array:
     wide = y.astype(jnp.float32)
-    magnitude = jnp.abs(wide)
-    largest = jnp.maximum(jnp.max(magnitude, 1, keepdims=True), 1e-8)
-    # A row with a NaN is NaN, whatever the chip's maximum does with one.  Found by its bits: x != x is false
-    # for all x in Mosaic.
-    is_nan = lax.bitcast_convert_type(magnitude, jnp.int32) > INFINITY_BITS
-    spoilt = jnp.sum(is_nan.astype(jnp.float32), 1, keepdims=True) > 0
+    largest = jnp.maximum(jnp.max(jnp.abs(wide), 1, keepdims=True), 1e-8)
+    # A row with a NaN is NaN, whatever the chip's maximum does with one.
+    spoilt = jnp.sum(is_nan(wide).astype(jnp.float32), 1, keepdims=True) > 0
     scale = _divide(jnp.where(spoilt, jnp.nan, largest), top)
     steps = lax.round(_divide(wide, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
     steps = jnp.where(steps > top, top, jnp.where(steps < -top, -top, steps))

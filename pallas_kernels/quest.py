@@ -23,7 +23,8 @@ def page_bounds(
     k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, implementation: str | None = None
 ) -> jax.Array:
     """Bounds [H, P, 2d] of consecutive pages of `page_size` keys; the last page may be partial."""
-    name = choose("page_bounds", implementation, tokens=len(valid_N), page_size=page_size)
+    facts: dict[str, Any] = {"tokens": len(valid_N), "page_size": page_size, "dtype": k_HxNxd.dtype.name}
+    name = choose("page_bounds", implementation, **facts)
 
     def bounds(k_HxNxd: jax.Array, valid_N: jax.Array) -> jax.Array:
         if name == "xla":
@@ -51,10 +52,14 @@ def extend_bounds(bounds_HxPx2d: jax.Array, k_Hxd: jax.Array, page_P: jax.Array)
     XLA everywhere: it is elementwise over a schedule's few own pages (kilobytes), and XLA fuses it with the
     write into the cache around it, where a kernel would be one more launch.
     """
-    high, low = jnp.split(bounds_HxPx2d, 2, -1)
-    k_Hx1xd = k_Hxd[:, None]
-    extended = jnp.concatenate([jnp.maximum(high, k_Hx1xd), jnp.minimum(low, k_Hx1xd)], -1)
-    return jnp.where(page_P[:, None], extended, bounds_HxPx2d)
+
+    def extend(bounds_HxPx2d: jax.Array, k_Hxd: jax.Array, page_P: jax.Array) -> jax.Array:
+        high, low = jnp.split(bounds_HxPx2d, 2, -1)
+        k_Hx1xd = k_Hxd[:, None]
+        extended = jnp.concatenate([jnp.maximum(high, k_Hx1xd), jnp.minimum(low, k_Hx1xd)], -1)
+        return jnp.where(page_P[:, None], extended, bounds_HxPx2d)
+
+    return no_gradient("extend_bounds", extend)(bounds_HxPx2d, k_Hxd, page_P)
 
 
 def page_scores(q_HxGxd: jax.Array, bounds_HxPx2d: jax.Array, used_P: jax.Array) -> jax.Array:
@@ -96,16 +101,19 @@ def select_pages(
     if select not in ("head", "group"):
         raise ValueError(f"select_pages: select is {select!r} and must be 'head' or 'group'")
     count = sum(mask.shape[-1] for mask in used)
-    name = choose("select_pages", implementation, pages=count, select=select)
+    dtype = jnp.promote_types(q_HxGxd.dtype, bounds[0].dtype).name
+    name = choose("select_pages", implementation, pages=count, select=select, dtype=dtype)
 
     def chosen(q: jax.Array, bounds: Any, used: Any, pages: jax.Array, layer: Any) -> tuple[jax.Array, ...]:
         if name == "xla":
             first = bounds[0] if layer is None else take_layer(bounds[0], layer)
             return _select_pages(q, (first, *bounds[1:]), used, pages, select)
         first, layer = (bounds[0][None], jnp.int32(0)) if layer is None else (bounds[0], layer)
-        masks = fold_rows(_select_on_tpu if current_platform() == "tpu" else _select_on_gpu(select))(
-            jnp.int32(layer), first, (q, tuple(bounds[1:]), tuple(used), jnp.int32(pages))
+        fold = fold_rows(
+            "select_pages", _select_on_tpu if current_platform() == "tpu" else _select_on_gpu(select)
         )
+        own = q, tuple(bounds[1:]), tuple(used), jnp.int32(pages)
+        masks = fold(jnp.int32(layer), first, own)
         return tuple(jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in masks)
 
     return no_gradient("select_pages", chosen)(q_HxGxd, tuple(bounds), tuple(used), pages, layer)
@@ -150,6 +158,8 @@ def _select_on_gpu(select: Select) -> Any:
 def _select_on_tpu(layer: jax.Array, bounds_BxLxHxPx2d: jax.Array, own: Any) -> tuple[jax.Array, ...]:
     q_BxKxHxGxd, own_bounds, used, pages_BxK = own
     B, K, H, G, d = q_BxKxHxGxd.shape
+    # Once more, for only here are the rows known.
+    choose("select_pages", "pallas", scores_of_a_head=K * G * used[0].shape[-1])
     own_scores = _own_scores(q_BxKxHxGxd, own_bounds, used[1:])
     # The kernel wants two parts: without a second, one page that is not in use.
     own_score = own_scores[0] if own_scores else jnp.zeros((B, H, K, G, 1))

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.topk import kth_largest, ordered_bits
+from pallas_kernels.topk import is_nan, kth_largest, ordered_bits
 
 # Untested on a GPU; chosen from byte counts and from what Triton makes of them for sm_90 (registers, spills).
 # Scoring moves bytes and little else: 64 pages of 2 x 128 bfloat16 are 32 KB, 256 bytes in flight a thread,
@@ -66,7 +66,7 @@ def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: in
 def reduce_page(k_PxNxd: jax.Array, valid_PxNx1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest and smallest of each page's valid keys, [P, d] each, for use in kernels (the TPU's too)."""
     # The hardware's maximum and minimum drop NaN; a page with one must keep it.
-    spoilt = jnp.max((valid_PxNx1 & (k_PxNxd != k_PxNxd)).astype(jnp.int32), 1) != 0
+    spoilt = jnp.max((valid_PxNx1 & is_nan(k_PxNxd)).astype(jnp.int32), 1) != 0
     high = jnp.max(jnp.where(valid_PxNx1, k_PxNxd, -jnp.inf), 1)
     low = jnp.min(jnp.where(valid_PxNx1, k_PxNxd, jnp.inf), 1)
     return jnp.where(spoilt, jnp.nan, high), jnp.where(spoilt, jnp.nan, low)

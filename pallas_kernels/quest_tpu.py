@@ -16,6 +16,9 @@ from pallas_kernels.topk import kth_largest, ordered_bits
 
 # Untested on a TPU.  Blocks of about half a megabyte hide the latency of a copy; rows come in eights.
 BOUNDS_PAGES, SCORE_PAGES = 64, 512
+# Bytes on the chip for each score of a head's rows: itself and its order; masks of pages in use and of kept
+# ones, each twice, one being copied.  Mosaic allows a kernel 16 MB unless told otherwise; a v5p has 64.
+SCORE_BYTES, DEFAULT_BYTES = 24, 16 << 20
 
 
 def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpret: Any = False) -> jax.Array:
@@ -95,7 +98,10 @@ def select_pages(
             out_specs=[head_rows(lanes), head_rows(N)],
             scratch_shapes=[pltpu.VMEM((lanes // block, R, block), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=max(DEFAULT_BYTES, DEFAULT_BYTES // 2 + SCORE_BYTES * R * lanes),
+        ),
         interpret=interpret,
         name="select_pages",
     )(

@@ -23,15 +23,15 @@ class Shape:
         return self.heads // self.kv_heads
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.batch}x{self.context}"
+        return f"{self.name}-{self.batch}x{self.context}-p{self.page_size}"
 
 
-# name: hidden, ffn, heads, kv_heads, head_size, page_size
+# name: hidden, ffn, heads, kv_heads, head_size; and the size of its pages, for generation
 _MODELS = {
-    "smollm2-135m": (576, 1536, 9, 3, 64, 8),
-    "llama-3.2-1b": (2048, 8192, 32, 8, 64, 16),
-    "llama-3.2-3b": (3072, 8192, 24, 8, 128, 16),
-    "llama-3.1-8b": (4096, 14336, 32, 8, 128, 16),
+    "smollm2-135m": ((576, 1536, 9, 3, 64), 8),
+    "llama-3.2-1b": ((2048, 8192, 32, 8, 64), 16),
+    "llama-3.2-3b": ((3072, 8192, 24, 8, 128), 16),
+    "llama-3.1-8b": ((4096, 14336, 32, 8, 128), 16),
 }
 # (batch, context): what fits one device, from generation for one user to a batch of training schedules.
 _LOADS = (
@@ -45,12 +45,20 @@ _LOADS = (
     (128, 1024),
     (128, 8192),
 )
+# The paper trains every model with pages of 8: at its prefix length, and the most that such a batch may hold.
+_TRAINING_PAGE, _TRAINING_LOADS = 8, ((8, 1024), (128, 8192))
 
 SHAPES: tuple[Shape, ...] = tuple(
-    Shape(name, *sizes[:5], batch, context, sizes[5])
-    for name, sizes in _MODELS.items()
-    for batch, context in _LOADS
+    Shape(name, *sizes, *load, size)
+    for name, (sizes, page_size) in _MODELS.items()
+    for size in sorted({page_size, _TRAINING_PAGE}, reverse=True)
+    for load in (_LOADS if size == page_size else _TRAINING_LOADS)
 )
+
+
+def named(name: str) -> Shape:
+    """The one of SHAPES of that name."""
+    return next(shape for shape in SHAPES if str(shape) == name)
 
 
 def distinct(*fields: str) -> tuple[Shape, ...]:

@@ -9,14 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LOWEST = -(1 << 31)
+_LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
+_INFINITY_BITS = 0x7F800000
 _LANES = 32
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> int32 in the same order (both zeros alike; NaN above infinity, with a minus sign below)."""
+    """float32 -> int32 in the same order (both zeros alike; every NaN alike and above infinity).
+
+    Whatever a NaN's sign: x86 makes those of arithmetic negative, and must not hide them below all numbers.
+    """
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return jnp.where(is_nan(x), _HIGHEST, bits ^ ((bits >> 31) & _HIGHEST))
+
+
+def is_nan(x: jax.Array) -> jax.Array:
+    """Which of x are NaN, by their bits: in Mosaic a NaN is not different from itself."""
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & _HIGHEST > _INFINITY_BITS
 
 
 def kth_largest(bits: Sequence[jax.Array], k: jax.Array, axis: int | tuple[int, int] = -1) -> jax.Array:

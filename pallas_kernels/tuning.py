@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+Conditions = dict[str, Collection[Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -24,49 +26,57 @@ NO_END = 1 << 62  # range(8, NO_END): at least 8
 
 # A row kernel holds a row in one GPU program's registers, and TPU lanes carry 14-bit indices.
 ROW = range(1, 16385)
+# What blocks are sized for and products have a form of; TPUs have no float16.
+GPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16", "float16")}
+TPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
+GPU_ROW, TPU_ROW = GPU_TYPES | {"hidden": ROW}, TPU_TYPES | {"hidden": ROW}
+HEAD: Conditions = {"head_size": range(1, 257)}
+PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, NO_END, 8)}
 
 # TPU kernels have been lowered and interpreted but never compiled, so they run only when named.
 TABLE: dict[tuple[str, str, str], Kernel] = {
     # One launch where XLA's bisection takes one a bit, whatever the shape.
-    ("keep_channels", "pallas", "gpu"): Kernel(takes={"hidden": ROW}, pays={}),
-    ("keep_channels", "pallas", "tpu"): Kernel(takes={"hidden": ROW}),
-    ("norm_prune", "pallas", "gpu"): Kernel(takes={"hidden": ROW}, pays={}),
-    ("norm_prune", "pallas", "tpu"): Kernel(takes={"hidden": ROW}),
+    ("keep_channels", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
+    ("keep_channels", "pallas", "tpu"): Kernel(takes=TPU_ROW),
+    ("norm_prune", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
+    ("norm_prune", "pallas", "tpu"): Kernel(takes=TPU_ROW),
     # One read of the row; and IEEE division, which XLA's GPU code has not.
-    ("fake_quantize", "pallas", "gpu"): Kernel(takes={"hidden": ROW}, pays={}),
-    ("fake_quantize", "pallas", "tpu"): Kernel(takes={"hidden": ROW}),
-    ("quantize_residual", "pallas", "gpu"): Kernel(takes={"hidden": ROW}, pays={}),
-    ("quantize_residual", "pallas", "tpu"): Kernel(takes={"hidden": ROW}),
+    ("fake_quantize", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
+    ("fake_quantize", "pallas", "tpu"): Kernel(takes=TPU_ROW),
+    ("quantize_residual", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
+    ("quantize_residual", "pallas", "tpu"): Kernel(takes=TPU_ROW),
     # At keep 0.4 two rows together keep 0.63 of the channels, four 0.85: the dense product reads little more
     # and has tensor cores.  Small matrices stay in the second-level cache, where gathering saves nothing.
     ("gated_hidden", "pallas", "gpu"): Kernel(
-        takes={"hidden": ROW}, pays={"rows": (1, 2), "hidden": range(2048, NO_END)}
+        takes=GPU_ROW, pays={"rows": (1, 2), "hidden": range(2048, NO_END)}
     ),
-    ("gated_hidden", "triton", "gpu"): Kernel(takes={"hidden": ROW}),
-    ("gated_hidden", "pallas", "tpu"): Kernel(takes={"hidden": ROW, "ffn": range(128, NO_END, 128)}),
+    ("gated_hidden", "triton", "gpu"): Kernel(takes=GPU_ROW),
+    ("gated_hidden", "pallas", "tpu"): Kernel(takes=TPU_ROW | {"ffn": range(128, NO_END, 128)}),
     # Two launches against XLA's loop of 32; a program holds a head's scores in registers.
     ("page_bounds", "pallas", "gpu"): Kernel(
-        takes={"tokens": range(1, NO_END)}, pays={"tokens": range(512, NO_END)}
+        takes=GPU_TYPES | {"tokens": range(1, NO_END)}, pays={"tokens": range(512, NO_END)}
     ),
-    ("page_bounds", "pallas", "tpu"): Kernel(
-        takes={"tokens": range(1, NO_END), "page_size": range(8, NO_END, 8)}
+    ("page_bounds", "pallas", "tpu"): Kernel(takes=TPU_TYPES | PAGE_OF_EIGHTS | {"tokens": range(1, NO_END)}),
+    ("select_pages", "pallas", "gpu"): Kernel(takes=GPU_TYPES | {"pages": range(1, 32769)}, pays={}),
+    # The scores of all rows of a head stay on the chip: 24 MB of a v5p's 64 at most (`quest_tpu`).
+    ("select_pages", "pallas", "tpu"): Kernel(
+        takes=TPU_TYPES
+        | {"pages": range(1, 32769), "select": ("head",), "scores_of_a_head": range(1, (1 << 20) + 1)}
     ),
-    ("select_pages", "pallas", "gpu"): Kernel(takes={"pages": range(1, 32769)}, pays={}),
-    ("select_pages", "pallas", "tpu"): Kernel(takes={"pages": range(1, 32769), "select": ("head",)}),
     # `attend` always asks again once it knows the rows: few of them read a list of pages (`paged_attention`),
     # which pays from 10,000 (8B) to 20,000 cached tokens on; many share every page (`shared_attention`).
     ("attend", "pallas", "gpu"): Kernel(pays={}),
     ("attend", "triton", "gpu"): Kernel(),
     ("attend", "pallas", "tpu"): Kernel(),
     ("paged_attention", "pallas", "gpu"): Kernel(
-        takes={"head_size": range(1, 257)}, pays={"tokens": range(16384, NO_END)}
+        takes=GPU_TYPES | HEAD, pays={"tokens": range(16384, NO_END)}
     ),
-    ("paged_attention", "triton", "gpu"): Kernel(takes={"head_size": range(1, 257)}),
-    ("paged_attention", "pallas", "tpu"): Kernel(
-        takes={"head_size": range(1, 257), "page_size": range(8, NO_END, 8)}
-    ),
-    ("shared_attention", "pallas", "gpu"): Kernel(takes={"head_size": range(1, 257)}, pays={}),
+    ("paged_attention", "triton", "gpu"): Kernel(takes=GPU_TYPES | HEAD),
+    ("paged_attention", "pallas", "tpu"): Kernel(takes=TPU_TYPES | HEAD | PAGE_OF_EIGHTS),
+    # XLA's form reads the prefix once for all rows as well, and the rows want nearly every page: no count of
+    # bytes prefers the kernel (it spares the logits' way through memory), so a measurement must.
+    ("shared_attention", "pallas", "gpu"): Kernel(takes=GPU_TYPES | HEAD),
     ("shared_attention", "pallas", "tpu"): Kernel(
-        takes={"head_size": range(1, 257), "rows": range(1, 513), "page_size": range(8, NO_END, 8)}
+        takes=TPU_TYPES | HEAD | PAGE_OF_EIGHTS | {"rows": range(1, 513)}
     ),
 }

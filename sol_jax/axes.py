@@ -235,7 +235,11 @@ class ChannelPruning(Axis):
 
 @dataclasses.dataclass(frozen=True)
 class OutputQuantization(Axis):
-    """q: the MLP's output is rounded to q bits; its cost is eta = q / 16."""
+    """q: the MLP's output is rounded to q bits; its cost is eta = q / 16.
+
+    On one device that saves nothing (`shares` names no part): the output never leaves the chip's registers
+    before the residual add.  Fewer bits would pay where outputs are sent between devices.
+    """
 
     full: ClassVar[float] = MAX_BITS
     name: str = dataclasses.field(default="eta", init=False)
@@ -250,6 +254,3 @@ class OutputQuantization(Axis):
         self, value: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
     ) -> tuple[jax.Array, jax.Array]:
         return quantize_residual(y_D, value, x_D, gain_D, eps, without_triton(self.kernels))
-
-    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
-        return {"mlp_output": Work(level / shape.dtype_bits, 1.0)} if level < MAX_BITS else {}

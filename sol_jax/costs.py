@@ -8,15 +8,15 @@ and an addition count as two operations, as in `flops`.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cost_model import CostModel
-from sol_jax.axis import Axis, StepShape, Work
+from sol_jax.axis import ActionSpace, Axis, StepShape, Work
 from sol_jax.decoding import Decoder
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the engine imports `config`, which may ask for `level_costs
     from sol_jax.engine import Output
 
 BudgetUnit = Literal["nominal", "bytes", "time"]
-NONE = Work(0.0, 0.0)
+NONE, WHOLE = Work(0.0, 0.0), Work(1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepCost:
     down: Work = NONE  # and of its output matrix
     head: Work = NONE  # vocabulary logits
     cache: Work = NONE  # keys and values attended to
-    mlp_output: Work = NONE  # read for the residual add
+    mlp_output: Work = NONE  # read for the residual add; on one device rounding it (eta) saves nothing
     index: Work = NONE  # what is read to choose keys, such as the bounds of Quest's pages
     policy: Work = NONE
     refresh: Work = NONE  # the dense pass that ends an episode, spread over its steps
@@ -122,24 +122,62 @@ def step_cost(
       horizon: of the episodes whose end refreshes the cache; 0: nothing is refreshed.
       step: of the episode, from 0; with it the shares of an episode's steps add up to its refresh.
     """
-    dense = dense_step(kv_len, cfg)
-    whole = {field.name: getattr(dense, field.name) for field in dataclasses.fields(dense)}
-    whole["index"] = dense.cache
-    left = {name: Work(1.0, 1.0) for name in whole} | {"index": NONE}
-    shape = StepShape(kv_len, cfg.group_size, cfg.hidden_size, 8 * jnp.dtype(cfg.dtype).itemsize)
-    for axis, level in zip(axes, level_X, strict=True):
-        for name, share in axis.shares(float(level), shape).items():
-            if name not in left:
-                raise ValueError(f"axis {axis.name!r} names a part {name!r}; parts are {', '.join(left)}")
-            # Savings multiply; what several axes read to choose by adds up.
-            left[name] = (_sum if name == "index" else _product)(left[name], share)
-    parts = {name: _product(whole[name], left[name]) for name in whole}
+    shape = _shape(kv_len, cfg)
+    shares_X = [axis.shares(float(level), shape) for axis, level in zip(axes, level_X, strict=True)]
+    parts = _compressed(dense_step(kv_len, cfg), axes, shares_X)
     if policy:
         parts["policy"] = policy_step(policy)
     if horizon:
         refresh = dense_pass(horizon, kv_len - 1 - step, cfg)
         parts["refresh"] = Work(refresh.bytes / horizon, refresh.flops / horizon)
     return StepCost(**parts)
+
+
+def _shape(kv_len: int, cfg: LlamaConfig) -> StepShape:
+    return StepShape(kv_len, cfg.group_size, cfg.hidden_size, 8 * jnp.dtype(cfg.dtype).itemsize)
+
+
+def _compressed(
+    dense: StepCost, axes: Sequence[Axis], shares_X: Sequence[Mapping[str, Work]]
+) -> dict[str, Work]:
+    """The parts of a step of which each axis leaves its `shares`; these may be numbers, or arrays alike."""
+    whole = {field.name: getattr(dense, field.name) for field in dataclasses.fields(dense)}
+    whole["index"] = dense.cache
+    left = dict.fromkeys(whole, WHOLE) | {"index": NONE}
+    for axis, shares in zip(axes, shares_X, strict=True):
+        for name, share in shares.items():
+            if name not in left:
+                raise ValueError(f"axis {axis.name!r} names a part {name!r}; parts are {', '.join(left)}")
+            # Savings multiply; what several axes read to choose by adds up.
+            left[name] = (_sum if name == "index" else _product)(left[name], share)
+    return {name: _product(whole[name], left[name]) for name in whole}
+
+
+@functools.cache
+def action_costs(space: ActionSpace, kv_len: int, cfg: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and operations of one decode step under every action, [A] each: the totals of `step_cost`.
+
+    An axis is asked for its levels once, not for each of the actions that have them.
+    """
+    shape, sizes = _shape(kv_len, cfg), [len(axis.levels) for axis in space.axes]
+    # Levels of axis x lie along dimension x, so the joint actions come of broadcasting.
+    shares_X = [
+        _level_shares(axis, shape, [-1 if y == x else 1 for y in range(len(sizes))])
+        for x, axis in enumerate(space.axes)
+    ]
+    total: Any = StepCost(**_compressed(dense_step(kv_len, cfg), space.axes, shares_X)).total
+    return np.broadcast_to(total.bytes, sizes).ravel(), np.broadcast_to(total.flops, sizes).ravel()
+
+
+def _level_shares(axis: Axis, shape: StepShape, like: Sequence[int]) -> dict[str, Work]:
+    """`axis.shares` of all its levels, each number an array of the dimensions `like`."""
+    by_level = [axis.shares(float(level), shape) for level in axis.levels]
+    stacked: dict[str, Any] = {}
+    for name in dict.fromkeys(name for shares in by_level for name in shares):
+        found = [shares.get(name, NONE if name == "index" else WHOLE) for shares in by_level]
+        read, computed = (np.reshape(values, like) for values in zip(*found, strict=True))
+        stacked[name] = Work(read, computed)  # type: ignore[arg-type]  # arrays in place of numbers
+    return stacked
 
 
 def level_costs(
@@ -150,7 +188,7 @@ def level_costs(
     "nominal" is the paper's: what `axis.cost` says.  "bytes" and "time" are shares of what a *whole* step
     takes, other axes at their top, of what it takes with this axis at its top.  So costs of several axes add
     up, 1 - sum(1 - cost) being the share of a joint action (but for what two axes save on one part), and an
-    axis that saves nothing costs 1 at every level.
+    axis that saves nothing (as eta on one device) costs 1 at every level.
 
     Args:
       kv_len: keys in the step's reach.

@@ -1,7 +1,9 @@
 """The kernels' benchmarks: what is counted and derived by hand, and the smoke form of what is measured."""
 
 import csv
+import dataclasses
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import pytest
 from jax import lax
 
 from experiments import bench_kernels, gpu_check, kernel_steps, kernel_table, roofline, timing
-from experiments.attention_cases import attention, shared_prefix
+from experiments.attention_cases import attention, choice, shared_prefix
 from experiments.kernel_cases import Variant
 from experiments.mlp_cases import pruned_mlp, rounding
 from pallas_kernels import cost_model
@@ -104,6 +106,7 @@ CASES = {
     "attend": lambda dtype: attention(TINY, (0.3, 1.0), dtype, smoke=True),
     "gated_hidden": lambda dtype: pruned_mlp(TINY, 1, (0.4,), dtype, smoke=True),
     "shared_prefix": lambda dtype: shared_prefix(TINY, 3, (0.5,), dtype, smoke=True),
+    "select_pages": lambda dtype: choice(TINY, (0.3,), dtype, smoke=True),
     "quantize_residual": lambda dtype: rounding(TINY, 2, (3, 16), smoke=True),
 }
 
@@ -149,6 +152,57 @@ def test_a_variant_that_fails_says_why():
     rows = {row["implementation"]: row for row in kernel_table.run_case(case, 0, None)}
     assert rows["broken"]["note"] == "RuntimeError: no such library"
     assert rows["xla"]["error"] < 1e-5
+    assert not any(map(kernel_table.is_wrong, rows.values()))
+
+
+def test_a_wrong_answer_is_noted_whether_timed_or_not(monkeypatch, tmp_path):
+    """And fails the run: the kernel's is off by 2e-5 in float32; XLA's own may be."""
+    case = rounding(TINY, 2, (3,), smoke=True)
+    right = case.variants["xla"].call
+
+    def off(x, gain_D):
+        return tuple(out + 2e-5 for out in right(x, gain_D))
+
+    for name in ("xla", "pallas"):
+        case.variants[name] = dataclasses.replace(case.variants[name], call=off)
+    for rates, rounds in ((None, 0), (timing.Rates(1e9, 1e9), 1)):
+        rows = {row["implementation"]: row for row in kernel_table.run_case(case, rounds, rates)}
+        assert rows["pallas"]["note"] == "WRONG: the error is above 1e-05"
+        assert [name for name, row in rows.items() if kernel_table.is_wrong(row)] == ["pallas"]
+    monkeypatch.setattr(bench_kernels, "verified", lambda smoke: [("made up", lambda: case)])
+    assert bench_kernels.verify(True, math.inf) == 1
+    assert bench_kernels.verify(True, -math.inf) == gpu_check.INCOMPLETE
+    monkeypatch.setattr(bench_kernels, "cases", lambda smoke: [("made up", lambda: case)])
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--smoke", "--only", "made up", "--csv", str(tmp_path / "a.csv")]
+    )
+    with pytest.raises(SystemExit, match="1 answers are wrong: see the column note"):
+        bench_kernels.main()
+
+
+def test_what_is_measured_is_of_the_table():
+    """Every model, a batch of 128 too; nothing is allocated."""
+    labels = " ".join(label for label, _ in bench_kernels.cases(False) + kernel_steps.jobs(False))
+    for name in ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"):
+        assert f"attend {name}" in labels
+        assert f"gated_hidden {name}" in labels
+        assert f"decode_step {name}" in labels
+    assert "attend llama-3.2-1b-128x8192" in labels
+
+
+def test_the_cache_that_a_step_reads():
+    """A kernel's: the pages that some head of a group keeps, no more than if each kept others (52 of 512)."""
+    name, heads = "llama-3.1-8b", 4
+    assert kernel_steps.read_share("xla", 0.1, 8, 32768, name) == 1.0
+    assert kernel_steps.read_share("auto", 0.1, 1, 8192, name) == 1.0  # on a CPU, as on a GPU so short a text
+    union = kernel_steps.read_share("pallas", 0.1, 8, 32768, name)
+    assert 0.1 < union <= 1.1 * (1 - 0.9**heads)
+    cfg, using = kernel_steps.MODELS[name], kernel_steps.axes("xla")
+    levels = (0.1, 1.0, 16.0)
+    worst, realised = (kernel_steps.step_work(levels, 1, 8192, cfg, using, read) for read in (None, union))
+    cache = cfg.num_layers * 2 * cfg.num_kv_heads * cfg.head_size * 8192 * 2
+    assert worst.bytes - realised.bytes == pytest.approx((4 * 52 / 512 - union) * cache)
+    assert worst.flops == realised.flops
 
 
 def test_steps_take_the_work_of_their_rows():
@@ -189,8 +243,23 @@ def test_smoke_writes_a_table_that_a_cost_model_is_fitted_to(tmp_path, monkeypat
     assert model.seconds_per_byte == pytest.approx(1 / 2e12)
     assert model.seconds_per_launch == pytest.approx(4e-6)
     assert model.launches_per_layer == float(rows[-1]["launches"]) / 2
+    assert "of shapes held out from the fit no rows" in capsys.readouterr().out
     for kind in ("roofline", "actions", "prediction"):
         assert (tmp_path / f"{kind}_here.png").stat().st_size > 1000
+
+
+def test_shapes_are_held_out_of_the_fit():
+    """The last of an operation's shapes: ten times what the bytes of the others let expect."""
+    row = {"op": "attend", "launches": "1", "implementation": "pallas", "flops": "0", "device": "made up"}
+    rows = [row | {"shape": f"s{n}", "bytes": str(1e6 * n), "seconds": str(n)} for n in (1, 2, 2, 3, 3)]
+    rows += [row | {"op": "bounds", "shape": "s3", "bytes": "1e6", "seconds": "1"}]
+    for unseen in rows[3:5]:
+        unseen["seconds"] = "30"
+    seen, unseen = roofline.held_out(rows)
+    assert (seen, unseen) == ([*rows[:3], rows[5]], rows[3:5])
+    model = roofline.fit(seen)
+    assert [roofline.predict(model, row) for row in unseen] == pytest.approx([3, 3], rel=1e-6)
+    assert roofline.misses(model, unseen) == "90% over 2 rows"
 
 
 def test_bad_tables(tmp_path):
@@ -226,6 +295,7 @@ def test_gpu_check_tests_and_then_measures(missing, arguments, tests, monkeypatc
 
     def run(command, **options):
         ran.append(command)
+        assert 0 < options["timeout"] <= 60 * 8
         return subprocess.CompletedProcess(command, int(any(word in fails for word in command)), "gpu H200")
 
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
@@ -234,25 +304,61 @@ def test_gpu_check_tests_and_then_measures(missing, arguments, tests, monkeypatc
         gpu_check.importlib.util, "find_spec", lambda name: None if name in missing else find(name)
     )
     monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
-    for failing in (None, tests, "--minutes"):
+    for failing in (None, tests, "--verify", "--minutes", "experiments.bench_generate"):
         fails = {failing}
         ran.clear()
         with pytest.raises(SystemExit) as ended:
             gpu_check.main()
-        assert bool(ended.value.code) == (failing is not None)
-        _, tested, measured = ran
-        assert tests in tested
+        assert ended.value.code == int(failing is not None)
+        _, *tested, compared, measured, generated = ran
+        assert len(tested) == (tests == "tests/kernels")
+        assert tests in [*tested, compared][0]
+        assert "--verify" in compared
         assert "experiments.bench_kernels" in measured
         assert "--verify" not in measured
-        assert ("--smoke" in measured) == ("--smoke" in arguments)
+        assert "experiments.bench_generate" in generated
+        for command in (measured, generated):
+            assert ("--smoke" in command) == ("--smoke" in arguments)
         assert ("here.csv" in measured) == ("here.csv" in arguments)
+        named = "generation_here.csv" if "here.csv" in arguments else "results/generation_h200.csv"
+        assert ("--csv" in generated) == ("--smoke" not in arguments)
+        assert "--csv" not in generated or generated[-1].endswith(named)
+
+
+@pytest.mark.parametrize(
+    ("slow", "code", "said"),
+    [
+        ("tests/kernels", gpu_check.INCOMPLETE, "tests incomplete, comparison with float64 passed"),
+        ("--verify", 0, "tests passed, comparison with float64 incomplete"),
+        ("experiments.bench_generate", 0, "tests passed, comparison with float64 passed"),
+    ],
+)
+def test_what_time_did_not_suffice_for_has_not_passed(slow, code, said, monkeypatch, capsys):
+    def run(command, **options):
+        if slow in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 0, "gpu H200")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == code
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "left out, no time: " in printed
 
 
 def test_nothing_optional_is_imported():
-    """A machine for `make gpu-check` has none of these."""
+    """A machine for `make gpu-check` has none of these, and runs the tests of kernels."""
+    tests = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("kernels/test_*.py"))
+    assert len(tests) > 8
     code = (
-        "import sys, experiments.bench_kernels, experiments.gpu_check\n"
-        "absent = 'tensorflow', 'clu', 'ml_collections', 'tensorflow_datasets', 'matplotlib', 'torch'\n"
+        "import sys, experiments.bench_kernels, experiments.bench_generate, experiments.gpu_check\n"
+        f"sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        f"import conftest, kernels.conftest, {', '.join(f'kernels.{name}' for name in tests)}\n"
+        "absent = 'tensorflow', 'clu', 'ml_collections', 'tensorflow_datasets', 'matplotlib', 'torch', "
+        "'tokenizers'\n"
         "sys.exit(', '.join(name for name in absent if name in sys.modules) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,6 +11,7 @@ from sol_jax.axis import ActionSpace, Axis, StepShape, Work
 from sol_jax.costs import (
     NONE,
     StepCost,
+    action_costs,
     dense_pass,
     dense_step,
     dense_text_cost,
@@ -80,10 +81,9 @@ def test_pruning_leaves_rows_of_gate_and_up():
     assert dataclasses.replace(cost, gate_up=DENSE.gate_up) == DENSE
 
 
-def test_quantisation_saves_only_the_output():
-    cost = step_cost((1.0, 1.0, 8.0), 10, MODEL, AXES)
-    assert cost.mlp_output == Work(8, 0)
-    assert dataclasses.replace(cost, mlp_output=DENSE.mlp_output) == DENSE
+def test_quantisation_saves_nothing_on_one_device():
+    """What is rounded is the output, in registers: no byte less is moved."""
+    assert step_cost((1.0, 1.0, 8.0), 10, MODEL, AXES) == DENSE
 
 
 def test_recency_and_relevancy():
@@ -144,6 +144,16 @@ def test_an_axis_of_one_s_own_says_what_it_saves():
     assert step_cost((*TOP, 0.5), 10, MODEL, (*AXES, silent)) == DENSE
     with pytest.raises(ValueError, match=r"axis 'bits' names a part 'downs'; parts are attention, gate_up"):
         step_cost((*TOP, 0.25), 10, MODEL, (*AXES, dataclasses.replace(own, part="downs")))
+
+
+@pytest.mark.parametrize("kv_len", [3, 10, 27])
+def test_all_actions_at_once(kv_len):
+    """The totals of `step_cost`, action by action; an axis of one's own saves on a part of another's."""
+    own = FewerBits((0.25, 0.5, 1.0), (0.25, 1.0), 1.0, part="gate_up")
+    space = ActionSpace((*AXES, own, Recency((0.1, 1.0), (0.1, 1.0), 1.0)))
+    totals = [step_cost(level_X, kv_len, MODEL, space.axes).total for level_X in space.values_AxX]
+    np.testing.assert_allclose(np.stack(action_costs(space, kv_len, MODEL), -1), totals, rtol=1e-6)
+    assert action_costs(ActionSpace(()), 10, MODEL) == tuple(DENSE.total)
 
 
 class Ended:

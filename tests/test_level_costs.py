@@ -20,16 +20,17 @@ def test_nominal_is_the_axis_own():
 
 
 def test_bytes():
-    """What each low level leaves out: 0.2 of the cache but for 96 of bounds, 256 of weights, 24 of output."""
+    """What each low level leaves out: 0.2 of the cache but for 96 of bounds, 256 of weights, nothing."""
     assert level_costs(QUEST, "bytes", MODEL, 10) == pytest.approx((1 - (64 - 96) / 1664, 1.0))
     assert level_costs(PRUNING, "bytes", MODEL, 10) == pytest.approx((1 - 256 / 1664, 1.0))
-    assert level_costs(ROUNDING, "bytes", MODEL, 10, PRICES) == pytest.approx((1 - 24 / 1664, 1.0))
+    assert level_costs(ROUNDING, "bytes", MODEL, 10, PRICES) == (1.0, 1.0)
 
 
 def test_time():
     """Pruning saves 256 bytes and 128 operations; every level launches six kernels."""
     saved = 256 + 2 * 128
     assert level_costs(PRUNING, "time", MODEL, 10, PRICES) == pytest.approx((1 - saved / DENSE_SECONDS, 1.0))
+    assert level_costs(ROUNDING, "time", MODEL, 10, PRICES) == (1.0, 1.0)
     free = dataclasses.replace(PRICES, seconds_per_byte=0.0, seconds_per_flop=0.0)
     assert level_costs(PRUNING, "time", MODEL, 10, free) == (1.0, 1.0)
 
@@ -62,10 +63,11 @@ def test_an_axis_in_another_unit_keeps_its_ends_and_translates_its_budgets():
     assert inside.penalty_weight == axis.penalty_weight > 0
 
 
-def test_an_axis_that_saves_nothing_is_not_budgeted():
-    """With 10 keys of 64 bytes, reading the bounds costs more than the cache that is left out."""
-    free = in_unit(QUEST, "bytes", MODEL, 10)
-    assert [free.cost(level) for level in QUEST.levels] == [1.0, 1.0]
+@pytest.mark.parametrize(("axis", "unit"), [(QUEST, "bytes"), (ROUNDING, "bytes"), (ROUNDING, "time")])
+def test_an_axis_that_saves_nothing_is_not_budgeted(axis, unit):
+    """With 10 keys of 64 bytes reading the bounds costs more than the cache that is left out; eta is free."""
+    free = in_unit(axis, unit, MODEL, 10, PRICES)
+    assert [free.cost(level) for level in axis.levels] == [1.0, 1.0]
     assert (free.budget, free.penalty_weight) == ((1.0, 1.0), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Kernels of either platform on the CPU: an op traced for that platform, its kernels interpreted."""
+"""Kernels of either platform: an op traced for it, its kernels interpreted unless the device is here."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,24 +8,27 @@ from unittest import mock
 import jax
 import pytest
 
-from pallas_kernels import decode, quest
+from kernels import devices
+from pallas_kernels import decode, mlp, prune, quantize, quest
 from pallas_kernels.dispatch import tracing_for
 
 platforms = pytest.mark.parametrize("platform", ["gpu", "tpu"])
+OPS = (decode, mlp, prune, quantize, quest)
 
 
 @contextlib.contextmanager
 def traced_for(platform: str, interpret: Any) -> Iterator[None]:
-    """Ops of `quest` and `decode` take `platform`'s kernels and interpret them."""
-    patches = (mock.patch.object(module, "interpret", return_value=interpret) for module in (quest, decode))
+    """Ops take `platform`'s kernels, and interpret them as asked (False: not at all)."""
+    patches = (mock.patch.object(module, "interpret", return_value=interpret) for module in OPS)
     with tracing_for(platform), contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield
 
 
-def compiled(fn: Callable[..., Any], platform: str, interpret: Any = True) -> Callable[..., Any]:
-    """`jit(fn)` with ops as on `platform`."""
+def compiled(fn: Callable[..., Any], platform: str, interpret: Any = None) -> Callable[..., Any]:
+    """`jit(fn)` with ops as on `platform`; None: interpreted where it is not that of the device."""
+    interpret = devices.interpreted(platform) if interpret is None else interpret
     jitted = jax.jit(lambda *args: fn(*args))
 
     def call(*args: Any) -> Any:

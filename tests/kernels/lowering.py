@@ -1,6 +1,7 @@
 """Lowering for devices that are not here: XLA needs none until it compiles."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -9,12 +10,14 @@ from pallas_kernels.dispatch import tracing_for
 
 # The custom calls a kernel becomes: Mosaic for TPUs; Triton or Mosaic for GPUs.
 CUSTOM_CALLS = {"tpu": ("tpu_custom_call",), "cuda": ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")}
+# How a module says which kernel a call is of: after the code, for Triton in front of its stages.
+NAMES = {"tpu": r'kernel_name = "(\w+)"', "cuda": r'\bname = "(\w+)", num_stages'}
 # Lowerings ask for the chip: kind, cores, platform.
 CHIPS = {"tpu": ("TPU v5", 1, "tpu"), "cuda": ("NVIDIA H200", 132, "gpu")}
 
 
-def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str) -> None:
-    """Asserts that `fn` lowers for `platform` ("cuda" or "tpu") and calls a kernel there.
+def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str, kernels: Set[str]) -> None:
+    """Asserts that `fn` lowers for `platform` ("cuda" or "tpu") and calls `kernels` there, and no others.
 
     Ops traced inside choose as they would on that platform.
     """
@@ -27,4 +30,6 @@ def lowers(fn: Callable[..., Any], *abstract_args: Any, platform: str) -> None:
             jax.jit(lambda *args: fn(*args)), platforms=[platform], disabled_checks=checks
         )(*abstract_args)
     text = exported.mlir_module()
-    assert any(target in text for target in targets), f"no kernel was called; the module is\n{text[:2000]}"
+    found = set(re.findall(NAMES[platform], text))
+    assert found == kernels, f"these kernels were called: {found or 'none'}; the module is\n{text[:2000]}"
+    assert bool(found) == any(f"@{target}(" in text for target in targets)

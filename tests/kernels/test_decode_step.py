@@ -63,7 +63,8 @@ MLP = {"norm_prune", "quantize_residual"}
             {"select_pages", "attend_pages", "gather_gemv"} | MLP,
         ),
         # Training: sixteen schedules read the prefix once, in order.
-        ("gpu", "auto", ("llama-3.2-1b", 8, 16, 1024), CHOICE | {"attend_pages"} | MLP),
+        ("gpu", "auto", ("llama-3.2-1b", 8, 16, 1024), CHOICE | MLP),
+        ("gpu", "pallas", ("llama-3.2-1b", 8, 16, 1024), CHOICE | {"attend_pages"} | MLP),
         ("gpu", "xla", ("llama-3.1-8b", 1, 1, 32768), set()),
         ("tpu", "auto", ("llama-3.1-8b", 1, 1, 32768), set()),
         ("cpu", "auto", ("llama-3.1-8b", 1, 1, 32768), set()),
@@ -71,6 +72,19 @@ MLP = {"norm_prune", "quantize_residual"}
 )
 def test_kernels_of_a_step(platform, kernels, load, expected):
     assert kernels_of_a_step(platform, kernels, *load) == expected
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        (("llama-3.1-8b", 1, 1, 32768), {"list_pages", "triton_attend", "triton_gemv"}),
+        (("llama-3.2-1b", 3, 1, 1024), {"list_pages", "triton_attend"} | GATHERED),
+        # Training, where heads of a group times schedules are 64 rows: lists of pages are for 16 at most.
+        (("llama-3.2-1b", 8, 16, 1024), {"attend_pages"}),
+    ],
+)
+def test_triton_is_pallas_where_it_has_no_kernel(load, expected, jax_triton):
+    assert kernels_of_a_step("gpu", "triton", *load) == CHOICE | MLP | expected
 
 
 # --- effects on the MLP -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import pytest
 
 from kernels.lowering import lowers
 from pallas_kernels import dispatch
+from pallas_kernels.decode import attend, paged_attention
 from pallas_kernels.dispatch import choose, no_gradient, tracing_for
 from pallas_kernels.errors import UnavailableError
+from pallas_kernels.mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.one_row import one_row
-from pallas_kernels.prune import keep_channels
-from pallas_kernels.shapes import SHAPES, distinct
+from pallas_kernels.prune import keep_channels, norm_prune
+from pallas_kernels.quantize import fake_quantize, quantize_residual
+from pallas_kernels.quest import page_bounds, select_pages
+from pallas_kernels.shapes import SHAPES, distinct, named
 from pallas_kernels.tuning import TABLE
 
 
@@ -115,10 +120,104 @@ def test_auto_logs_each_pick_once(caplog):
             choose("gated_hidden", None, platform="gpu", rows=2, hidden=3072)
         choose("gated_hidden", None, platform="gpu", rows=3, hidden=3072)
         choose("gated_hidden", "pallas", platform="gpu", rows=3, hidden=3072)
+        choose("gated_hidden", None, platform="tpu", rows=3, hidden=3072, log=False)
     assert caplog.messages == [
         "gated_hidden on gpu: pallas (hidden=3072, rows=2)",
         "gated_hidden on gpu: xla (hidden=3072, rows=3)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "expected"),
+    [
+        ("cuda", "auto", {"paged_attention on gpu: xla", "gated_hidden on gpu: xla"}),
+        ("tpu", "auto", {"attend on tpu: xla", "gated_hidden on tpu: xla"}),
+        ("cuda", "pallas", {"gated_hidden on gpu: xla"}),
+        ("cuda", "xla", set()),
+    ],
+)
+def test_ops_log_what_runs_in_the_end(platform, name, expected, caplog):
+    """Not what seemed right before all rows were known; nor passes a dense product for a kernel."""
+    caplog.set_level(logging.INFO, logger="pallas_kernels.dispatch")
+    dispatch._log_once.cache_clear()
+    gate, q, keep = jnp.ones((2048, 128)), jnp.ones((5, 2, 3, 8)), jnp.ones((1, 1, 5), bool)
+
+    def step(x, kv):
+        def attended(q):
+            own = jnp.ones((1, 1, 40), bool)
+            return attend(q, (kv, kv), (kv, kv), keep, own, jnp.int32(40), 8, implementation=name)
+
+        return jax.vmap(attended)(q), jax.vmap(lambda x: gated_hidden(x, gate, gate, name))(x)
+
+    args = jax.ShapeDtypeStruct((5, 2048), jnp.float32), jax.ShapeDtypeStruct((2, 40, 8), jnp.float32)
+    called = {"list_pages", "attend_pages"} if name == "pallas" else set()
+    lowers(step, *args, platform=platform, kernels=called)
+    assert {message.split(" (")[0] for message in caplog.messages} == expected
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the process believe that its device is a GPU."""
+
+    def plug_in(kind: str, capability: str) -> None:
+        device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    return plug_in
+
+
+def test_gpus_without_kernels(gpu):
+    """An old one of NVIDIA's and one of AMD's: refused by name, and never picked."""
+    gpu("NVIDIA H200", "9.0")
+    assert dispatch.current_platform() == "gpu"
+    assert choose("gated_hidden", "auto", rows=1, hidden=4096) == "pallas"
+    gpu("Tesla T4", "7.5")
+    assert refused("gated_hidden", "pallas", rows=1, hidden=4096) == (
+        "gated_hidden: 'pallas' cannot run on this platform (gpu) because this Tesla T4 has compute "
+        "capability 7.5 and the kernels need 8.0; use 'xla' instead"
+    )
+    assert choose("gated_hidden", "auto", rows=1, hidden=4096) == "xla"
+    gpu("AMD Instinct MI300X", "gfx942")
+    assert dispatch.current_platform() == "rocm"
+    assert refused("fake_quantize", "pallas", hidden=64) == (
+        "fake_quantize: 'pallas' cannot run on this platform (rocm) because it has no rocm kernel; "
+        "use 'xla' instead"
+    )
+    assert choose("fake_quantize", "auto", hidden=64) == "xla"
+
+
+def test_numbers_that_no_kernel_takes():
+    """Found by the ops themselves, from the arrays that they are given."""
+    half, whole = jnp.ones((2, 16), jnp.float16), jnp.ones((2, 16), jnp.int8)
+    sentence = (
+        "^{}: 'pallas' cannot take numbers of this type because dtype is float16 and must be float32 or "
+        "bfloat16; use 'xla' instead"
+    )
+    q, kv, pages = jnp.ones((2, 1, 8)), (jnp.ones((2, 16, 8), jnp.float16),) * 2, jnp.ones((1, 1, 2), bool)
+    calls = {
+        "keep_channels": lambda: keep_channels(half, jnp.ones(2), "pallas"),
+        "norm_prune": lambda: norm_prune(half[0], half[0], 1e-5, jnp.float32(1), "pallas"),
+        "fake_quantize": lambda: fake_quantize(half, jnp.full(2, 5), "pallas"),
+        "quantize_residual": lambda: quantize_residual(half[0], 5, half[0], half[0], 1e-5, "pallas"),
+        "gated_hidden": lambda: gated_hidden(half[0], jnp.ones((16, 128), jnp.float16), half, "pallas"),
+        "page_bounds": lambda: page_bounds(kv[0], jnp.ones(16, bool), 8, "pallas"),
+        "select_pages": lambda: select_pages(
+            q.astype(jnp.float16), (kv[0],), (jnp.ones(16, bool),), jnp.int32(1), implementation="pallas"
+        ),
+        "paged_attention": lambda: paged_attention(
+            q.astype(jnp.float16), kv, pages, jnp.int32(16), 8, implementation="pallas"
+        ),
+    }
+    for op, call in calls.items():
+        with tracing_for("tpu"), pytest.raises(UnavailableError, match=sentence.format(op)):
+            call()
+    with (
+        tracing_for("cuda"),
+        pytest.raises(UnavailableError, match=r"dtype is int8 .* or float16; use 'xla'"),
+    ):
+        keep_channels(whole, jnp.ones(2), "pallas")
+    assert choose("keep_channels", "auto", platform="gpu", hidden=64, dtype="float64") == "xla"
 
 
 def test_table_is_of_known_names():
@@ -136,6 +235,8 @@ def test_shapes():
         assert shape.context % shape.page_size == 0
     assert {shape.batch for shape in SHAPES} == {1, 8, 128}
     assert len(distinct("hidden", "batch")) == 4 * 3
+    assert len(distinct("name", "page_size")) == 7  # training's, and longer ones for generation
+    assert all(named(str(shape)) is shape for shape in SHAPES)
     assert distinct("name")[0] is SHAPES[0]
 
 
@@ -190,6 +291,10 @@ def test_rms_norm_by_hand():
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowering_without_a_kernel_is_noticed(platform):
     args = jax.ShapeDtypeStruct((576,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    lowers(lambda x, keep: keep_channels(x, keep, "pallas"), *args, platform=platform)
-    with pytest.raises(AssertionError, match="no kernel was called"):
-        lowers(lambda x, keep: keep_channels(x, keep, "xla"), *args, platform=platform)
+    lowers(
+        lambda x, keep: keep_channels(x, keep, "pallas"), *args, platform=platform, kernels={"keep_channels"}
+    )
+    with pytest.raises(AssertionError, match="these kernels were called: none"):
+        lowers(
+            lambda x, keep: keep_channels(x, keep, "xla"), *args, platform=platform, kernels={"keep_channels"}
+        )

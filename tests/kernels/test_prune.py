@@ -169,12 +169,13 @@ def test_tpu_kernels_do_not_race(capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("op", ["keep_channels", "norm_prune"])
-def test_gradients_are_refused(op):
+def test_gradients_are_refused(op, implementation):
     x, gain = jnp.arange(1.0, 9.0), jnp.ones(8)
     fn = {
-        "keep_channels": lambda x: prune.keep_channels(x, 0.5, "pallas"),
-        "norm_prune": lambda x: prune.norm_prune(x, gain, EPS, 0.5, "pallas").x_D,
+        "keep_channels": lambda x: prune.keep_channels(x, 0.5, implementation),
+        "norm_prune": lambda x: prune.norm_prune(x, gain, EPS, 0.5, implementation).x_D,
     }[op]
     with pytest.raises(TypeError, match=f"^{op}: no gradient"):
         jax.grad(lambda x: jnp.sum(fn(x)))(x)
@@ -190,5 +191,6 @@ def test_lowering(shape, platform):
     def pruned(x_NxD, fraction_N, gain_D):
         return jax.vmap(lambda x, f: prune.norm_prune(x, gain_D, EPS, f, "pallas"))(x_NxD, fraction_N)
 
-    lowers(lambda x, f: prune.keep_channels(x, f, "pallas"), rows, fraction, platform=platform)
-    lowers(pruned, rows, fraction, gain, platform=platform)
+    args = {"platform": platform, "kernels": {"keep_channels"}}
+    lowers(lambda x, f: prune.keep_channels(x, f, "pallas"), rows, fraction, **args)
+    lowers(pruned, rows, fraction, gain, platform=platform, kernels={"norm_prune"})

@@ -164,12 +164,13 @@ def test_tpu_kernels_do_not_race(capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("op", ["fake_quantize", "quantize_residual"])
-def test_gradients_are_refused(op):
+def test_gradients_are_refused(op, implementation):
     y, ones = jnp.arange(1.0, 9.0), jnp.ones(8)
     fn = {
-        "fake_quantize": lambda y: quantize.fake_quantize(y, 5, "pallas"),
-        "quantize_residual": lambda y: quantize.quantize_residual(y, 5, ones, ones, EPS, "pallas")[0],
+        "fake_quantize": lambda y: quantize.fake_quantize(y, 5, implementation),
+        "quantize_residual": lambda y: quantize.quantize_residual(y, 5, ones, ones, EPS, implementation)[0],
     }[op]
     with pytest.raises(TypeError, match=f"^{op}: no gradient"):
         jax.grad(lambda y: jnp.sum(fn(y)))(y)
@@ -187,8 +188,9 @@ def test_lowering(shape, platform):
             y_NxD, bits_N, residual_NxD
         )
 
-    lowers(lambda y, b: quantize.fake_quantize(y, b, "pallas"), rows, bits, platform=platform)
-    lowers(residual, rows, bits, rows, gain, platform=platform)
+    args = {"platform": platform, "kernels": {"fake_quantize"}}
+    lowers(lambda y, b: quantize.fake_quantize(y, b, "pallas"), rows, bits, **args)
+    lowers(residual, rows, bits, rows, gain, platform=platform, kernels={"quantize_residual"})
 
 
 def test_cuda_divides_as_ieee_754_asks():

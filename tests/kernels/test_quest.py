@@ -15,10 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.interpreted import compiled, kernel_calls, platforms
 from kernels.lowering import lowers
-from pallas_kernels import quest, quest_tpu
+from pallas_kernels import quest, quest_tpu, tuning
 from pallas_kernels.dispatch import tracing_for
 from pallas_kernels.errors import UnavailableError
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.shapes import SHAPES, distinct
+from pallas_kernels.topk import at_least_kth
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 H, G, D = 2, 3, 24
@@ -52,7 +53,8 @@ def test_bounds(platform, N, page_size):
         rng = np.random.default_rng(seed)
         k, valid = whole(rng, H, N, D), jnp.asarray(rng.random(N) < share)
         if spoilt:
-            k = k.at[rng.integers(H), rng.integers(N), rng.integers(D)].set(rng.choice([np.nan, np.inf]))
+            odd = rng.choice([np.nan, -np.nan, np.inf])
+            k = k.at[rng.integers(H), rng.integers(N), rng.integers(D)].set(odd)
         got = bounds_of(platform, page_size)(k, valid)
         np.testing.assert_array_equal(got, quest.page_bounds(k, valid, page_size, "xla"))
 
@@ -192,6 +194,53 @@ def test_nan_is_kept(platform):
         np.testing.assert_array_equal(mask, want)
 
 
+def test_every_nan_ranks_above_infinity():
+    """Of either sign, and whatever bits of its own it has."""
+    odd = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000], np.uint32).view(np.float32)
+    x = np.array([1, *odd, -np.inf, 3e38], np.float32)
+    for k in range(1, 5):
+        np.testing.assert_array_equal(at_least_kth(x, jnp.int32(k)), np.isnan(x))
+    np.testing.assert_array_equal(at_least_kth(x, jnp.int32(5)), np.isnan(x) | (x == np.inf))
+
+
+@platforms
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_page_of_a_nan_key_is_kept(platform, sign):
+    """x86's own NaN have a minus sign, which must not rank a spoilt page below all others."""
+    rng = np.random.default_rng(0)
+    bounds, own = whole_bounds(rng, H, P), whole_bounds(rng, H, N)
+    bounds = bounds.at[0, 5, :].set(np.copysign(np.nan, sign))
+    case = whole(rng, H, G, D), (bounds, own), (jnp.ones(P, bool), jnp.ones(N, bool)), jnp.int32(2)
+    got = select_on(platform)(*case)
+    assert got[0][0, :, 5].all()
+    for mask, want in zip(got, select_by_xla(*case), strict=True):
+        np.testing.assert_array_equal(mask, want)
+
+
+@platforms
+@pytest.mark.parametrize("shape", distinct("group_size", "head_size"), ids=lambda s: s.name)
+def test_named_shapes(platform, shape):
+    """Bounds and choice with every model's heads, at a short context: the last page is partial."""
+    rng = np.random.default_rng(0)
+    S, page_size, kv_heads, d = 197, shape.page_size, shape.kv_heads, shape.head_size
+    q = jnp.asarray(rng.integers(-3, 4, (kv_heads, shape.group_size, d)), jnp.bfloat16)
+    k = jnp.asarray(rng.integers(-3, 4, (kv_heads, S, d)), jnp.bfloat16)
+
+    def chosen(implementation):
+        def of(q, k):
+            bounds = quest.page_bounds(k, jnp.ones(S, bool), page_size, implementation)
+            used = (jnp.ones(bounds.shape[1], bool),)
+            keep = quest.select_pages(q, (bounds,), used, jnp.int32(4), implementation=implementation)
+            return bounds, *keep
+
+        return of
+
+    bounds, keep = compiled(chosen("pallas"), platform)(q, k)
+    np.testing.assert_array_equal(bounds, jax.jit(chosen("xla"))(q, k)[0])
+    used = np.ones(bounds.shape[1], bool)
+    np.testing.assert_array_equal(keep, chosen_by_sorting(q, (bounds,), (used,), 4))
+
+
 @platforms
 def test_long_contexts_rank_all_blocks_together(platform):
     """131,072 tokens in pages of 8, and a few own pages: scored in blocks, ranked as one row."""
@@ -228,6 +277,23 @@ def test_what_cannot_run_says_why():
         quest.page_bounds(jnp.zeros((H, 32, D)), jnp.ones(32, bool), 4, "pallas")
 
 
+def test_more_scores_than_a_tpu_holds_are_refused(monkeypatch):
+    """Known only once the rows are: three heads of a group for each of K schedules."""
+    row = tuning.TABLE["select_pages", "pallas", "tpu"]
+    small = tuning.Kernel({**row.takes, "scores_of_a_head": range(1, 4 * G * P + 1)})
+    monkeypatch.setitem(tuning.TABLE, ("select_pages", "pallas", "tpu"), small)
+    bounds, used = (jnp.zeros((H, P, 2 * D)),), (jnp.ones(P, bool),)
+
+    def chosen(q):
+        return quest.select_pages(q, bounds, used, jnp.int32(1), implementation="pallas")[0]
+
+    with tracing_for("tpu"):
+        assert jax.eval_shape(jax.vmap(chosen), jnp.zeros((4, H, G, D))).shape == (4, H, G, P)
+        refusal = r"^select_pages: .* scores_of_a_head is 285 and must be 1 to 228; use 'xla' instead"
+        with pytest.raises(UnavailableError, match=refusal):
+            jax.eval_shape(jax.vmap(chosen), jnp.zeros((5, H, G, D)))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_gradients_are_refused(implementation):
     k, q, used = jnp.ones((H, 16, D)), jnp.ones((H, G, D)), (jnp.ones(2, bool),)
@@ -240,9 +306,13 @@ def test_gradients_are_refused(implementation):
 
     with pytest.raises(TypeError, match=r"^select_pages: no gradient"):
         jax.grad(chosen)(q)
+    with pytest.raises(TypeError, match=r"^extend_bounds: no gradient"):
+        jax.grad(lambda k: quest.extend_bounds(jnp.ones((H, 2, 2 * D)), k, used[0]).sum())(q[:, 0])
 
 
-def lower_choice(shape, K: int, platform: str) -> None:
+def lower_choice(
+    shape, K: int, platform: str, dtype: str = "bfloat16", select: quest.Select = "head"
+) -> None:
     """The choice of K schedules of each sequence: of one layer's pages, and a few of their own."""
     abstract = jax.ShapeDtypeStruct
     B, kv_heads, d = shape.batch, shape.kv_heads, shape.head_size
@@ -250,24 +320,31 @@ def lower_choice(shape, K: int, platform: str) -> None:
 
     def chosen(q, bounds, own, used, own_used, pages, layer):
         def one(q, bounds, own, used, own_used, pages):
-            return quest.select_pages(
-                q, (bounds, own), (used, own_used), pages, layer=layer, implementation="pallas"
-            )
+            parts = (bounds, own), (used, own_used)
+            return quest.select_pages(q, *parts, pages, layer=layer, select=select, implementation="pallas")
 
         schedules = jax.vmap(one, in_axes=(0, None, 0, 0, 0, 0))
         return jax.vmap(schedules)(q, bounds, own, used, own_used, pages)
 
     lowers(
         chosen,
-        abstract((B, K, kv_heads, shape.group_size, d), jnp.bfloat16),
-        abstract((B, 2, kv_heads, pages, 2 * d), jnp.bfloat16),
-        abstract((B, K, kv_heads, 3, 2 * d), jnp.bfloat16),
+        abstract((B, K, kv_heads, shape.group_size, d), dtype),
+        abstract((B, 2, kv_heads, pages, 2 * d), dtype),
+        abstract((B, K, kv_heads, 3, 2 * d), dtype),
         abstract((B, K, pages), bool),
         abstract((B, K, 3), bool),
         abstract((B, K), jnp.int32),
         abstract((), jnp.int32),
         platform=platform,
+        kernels={"select_pages"} if platform == "tpu" else {"page_scores", "select_pages"},
     )
+
+
+@pytest.mark.parametrize("shape", distinct("name", "page_size"), ids=str)
+def test_lowering_of_one_choice_for_a_group(shape):
+    """A TPU's kernel has none."""
+    for K in (1, 16):
+        lower_choice(shape, K, "cuda", select="group")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -281,10 +358,13 @@ def test_lowering_of_training(shape, platform):
 def test_lowering(shape, platform):
     abstract = jax.ShapeDtypeStruct
     B, kv_heads, d, page_size = shape.batch, shape.kv_heads, shape.head_size, shape.page_size
-    lower_choice(shape, 1, platform)
-    lowers(
-        jax.vmap(lambda k, valid: quest.page_bounds(k, valid, page_size, "pallas")),
-        abstract((B, kv_heads, shape.context, d), jnp.bfloat16),
-        abstract((B, shape.context), bool),
-        platform=platform,
-    )
+    # float32 where the load is a new model's first: the loads that follow change grids alone.
+    for dtype in ("bfloat16", "float32")[: 1 + (shape in distinct("name", "page_size"))]:
+        lower_choice(shape, 1, platform, dtype)
+        lowers(
+            jax.vmap(lambda k, valid: quest.page_bounds(k, valid, page_size, "pallas")),
+            abstract((B, kv_heads, shape.context, d), dtype),
+            abstract((B, shape.context), bool),
+            platform=platform,
+            kernels={"page_bounds"},
+        )

@@ -1,4 +1,4 @@
-"""A whole GRPO update, with the axes' kernels in it, lowers for devices that are not here."""
+"""Lowering a whole GRPO update: with the axes' kernels for devices that are not here, and for deep models."""
 
 import dataclasses
 
@@ -6,30 +6,31 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.kernel_steps import MODELS
 from kernels.lowering import lowers
 from sol_jax import llama, update
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
 from sol_jax.axis import ActionSpace
-from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
 from sol_jax.rollout import EpisodeConfig
 from sol_jax.update import GrpoConfig, Setup
 
-SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True, dtype="bfloat16")
+SMOLLM2 = MODELS["smollm2-135m"]
+AXES = {"page_bounds", "select_pages", "norm_prune", "quantize_residual"}
 
 
-@pytest.mark.parametrize(("platform", "kernels"), [("cuda", "auto"), ("tpu", "pallas")])
-def test_an_update_lowers_with_its_kernels(platform, kernels):
+def update_of(cfg, kernels):
+    """One update as a function, and its abstract arguments."""
     axes = (
         Quest((0.1, 1.0), (0.1, 1.0), 100.0, kernels=kernels),
         ChannelPruning((0.4, 1.0), (0.4, 1.0), 100.0, kernels=kernels),
         OutputQuantization((5.0, 16.0), (0.3125, 1.0), 200.0, kernels=kernels),
     )
     setup = Setup(
-        dataclasses.replace(SMOLLM2, kernels=kernels),
+        dataclasses.replace(cfg, kernels=kernels),
         ActionSpace(axes),
         EpisodeConfig(prefix_len=1024, horizon=16, episodes_per_prefix=2),
-        PolicyConfig(SMOLLM2.hidden_size, 8, 16),
+        PolicyConfig(cfg.hidden_size, 8, 16),
         GrpoConfig(num_schedules=16),
     )
     state = jax.eval_shape(lambda: update.init_state(jax.random.key(0), setup))
@@ -38,4 +39,27 @@ def test_an_update_lowers_with_its_kernels(platform, kernels):
     def step(*args):
         return update.train_step(*args, setup)
 
-    lowers(step, state, llama.abstract_weights(setup.model), tokens, platform=platform)
+    return step, (state, llama.abstract_weights(setup.model), tokens)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernels", "called"),
+    [
+        ("cuda", "auto", AXES | {"page_scores"}),
+        ("cuda", "pallas", AXES | {"page_scores", "attend_pages"}),
+        ("cuda", "triton", AXES | {"page_scores", "attend_pages"}),  # jax-triton has none for schedules
+        ("tpu", "pallas", AXES | {"attend_pages"}),
+    ],
+)
+def test_an_update_lowers_with_its_kernels(platform, kernels, called, jax_triton):
+    step, args = update_of(SMOLLM2, kernels)
+    lowers(step, *args, platform=platform, kernels=called)
+
+
+def test_the_program_of_an_update_does_not_grow_with_depth():
+    """Layers are scanned, so that a deep model compiles as fast as a shallow one."""
+    sizes = []
+    for num_layers in (2, 8):
+        step, args = update_of(dataclasses.replace(SMOLLM2, num_layers=num_layers), "xla")
+        sizes.append(len(jax.jit(step).lower(*args).as_text()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
