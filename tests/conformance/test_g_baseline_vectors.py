@@ -226,7 +226,8 @@ def test_heuristics_in_the_rollout(controller, model):
         same, total = same + equal_N.sum(), total + len(equal_N)
         recorded = json.loads(str(case.arrays[f"{controller}/result_json"]))
         if equal_N.all():
-            assert np.exp(-logp_NxT.mean()) == pytest.approx(recorded["ppl"], rel=1e-4), name
+            # Scores within rounding of a threshold move a step's likelihood; which do differs by machine.
+            assert np.exp(-logp_NxT.mean()) == pytest.approx(recorded["ppl"], rel=5e-4), name
             cost = case.space.costs_AxX[taken[effective_NxT]].mean(0)
             names = ("avg_keep_effective", "avg_prune_keep", "avg_quant_ratio")
             np.testing.assert_allclose(cost, [recorded[key] for key in names], rtol=1e-5, err_msg=name)

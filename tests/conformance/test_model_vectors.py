@@ -189,8 +189,16 @@ def _assert_close(
         assert excess.max() <= 0, f"{what}, {name}{where}: {value[where]}, the authors' is {expected[where]}"
 
 
-def _check_case(model: Model, case: golden.Vectors, what: str) -> np.ndarray:
-    """Compares all of a case; returns which steps of which rows are steady, [T, B]."""
+def _act_runs(model: Model, case: golden.Vectors, hidden: Decoded) -> list[golden.Vectors]:
+    """What each run predicts under the case's actions."""
+    return [_predictions(model, case, run_BxKxTxD[:, 0], "act") for run_BxKxTxD in hidden.played_NxBxKxTxD]
+
+
+def _check_case(model: Model, case: golden.Vectors, what: str, noisy: Model | None = None) -> np.ndarray:
+    """Compares all of a case; returns which steps of which rows are steady, [T, B].
+
+    How far rounding takes them is learned from the runs of `noisy`, the same model with more of them.
+    """
     space = _space(case, model.cfg.kernels)
     hidden = _decode(model, case, space)
     last_logits = _some_logits(model, llama.logits(model.weights, hidden.prefill_BxD))
@@ -201,8 +209,9 @@ def _check_case(model: Model, case: golden.Vectors, what: str) -> np.ndarray:
     for dense_BxTxD in (hidden.reference_BxTxD, hidden.played_NxBxKxTxD[0, :, 1]):
         _assert_close(_predictions(model, case, dense_BxTxD, "dense"), case, what)
 
-    runs = [_predictions(model, case, run_BxKxTxD[:, 0], "act") for run_BxKxTxD in hidden.played_NxBxKxTxD]
-    slack = _slack(runs)
+    runs = _act_runs(model, case, hidden)
+    disturbed = _act_runs(noisy, case, _decode(noisy, case, _space(case, "xla"))) if noisy else runs
+    slack = _slack(disturbed)
     _assert_close(runs[0], case, what, slack)
     steady_TxB = slack["act_hidden"][..., 0] <= 3 * UNSTEADY
     if isinstance(space.axes[0], RecordingQuest):
@@ -235,8 +244,10 @@ def _share_compared(steady_TxB: np.ndarray, case: golden.Vectors) -> float:
     return float(steady_TxB[compressed_TxB].mean())
 
 
-def _shares_compared(model: Model) -> list[float]:
-    return [_share_compared(_check_case(model, case, name), case) for name, case in model.cases.items()]
+def _shares_compared(model: Model, noisy: Model | None = None) -> list[float]:
+    return [
+        _share_compared(_check_case(model, case, name, noisy), case) for name, case in model.cases.items()
+    ]
 
 
 def test_tiny_model(tiny):
@@ -244,13 +255,13 @@ def test_tiny_model(tiny):
 
 
 def test_tiny_model_through_kernels(tiny):
-    """Interpreted, which is slow: one case of each rule, and two runs."""
+    """Interpreted, which is slow: one case of each rule, and two runs, whose slack is that of XLA's."""
     one_each = {str(case["criteria"]): name for name, case in tiny.cases.items()}
     cases = {name: tiny.cases[name] for name in one_each.values()}
     kernels = tiny._replace(cfg=dataclasses.replace(tiny.cfg, kernels="pallas"), cases=cases, num_runs=2)
-    assert np.mean(_shares_compared(kernels)) > 0.4, "rounding decides too often for a comparison"
+    assert np.mean(_shares_compared(kernels, noisy=tiny)) > 0.4, "rounding decides too often for a comparison"
 
 
 def test_smollm2(smollm2):
-    """Most rows part within a step or two: 30 layers have many a threshold."""
-    assert max(_shares_compared(smollm2)) > 0, "rounding decides too often for a comparison"
+    """30 layers have many a threshold: most rows part within a step or two, an eighth of all is steady."""
+    assert np.mean(_shares_compared(smollm2)) > 0.05, "rounding decides too often for a comparison"
