@@ -33,6 +33,8 @@ CHOICES = {
     "axes.budget_unit": ("nominal", "bytes", "time"),
     "axes.kappa.rule": RULES,
     "axes.kappa.heads": ("head", "group"),
+    "grpo.reward": ("likelihood", "acceptance"),
+    "grpo.penalty_gradient": ("sampled", "expected"),
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
     "grpo.norm": ("center", "zscore"),

@@ -42,7 +42,12 @@ def whiten(advantage: jax.Array) -> jax.Array:
     the authors' code.
     """
     centred = advantage - advantage.mean()
-    return centred / _floored_rms(centred, axis=None)
+    return centred / scale(advantage)
+
+
+def scale(advantage: jax.Array) -> jax.Array:
+    """What `whiten` divides by: the biased standard deviation, at least 1e-6."""
+    return _floored_rms(advantage - advantage.mean(), axis=None)
 
 
 def action_logp(logits_A: jax.Array, action: jax.Array) -> jax.Array:
@@ -77,6 +82,8 @@ def clipped_loss(
     reference_logits_NxA: jax.Array | None = None,
     reference_kl_coef: float = 0.0,
     weight_N: jax.Array | None = None,
+    cost_AxX: jax.Array | None = None,
+    price_NxX: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of N steps, and what to log about them.
 
@@ -84,6 +91,9 @@ def clipped_loss(
     `rho = pi(a) / pi_old(a)`.  `clip` is eps (0.2), `entropy_coef` c_H (0.05), `reference_kl_coef` c_KL (0,
     off).  All logits are already divided by the temperature.  `weight_N` weighs the means (0 for padding);
     without it every step counts, controllable or not.  `actions_N` are the sampled actions.
+
+    Not the paper's: with `price_NxX`, what a unit of each axis' cost is worth at each step, the mean over
+    steps of the price of the action's *expected* cost is added (`cost_AxX`: cost of each action).
     """
     _check_rank(2, logits_NxA=logits_NxA)
     _check_rank(1, actions_N=actions_N, logp_old_N=logp_old_N, adv_N=adv_N)
@@ -104,9 +114,11 @@ def clipped_loss(
     policy_loss = -mean(jnp.minimum(ratio_N * adv_N, clipped_N * adv_N))
     mean_entropy = mean(jax.vmap(entropy)(logits_NxA))
     kl = mean(_reference_kl(logits_NxA, reference_logits_NxA, reference_kl_coef))
-    loss = policy_loss - entropy_coef * mean_entropy + reference_kl_coef * kl
+    budget_loss = mean(_priced(logits_NxA, cost_AxX, price_NxX))
+    loss = policy_loss - entropy_coef * mean_entropy + reference_kl_coef * kl + budget_loss
     metrics = {
         "loss": loss,
+        "budget_loss": budget_loss,
         "policy_loss": policy_loss,
         "entropy": mean_entropy,
         "kl": kl,
@@ -126,6 +138,17 @@ def _reference_kl(logits_NxA, reference_logits_NxA, reference_kl_coef):
     if reference_logits_NxA.shape != logits_NxA.shape:
         raise ValueError("reference_logits_NxA and logits_NxA differ in shape")
     return jax.vmap(kl_divergence)(logits_NxA, jax.lax.stop_gradient(reference_logits_NxA))
+
+
+def _priced(logits_NxA, cost_AxX, price_NxX):
+    if price_NxX is None:
+        return jnp.zeros(logits_NxA.shape[0])
+    if cost_AxX is None or price_NxX.shape[1:] != cost_AxX.shape[1:]:
+        raise ValueError("price_NxX needs cost_AxX with as many axes")
+    expected_NxX = jax.vmap(lambda logits_A: (jax.nn.softmax(logits_A)[:, None] * cost_AxX).sum(0))(
+        logits_NxA
+    )
+    return (jax.lax.stop_gradient(price_NxX) * expected_NxX).sum(-1)
 
 
 def _ratio_quantiles(ratio_N, share_N) -> dict[str, jax.Array]:

@@ -237,3 +237,12 @@ def dense_divergence(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) 
     """KL(p_dense || p_sparse) between the next-token distributions of two hidden states."""
     dense_V, sparse_V = (jax.nn.log_softmax(llama.logits(weights, h)) for h in (dense_D, hidden_D))
     return jnp.sum(jnp.exp(dense_V) * (dense_V - sparse_V))
+
+
+def acceptance_logp(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) -> jax.Array:
+    """Log of the chance that the dense model keeps a token drawn from the compressed step.
+
+    That is the sum of min(p_dense, p_sparse) under the rule of `speculate`, at temperature 1.
+    """
+    dense_V, sparse_V = (jax.nn.log_softmax(llama.logits(weights, h)) for h in (dense_D, hidden_D))
+    return jax.nn.logsumexp(jnp.minimum(dense_V, sparse_V))

@@ -9,6 +9,7 @@ schedules of a minibatch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,12 +27,15 @@ from sol_jax.rollout import (
     Episode,
     EpisodeConfig,
     Rollout,
+    acceptance_logp,
     cut_episodes,
     dense_divergence,
     group_rollout,
     label_logp,
     policy_controller,
 )
+
+MAX_PRICE = 2.0  # standard deviations of the advantages for a unit of cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +52,20 @@ class GrpoConfig:
     clip: float = 0.2  # epsilon
     entropy_coef: float = 0.05
     dead_zone: float = 0.02  # budget misses up to this cost nothing
+    # How the penalty is learned from: as part of the return of what was sampled, or (not the paper's) through
+    # the expected cost of each step under the policy, whose gradient has far less noise.
+    penalty_gradient: Literal["sampled", "expected"] = "sampled"
     quality_weight: float = 1.0  # of the returns, beside the penalties; 0 rewards budgets alone
+    # What a step is rewarded for: the label's log-probability, or (not the paper's) the log of the chance
+    # that the dense model would keep a token drawn from it, for lossless generation.
+    reward: Literal["likelihood", "acceptance"] = "likelihood"
     divergence_weight: float = 0.0  # w: share of KL(dense || sparse) in the reward
     reference_kl_coef: float = 0.0  # beta: pull towards the policy the run started from
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether rewards compare each step with the dense model."""
+        return self.divergence_weight > 0 or self.reward == "acceptance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +123,7 @@ class Experience(NamedTuple):
     action_T: jax.Array
     logp_T: jax.Array
     adv_T: jax.Array
+    price_TxX: jax.Array | None = None  # of each axis' expected cost, with `penalty_gradient` "expected"
 
 
 def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -193,14 +209,20 @@ def score(weights: Weights, rollout: Rollout, label_BxWxT: jax.Array, rows: int)
     return logp_N.reshape(label_BxWxKxT.shape)
 
 
-def divergence(weights: Weights, rollout: Rollout, dense_BxWxTxD: jax.Array, rows: int) -> jax.Array:
-    """KL(dense || sparse) of every step of every schedule, [B, W, K, T]."""
+def beside_dense(
+    measure: Callable[[Weights, jax.Array, jax.Array], jax.Array],
+    weights: Weights,
+    rollout: Rollout,
+    dense_BxWxTxD: jax.Array,
+    rows: int,
+) -> jax.Array:
+    """`measure(weights, dense_D, hidden_D)` of every step of every schedule, [B, W, K, T]."""
     hidden = rollout.hidden_TxD
     dense = jnp.broadcast_to(dense_BxWxTxD[:, :, None], hidden.shape)
     inputs = dense.reshape(-1, hidden.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
-        kl_N = lax.map(lambda x: dense_divergence(weights, *x), inputs, batch_size=min(rows, len(inputs[0])))
-    return kl_N.reshape(hidden.shape[:-1])
+        measured_N = lax.map(lambda x: measure(weights, *x), inputs, batch_size=min(rows, len(inputs[0])))
+    return measured_N.reshape(hidden.shape[:-1])
 
 
 def collect(
@@ -213,15 +235,23 @@ def collect(
 ) -> tuple[Rollout, jax.Array]:
     """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
     w, rows = setup.grpo.divergence_weight, setup.memory.head_rows
-    episode, dense_BxWxTxD = prefill_blocks(weights, tokens_BxN, setup, with_reference=w > 0)
+    episode, dense_BxWxTxD = prefill_blocks(weights, tokens_BxN, setup, setup.grpo.needs_dense)
     K = setup.grpo.num_schedules
     shape = (*budget_BxWxX.shape[:2], K)
     budget_BxWxKxX = jnp.broadcast_to(budget_BxWxX[:, :, None], (*shape, budget_BxWxX.shape[-1]))
     memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), controller.memory)
     each = Controller(controller.act, memory)
     rollout = run_schedules(weights, episode, key, budget_BxWxKxX, each, setup)
-    logp = score(weights, rollout, episode.label_T, rows) if w < 1 else jnp.zeros(())
-    kl = divergence(weights, rollout, dense_BxWxTxD, rows) if dense_BxWxTxD is not None else jnp.zeros(())
+    logp = kl = jnp.zeros(())
+    if w < 1:
+        if setup.grpo.reward == "acceptance":
+            assert dense_BxWxTxD is not None
+            logp = beside_dense(acceptance_logp, weights, rollout, dense_BxWxTxD, rows)
+        else:
+            logp = score(weights, rollout, episode.label_T, rows)
+    if w > 0:
+        assert dense_BxWxTxD is not None
+        kl = beside_dense(dense_divergence, weights, rollout, dense_BxWxTxD, rows)
     return rollout, rewards.task_reward(logp, kl, w)
 
 
@@ -229,8 +259,47 @@ def advantages(
     reward_BxWxKxT: jax.Array, rollout: Rollout, budget_BxWxX: jax.Array, setup: Setup
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Advantages [B, W, K, T], and the budget penalties and mean costs [B, W, K, X] behind them."""
+    adv, penalty, mean = _compare(reward_BxWxKxT, rollout, budget_BxWxX, setup)
+    return grpo.whiten(adv) if setup.grpo.whiten else adv, penalty, mean
+
+
+def prices(
+    reward_BxWxKxT: jax.Array, rollout: Rollout, budget_BxWxX: jax.Array, setup: Setup
+) -> jax.Array | None:
+    """What a unit of each axis' cost at a step adds to the penalty of its schedule, [B, W, K, T, X].
+
+    In the unit of the advantages; 0 where a step may not be controlled.  None if returns have the penalty.
+    """
     cfg = setup.grpo
-    weight_X = jnp.array([axis.penalty_weight for axis in setup.space.axes], jnp.float32)
+    if cfg.penalty_gradient == "sampled":
+        return None
+    adv, _, mean_BxWxKxX = _compare(reward_BxWxKxT, rollout, budget_BxWxX, setup)
+    weight_X = _penalty_weights(setup.space)
+
+    def slope(mean_X: jax.Array, budget_X: jax.Array) -> jax.Array:
+        return jax.grad(lambda m: jnp.sum(rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone)))(
+            mean_X
+        )
+
+    over_schedules = jax.vmap(slope, in_axes=(0, None))
+    slope_BxWxKxX = jax.vmap(jax.vmap(over_schedules))(mean_BxWxKxX, budget_BxWxX)
+    counted = rollout.controllable_T[..., None].astype(jnp.float32)
+    price = slope_BxWxKxX[..., None, :] * counted / jnp.maximum(counted.sum(-2, keepdims=True), 1.0)
+    if not cfg.whiten:
+        return price
+    # Budgets far off are worth no more than this: the policy would go to its ends before it learns anything.
+    return jnp.clip(price / grpo.scale(adv), -MAX_PRICE, MAX_PRICE)
+
+
+def _penalty_weights(space: ActionSpace) -> jax.Array:
+    return jnp.array([axis.penalty_weight for axis in space.axes], jnp.float32)
+
+
+def _compare(
+    reward_BxWxKxT: jax.Array, rollout: Rollout, budget_BxWxX: jax.Array, setup: Setup
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`advantages` before whitening."""
+    cfg, weight_X = setup.grpo, _penalty_weights(setup.space)
 
     def of_group(reward_KxT: jax.Array, cost_KxTxX: jax.Array, counted_KxT: jax.Array, budget_X: jax.Array):
         return_KxT = jax.vmap(lambda r: rewards.returns(r, cfg.gamma, cfg.returns, cfg.level))(reward_KxT)
@@ -238,12 +307,13 @@ def advantages(
         penalty_KxX = jax.vmap(lambda m: rewards.budget_penalty(m, budget_X, weight_X, cfg.dead_zone))(
             mean_KxX
         )
-        signal_KxT = cfg.quality_weight * return_KxT - jnp.sum(penalty_KxX, -1, keepdims=True)
+        signal_KxT = cfg.quality_weight * return_KxT
+        if cfg.penalty_gradient == "sampled":
+            signal_KxT -= jnp.sum(penalty_KxX, -1, keepdims=True)
         return grpo.group_advantage(signal_KxT, cfg.level, cfg.norm), penalty_KxX, mean_KxX
 
     batched = jax.vmap(jax.vmap(of_group))
-    adv, penalty, mean = batched(reward_BxWxKxT, rollout.cost_TxX, rollout.controllable_T, budget_BxWxX)
-    return grpo.whiten(adv) if cfg.whiten else adv, penalty, mean
+    return batched(reward_BxWxKxT, rollout.cost_TxX, rollout.controllable_T, budget_BxWxX)
 
 
 def minibatches(
@@ -282,6 +352,8 @@ def fit(
             reference_logits_NxA=reference,
             reference_kl_coef=cfg.reference_kl_coef,
             weight_N=weight_N,
+            cost_AxX=jnp.asarray(setup.space.costs_AxX),
+            price_NxX=None if batch.price_TxX is None else batch.price_TxX.reshape(len(weight_N), -1),
         )
 
     def minibatch(carry: tuple, picked: tuple) -> tuple[tuple, dict[str, jax.Array]]:
@@ -309,7 +381,8 @@ def train_step(
     controller = policy_controller(setup.network, state.params, setup.grpo.temperature)
     rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup)
     adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
-    experience = Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv)
+    price = prices(reward, rollout, budget_BxWxX, setup)
+    experience = Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv, price)
     experience = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), experience)
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)

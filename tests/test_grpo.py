@@ -255,3 +255,22 @@ def test_wrong_ranks_shapes_and_names_are_refused():
         grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_kl_coef=0.1)
     with pytest.raises(ValueError, match="differ in shape"):
         grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_logits_NxA=args[0][:1])
+
+
+def test_priced_costs_are_those_that_the_policy_expects():
+    """Two actions of probability 3/4 and 1/4 that cost 1 and 0: an expected cost of 3/4, at a price of 2."""
+    logits_NxA = jnp.log(jnp.array([[0.75, 0.25], [0.75, 0.25]]))
+    cost_AxX, price_NxX = jnp.array([[1.0], [0.0]]), jnp.array([[2.0], [0.0]])
+    steps = (jnp.zeros(2, jnp.int32), jnp.log(jnp.full(2, 0.75)), jnp.zeros(2))
+
+    def loss(logits_NxA):
+        return grpo.clipped_loss(
+            logits_NxA, *steps, clip=0.2, entropy_coef=0.0, cost_AxX=cost_AxX, price_NxX=price_NxX
+        )
+
+    value, metrics = loss(logits_NxA)
+    np.testing.assert_allclose([value, metrics["budget_loss"]], 0.75, rtol=1e-6)
+    slope = jax.grad(lambda x: loss(x)[0])(logits_NxA)
+    np.testing.assert_allclose(slope, [[0.75 * 0.25, -0.75 * 0.25], [0.0, 0.0]], rtol=1e-5)
+    with pytest.raises(ValueError, match="cost_AxX with as many axes"):
+        grpo.clipped_loss(logits_NxA, *steps, clip=0.2, entropy_coef=0.0, price_NxX=price_NxX)

@@ -11,7 +11,7 @@ from sol_jax import flops, llama, rollout, update
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
 from sol_jax.axis import ActionSpace
 from sol_jax.policy import PolicyConfig
-from sol_jax.rollout import EpisodeConfig, dense_divergence, label_logp, replay
+from sol_jax.rollout import EpisodeConfig, acceptance_logp, dense_divergence, label_logp, replay
 from sol_jax.update import Experience, GrpoConfig, Memory, OptimConfig, Setup
 
 MODEL = llama.LlamaConfig(64, 16, 32, 2, 4, 2, 4, 128, 10000.0, 1e-5, True)
@@ -34,6 +34,7 @@ SETUP = Setup(
 )
 # One update from fixed keys, on the CPU.
 GOLDEN = {
+    "policy/budget_loss": 0.0,
     "budget_gap/eta": 0.177441,
     "budget_gap/kappa": 0.180469,
     "budget_gap/rho": 0.126563,
@@ -148,16 +149,38 @@ def test_reward_equals_a_naive_computation(weights, tokens_BxN, played, w):
                 np.testing.assert_allclose(reward[b, e, 0, t], expected, atol=2e-5, rtol=1e-5)
 
 
+def test_acceptance_is_the_overlap_of_the_two_distributions(weights, tokens_BxN, played):
+    rollout, _ = played[0.0]
+    setup = grpo_of(SETUP, reward="acceptance")
+    dense = llama.prefill(weights, tokens_BxN[0, :-1], MODEL)[0]
+    budget = jnp.full((B, W, 3), 0.7)
+
+    def collected(action_T):
+        controller = replay(action_T)
+        return update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
+
+    _, reward = jax.jit(collected)(rollout.action_T[0, 0, 0])
+    for t in range(T):
+        both = [llama.logits(weights, h) for h in (dense[S + t], rollout.hidden_TxD[0, 0, 0, t])]
+        p, q = (np.exp(np.float64(x)) / np.exp(np.float64(x)).sum() for x in both)
+        np.testing.assert_allclose(reward[0, 0, 0, t], np.log(np.minimum(p, q).sum()), atol=2e-5)
+    same = acceptance_logp(weights, dense[S], dense[S])
+    np.testing.assert_allclose(same, 0.0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("w", "prefilled", "heads"),
+    ("reward", "w", "prefilled", "measures"),
     [
-        (0.0, S + (W - 1) * T, ["score"]),
-        (0.5, S + W * T, ["score", "divergence"]),
-        (1.0, S + W * T, ["divergence"]),
+        ("likelihood", 0.0, S + (W - 1) * T, ["label"]),
+        ("likelihood", 0.5, S + W * T, ["label", dense_divergence]),
+        ("likelihood", 1.0, S + W * T, [dense_divergence]),
+        ("acceptance", 0.0, S + W * T, [acceptance_logp]),
     ],
 )
-def test_nothing_is_computed_that_the_reward_does_not_need(w, prefilled, heads, monkeypatch, tokens_BxN):
-    """No dense reference at w = 0, and no label's log-probability at w = 1."""
+def test_nothing_is_computed_that_the_reward_does_not_need(
+    reward, w, prefilled, measures, monkeypatch, tokens_BxN
+):
+    """No dense reference for likelihoods alone, and no label's log-probability without any."""
     lengths, called = [], []
     prefill = llama.prefill
 
@@ -165,14 +188,13 @@ def test_nothing_is_computed_that_the_reward_does_not_need(w, prefilled, heads, 
         lengths.append(len(tokens_N))
         return prefill(weights, tokens_N, cfg)
 
-    def noting(name):
-        plain = getattr(update, name)
-        return lambda *args: (called.append(name), plain(*args))[1]
-
+    score, beside_dense = update.score, update.beside_dense
     monkeypatch.setattr(llama, "prefill", counting)
-    for name in ("score", "divergence"):
-        monkeypatch.setattr(update, name, noting(name))
-    setup = grpo_of(SETUP, divergence_weight=w)
+    monkeypatch.setattr(update, "score", lambda *args: (called.append("label"), score(*args))[1])
+    monkeypatch.setattr(
+        update, "beside_dense", lambda of, *args: (called.append(of), beside_dense(of, *args))[1]
+    )
+    setup = grpo_of(SETUP, reward=reward, divergence_weight=w)
     budget = jnp.full((B, W, 3), 0.7)
     controller = replay(jnp.zeros(T, jnp.int32))
     jax.eval_shape(
@@ -180,7 +202,7 @@ def test_nothing_is_computed_that_the_reward_does_not_need(w, prefilled, heads, 
         llama.abstract_weights(MODEL),
     )
     assert set(lengths) == {prefilled}
-    assert called == heads
+    assert called == measures
 
 
 # --- minibatches ---------------------------------------------------------------------------------------
@@ -285,3 +307,44 @@ def test_without_the_quality_weight_only_budgets_are_rewarded():
     spent = sum(axis.penalty_weight for axis in SETUP.space.axes) * (0.5 - grpo.dead_zone) ** 2 / 2
     np.testing.assert_allclose(advantage(0.0), [-spent, spent], rtol=1e-5)
     np.testing.assert_allclose(advantage(1.0), [1 - spent, spent - 1], rtol=1e-5)
+
+
+def test_prices_are_the_slope_of_the_penalty_spread_over_the_steps_that_count():
+    """Budget 0.5: schedules that cost 0.8 and 0.5 in the two steps that count; one more step does not."""
+    X, (dead, T_) = len(SETUP.space.axes), (SETUP.grpo.dead_zone, 3)
+    cost = jnp.stack([jnp.full((T_, X), 0.8), jnp.full((T_, X), 0.5)])[None, None]
+    counted = jnp.broadcast_to(jnp.array([False, True, True]), (1, 1, 2, T_))
+    played = rollout.Rollout(None, None, None, cost, counted, None)
+    reward, budget = jnp.array([[-1.0] * T_, [-3.0] * T_])[None, None], jnp.full((1, 1, X), 0.5)
+
+    def priced(**changes):
+        grpo = dataclasses.replace(SETUP.grpo, gamma=0.0, **changes)
+        setup = dataclasses.replace(SETUP, grpo=grpo)
+        return update.advantages(reward, played, budget, setup)[0], update.prices(
+            reward, played, budget, setup
+        )
+
+    assert priced(whiten=False)[1] is None
+    adv, price = priced(penalty_gradient="expected", whiten=False)
+    np.testing.assert_allclose(adv[0, 0, :, 0], [1, -1], rtol=1e-6)  # of the likelihood alone
+    weight_X = np.array([axis.penalty_weight for axis in SETUP.space.axes])
+    np.testing.assert_allclose(price[0, 0, 0, 1], 2 * weight_X * (0.3 - dead) / 2, rtol=1e-5)
+    np.testing.assert_array_equal(price[0, 0, 0, 0], np.zeros(X))
+    np.testing.assert_array_equal(price[0, 0, 1], np.zeros((T_, X)))
+    # Likelihoods twice as far apart halve what a unit of cost is worth beside them, once whitened.
+    whitened = priced(penalty_gradient="expected")[1]
+    reward = 2 * reward
+    np.testing.assert_allclose(priced(penalty_gradient="expected")[1], whitened / 2, rtol=1e-5)
+
+
+def test_expected_costs_meet_budgets_without_any_reward(weights, tokens_BxN):
+    """With nothing but prices to learn from, the policy's costs come closer to what is asked."""
+    setup = grpo_of(SETUP, penalty_gradient="expected", quality_weight=0.0, entropy_coef=0.0)
+    setup = dataclasses.replace(setup, optim=OptimConfig(learning_rate=3e-3, accumulate=1))
+    state, gaps = update.init_state(jax.random.key(0), setup), []
+    step = jax.jit(update.train_step, static_argnames="setup")
+    for _ in range(30):
+        state, metrics = step(state, weights, tokens_BxN, setup=setup)
+        gaps.append([metrics[f"budget_gap/{axis.name}"] for axis in SPACE.axes])
+    before, after = np.mean(gaps[:5], 0), np.mean(gaps[-5:], 0)
+    assert np.all(after < before), (before, after)
