@@ -7,23 +7,22 @@ import sys
 from experiments import plots
 from sol_jax.errors import UserError
 
-NUMBERS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+NAMES = (*(f"figure{number}" for number in range(2, 12)), "figure_generation")
 
 
-def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[int, str]:
+def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[str, str]:
     """Draws the figures; returns why others were not drawn."""
     missing = {}
-    for number in NUMBERS:
-        name = f"figure{number}"
+    for name in NAMES:
         try:
             figure = importlib.import_module(f"experiments.{name}").draw(results)
         except UserError as error:
-            missing[number] = str(error)
+            missing[name] = str(error)
         else:
             print(f"drew {plots.save(figure, figures / f'{name}.png')}")
     return missing
 
 
 if __name__ == "__main__":
-    for number, why in draw_all(plots.RESULTS, plots.FIGURES).items():
-        print(f"figure {number} is not drawn: {why}", file=sys.stderr)
+    for name, why in draw_all(plots.RESULTS, plots.FIGURES).items():
+        print(f"{name} is not drawn: {why}", file=sys.stderr)

@@ -102,10 +102,10 @@ def read(path: pathlib.Path) -> list[Row]:
     stem = path.stem.removesuffix("-draws")
     match = re.search(r"-s(\d+)$", stem)
     name, seed = (stem[: match.start()], match[1]) if match else (stem, "")
-    return [Row(name, seed, {name: _value(text) for name, text in row.items()}) for row in results.read(path)]
+    return [Row(name, seed, {name: value(text) for name, text in row.items()}) for row in results.read(path)]
 
 
-def _value(text: str) -> Any:
+def value(text: str) -> Any:
     try:
         return float(text)
     except ValueError:

@@ -5,15 +5,26 @@
 
 Each document's beginning is continued densely, under each policy and by the fixed schedule of the cost that
 the policy realised on that prompt; with and without the dense refresh of the cache after each episode, and
-in lossless mode.  One row per policy, budget, mode and controller: the dense model's log-probability of the
-text, the share of 4-grams that were there before, the token at which the text leaves the dense greedy one,
-how far the hidden states that the controller saw are from the dense model's on the same text (1 - cosine),
-and the tokens that an episode adds.  Intervals are 95 %, bootstrapped over prompts.
+in lossless mode.  One row per policy, budget, mode and controller, with these measures of each prompt's text:
+
+    logp          the dense model's log-probability, per token
+    repetition    share of the 4-grams that were there before
+    divergence    the token at which it leaves the dense greedy text
+    drift         how far the hidden states that the controller saw are from the dense model's (1 - cosine)
+    net           realised keep rate, the mean over the axes
+    kept          share of an episode's T tokens that stay: in lossless mode what the dense model accepts
+    bytes, flops  of steps, policy and refresh or check, as shares of dense decoding of the same tokens: in
+                  lossless mode 1 / bytes is the tokens accepted for the bytes of one dense step
+
+Intervals are 95 %, bootstrapped over prompts.  `NAME-prompts.csv` beside the output has the measures of every
+prompt, by which policies can be compared on the same prompts (`experiments.analyse paired`).  Policies that
+the output has already are not run again.
 
 Source: sol.md section 8.
 """
 
 import argparse
+import csv
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -21,18 +32,21 @@ from typing import Any
 
 import numpy as np
 
-from sol_jax import budgets, results
-from sol_jax.axis import ActionSpace, held_full
+from sol_jax import budgets, costs, results
+from sol_jax.axis import ActionSpace, Work, held_full
 from sol_jax.corpus import read_documents
+from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine, Output, Request, dense_logp, generate, input_drift
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.load import EMBEDDED
 from sol_jax.metrics import progress
-from sol_jax.opening import open_engine
+from sol_jax.opening import open_engine, show_log
 from sol_jax.session import commit
 from sol_jax.statistics import document_bootstrap
 
 NGRAM = 4
+MEASURES = ("logp", "repetition", "divergence", "drift", "net", "kept", "bytes", "flops")
+Measures = dict[str, np.ndarray]  # of each prompt's text
 MODES: dict[str, dict[str, Any]] = {  # options of the decoder
     "refresh": {"refresh": True},
     "no_refresh": {"refresh": False},
@@ -79,27 +93,50 @@ def answer(
     return [output for batch in batches for output in batch]
 
 
-def measures(engine: Engine, outputs: Sequence[Output], dense: Sequence[Output]) -> dict[str, np.ndarray]:
-    """Each measure of each prompt's text."""
+def measures(engine: Engine, outputs: Sequence[Output], dense: Sequence[Output]) -> Measures:
+    """The measures of each prompt's text; NaN where a text has none."""
     weights, model = engine.weights, engine.cfg.model
     texts = [output.transcript.ids for output in outputs]
     pairs = list(zip(texts, (output.transcript.ids for output in dense), strict=True))
-    added = [np.mean([e.tokens for e in o.episodes]) if o.episodes else 0.0 for o in outputs]
+    spent = [costs.text_cost(output, engine.cfg).total for output in outputs]
+    whole = [costs.dense_text_cost(output, model).total for output in outputs]
     return {
         "logp": np.array([dense_logp(weights, output, model).mean() for output in outputs]),
         "repetition": np.array([repetition(text) for text in texts]),
         "divergence": np.array([divergence(*pair) for pair in pairs], float),
-        "drift": np.array([input_drift(weights, output, model).mean() for output in outputs]),
-        "tokens_per_episode": np.array(added, float),
+        "drift": np.array([_mean(input_drift(weights, output, model)) for output in outputs]),
         "net": np.array([output.mean_cost(engine.cfg.space.costs_AxX).mean() for output in outputs]),
+        "kept": np.array([_mean(kept(output, engine.cfg)) for output in outputs]),
+        "bytes": np.array([_share(*pair, "bytes") for pair in zip(spent, whole, strict=True)]),
+        "flops": np.array([_share(*pair, "flops") for pair in zip(spent, whole, strict=True)]),
     }
 
 
-def summarise(of: dict[str, np.ndarray], policy: dict[str, np.ndarray] | None) -> dict[str, Any]:
+def _share(spent: Work, whole: Work, unit: str) -> float:
+    """NaN of a text without a step."""
+    return getattr(spent, unit) / getattr(whole, unit) if getattr(whole, unit) else float("nan")
+
+
+def kept(output: Output, cfg: Decoder) -> list[float]:
+    """Of each episode that the text's end did not cut, the share of its T drafted tokens that stayed.
+
+    In lossless mode an episode adds one token more than it keeps: the dense model's own.
+    """
+    whole = output.episodes[:-1] if output.transcript.finish else output.episodes
+    return [(episode.tokens - cfg.lossless) / cfg.horizon for episode in whole]
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """NaN, without a warning, of a text that ended before there was anything to measure."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def summarise(of: Measures, policy: Measures | None) -> dict[str, Any]:
     """Means with intervals over prompts, and the policy's log-probability less this one's, paired."""
     row: dict[str, Any] = {}
     for name, value_P in of.items():
-        estimate = document_bootstrap(value_P, np.arange(len(value_P)))
+        value_P = value_P[np.isfinite(value_P)]  # a text of one token has no drift
+        estimate = document_bootstrap(value_P, np.arange(len(value_P))) if len(value_P) else (np.nan,) * 3
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
     if policy is not None:
         gain = document_bootstrap(policy["logp"] - of["logp"], np.arange(len(of["logp"])))
@@ -109,8 +146,8 @@ def summarise(of: dict[str, np.ndarray], policy: dict[str, np.ndarray] | None) -
     return row
 
 
-def rows_of_policy(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one policy."""
+def rows_of_policy(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All rows of one policy, and the measures of every prompt behind them."""
     opened = open_engine(args.model, name, "policy", args.dtype)
     space, T = opened.cfg.space, opened.cfg.horizon
     asked = budgets.parse(args.budgets, space, "--budgets")
@@ -120,15 +157,22 @@ def rows_of_policy(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     dense = Engine(opened.weights, opened.tokenizer, full)
     nothing_PxX = np.ones((len(prompts), len(space.axes)))
     texts = answer(dense, prompts, nothing_PxX, args)
-    about = {"policy": name, "horizon": T, "prompts": len(prompts), "prompt": args.prompt_length,
-             "max_tokens": args.max_tokens, "commit": commit()}  # fmt: skip
+    about = {"policy": name, "horizon": T, **settings(args), "commit": commit()}
+    rows: list[dict[str, Any]] = []
+    by_prompt: list[dict[str, Any]] = []
 
-    def row(mode: str, controller: str, budget: Sequence[float], found: dict[str, Any]) -> dict[str, Any]:
+    def add(
+        mode: str, controller: str, budget: Sequence[float], found: Measures, ours: Measures | None
+    ) -> None:
         requested = {f"requested_{a.name}": cost for a, cost in zip(space.axes, budget, strict=True)}
-        return {**about, "mode": mode, "controller": controller, **requested, **found}
+        which = {"mode": mode, "controller": controller, **requested}
+        rows.append({**about, **which, **summarise(found, ours)})
+        for p in range(len(prompts)):
+            of_prompt = {measure: float(value_P[p]) for measure, value_P in found.items()}
+            by_prompt.append({"policy": name, **which, "index": p, **of_prompt})
 
-    rows = [row("plain", "dense", (1.0,) * len(space.axes), summarise(measures(dense, texts, texts), None))]
-    bar = progress(len(asked) * len(args.modes), 0, name)
+    add("plain", "dense", (1.0,) * len(space.axes), measures(dense, texts, texts), None)
+    bar, done = progress(len(asked) * len(args.modes), 0, name), 0
     for budget in asked:
         for mode in args.modes:
             policy = dataclasses.replace(opened, cfg=dataclasses.replace(opened.cfg, **MODES[mode]))
@@ -139,10 +183,30 @@ def rows_of_policy(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 policy, cfg=dataclasses.replace(plain, **MODES[mode]), controller="fixed", params=None
             )
             theirs = measures(fixed, answer(fixed, prompts, spent_PxX, args), texts)
-            rows.append(row(mode, "policy", budget, summarise(ours, None)))
-            rows.append(row(mode, "fixed", budget, summarise(theirs, ours)))
-            bar.update(1)
+            add(mode, "policy", budget, ours, None)
+            add(mode, "fixed", budget, theirs, ours)
+            done += 1
+            bar.update(done)
     bar.close()
+    return rows, by_prompt
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return {"prompts": args.num_prompts, "prompt": args.prompt_length, "max_tokens": args.max_tokens}
+
+
+def earlier(path: pathlib.Path, args: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows of an earlier run; `UserError` if they are of other settings."""
+    if not path.exists():
+        return []
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--output={path} cannot be read ({error}); name another") from None
+    for name, value in settings(args).items():
+        if any(row.get(name, str(value)) != str(value) for row in rows):
+            raise UserError(f"--output={path} has results of other {name} than {value}; name another")
     return rows
 
 
@@ -165,12 +229,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     }.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
+    show_log()
+    beside = args.output.with_name(f"{args.output.stem}-prompts.csv")
+    rows, by_prompt = earlier(args.output, args), earlier(beside, args)
     for name in args.policies:
-        rows += rows_of_policy(name, args)
-        results.write(
-            args.output, [results.texts(row) for row in rows]
-        )  # after each, so that what is there stays
+        if any(row["policy"] == name for row in rows):
+            continue
+        found, prompts = rows_of_policy(name, args)
+        rows += [results.texts(row) for row in found]
+        by_prompt += [results.texts(row) for row in prompts]
+        results.write(beside, by_prompt)  # after each policy, so that what is there stays
+        results.write(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def write(
             gain = BEHIND[controller] + 0.01 * rng.normal() * (controller != "policy")
             net = 1.0 if controller == "dense" else float(np.mean(cost))
             nats = own + gain
-            place = (controller, "", axis, requested, cost, net, nats, float(np.exp(nats)))
+            place = (controller, "", axis, requested, cost, net, net, net, nats, float(np.exp(nats)))
             rows.append(Row(*place, gain, gain - 0.05, gain + 0.05, 12800, 62, ("1:1",) * 3))
     said = {"run": name, "updates": 300, "model": "smollm2-135m", "prefix": 256, "horizon": 16,
             "text": "wiki.test.raw.gz:test", "blocks": 50, "seed": seed, "config": f"{name}{seed}",
@@ -67,6 +67,29 @@ def write_downstream(folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0) ->
                 lines.append(results.texts(line | {"run": "x", "model": "smollm2-135m", "horizon": 16}))
     path = folder / "smollm2-135m" / f"downstream-sol-j-fl-t16-s{seed}.csv"
     results.write(path, lines)
+    return path
+
+
+def write_transfer(folder: pathlib.Path) -> pathlib.Path:
+    """`transfer.csv`: two horizons at three budgets, and what is beside it for pairs."""
+    lines = []
+    for horizon in (4, 16):
+        about = {"policy": f"t{horizon}", "horizon": horizon, "prompts": 32, "prompt": 128, "max_tokens": 256}
+        cases = [("plain", "dense", 1.0)]
+        cases += [
+            (mode, controller, net)
+            for mode in ("refresh", "no_refresh", "lossless")
+            for controller in ("policy", "fixed")
+            for net in (0.4, 0.6, 0.8)
+        ]
+        for mode, controller, net in cases:
+            line = {**about, "mode": mode, "controller": controller, "net": net}
+            for name, value in {"logp": net - 2, "kept": net / 2, "bytes": 1.5 - net}.items():
+                line |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+            lines.append(results.texts(line))
+    path = folder / "smollm2-135m" / "transfer.csv"
+    results.write(path, lines)
+    results.write(path.with_name("transfer-prompts.csv"), lines[:1])
     return path
 
 

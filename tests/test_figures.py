@@ -31,18 +31,19 @@ def folder(tmp_path_factory):
         made_up_results.write(folder, name, single_axis.get_config(name))
     made_up_results.write_pollution(folder)
     made_up_results.write_downstream(folder)
+    made_up_results.write_transfer(folder)
     return folder
 
 
-@pytest.mark.parametrize("number", figures.NUMBERS)
-def test_it_is_drawn_and_repeats(number, folder, tmp_path):
-    module = importlib.import_module(f"experiments.figure{number}")
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_it_is_drawn_and_repeats(name, folder, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
     images = [plots.save(module.draw(folder), tmp_path / f"{n}.png").read_bytes() for n in range(2)]
     assert images[0] == images[1]
     assert images[0].startswith(b"\x89PNG")
     figure = module.draw(folder)
     texts = [text.get_text() for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
-    if number not in (4, 7, 11):
+    if name not in ("figure4", "figure7", "figure11"):
         assert plots.NET in texts  # what the net keep rate is stands on the figure
     assert figure._suptitle.get_text().startswith("smollm2-135m")
     plots.plt.close(figure)
@@ -110,15 +111,28 @@ def test_means_of_tasks(folder, tmp_path):
     plots.plt.close(figure)
 
 
+def test_tokens_for_a_dense_steps_bytes(folder):
+    """Four horizons and controllers; half the bytes are two tokens, and the interval turns round."""
+    from experiments import figure_generation
+
+    figure = figure_generation.draw(folder)
+    quality, kept, speed = figure.axes
+    assert len(quality.containers) == 2 * 2 * 2
+    assert len(kept.containers) == len(speed.containers) == 2 * 2
+    row = {"bytes": 0.5, "bytes_low": 0.4, "bytes_high": 0.8}
+    assert figure_generation.inverse(row) == {"tokens": 2.0, "tokens_low": 1.25, "tokens_high": 2.5}
+    plots.plt.close(figure)
+
+
 def test_what_is_missing_is_said(folder, tmp_path, capsys):
     missing = figures.draw_all(tmp_path / "none", tmp_path / "drawn")
-    assert list(missing) == list(figures.NUMBERS)
+    assert list(missing) == list(figures.NAMES)
     for why in missing.values():
         assert "\n" not in why
-        assert re.search(r"evaluate|experiments\.(pollution|downstream)", why)
+        assert re.search(r"evaluate|experiments\.(pollution|downstream|transfer)", why)
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
-    assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NUMBERS)
+    assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NAMES)
 
 
 def test_names_of_results(tmp_path):

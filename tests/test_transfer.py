@@ -5,7 +5,6 @@ import csv
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from experiments import transfer
 from sol_jax import policy_files
@@ -53,16 +52,29 @@ def test_the_program(tiny_folder, policy_folder, tmp_path):
     assert float(dense["drift"]) == pytest.approx(0, abs=1e-6)
     assert float(dense["divergence"]) == float(lossless["divergence"]) == 9
     assert float(lossless["logp"]) == pytest.approx(float(dense["logp"]), abs=1e-5)
-    assert 1 <= float(lossless["tokens_per_episode"]) <= tiny_horizon(tiny_folder) + 1
+    assert 0 <= float(lossless["kept"]) <= 1
+    assert float(rows["refresh", "policy"]["kept"]) == 1
+    assert float(dense["bytes"]) == pytest.approx(1)
+    assert float(dense["flops"]) == pytest.approx(1)
+    # The check reads all weights once more for an episode, and refused steps are paid for.
+    assert float(lossless["flops"]) > float(rows["refresh", "policy"]["flops"])
     ours, theirs = rows["refresh", "policy"], rows["refresh", "fixed"]
     assert float(theirs["net"]) == pytest.approx(float(ours["net"]), abs=0.1)
     gain = float(ours["logp"]) - float(theirs["logp"])
     assert float(theirs["gain"]) == pytest.approx(gain, abs=1e-5)
     assert float(ours["drift"]) > 0
 
+    prompts = list(csv.DictReader((tmp_path / "transfer-prompts.csv").open()))
+    logp = [float(p["logp"]) for p in prompts if (p["mode"], p["controller"]) == ("lossless", "policy")]
+    assert len(logp) == 3
+    assert np.mean(logp) == pytest.approx(float(lossless["logp"]), abs=1e-5)
 
-def tiny_horizon(folder):
-    return tiny.config_for(folder).episode.horizon
+    before = output.read_text()
+    again = [str(part) for pair in arguments.items() for part in pair]
+    transfer.main(again)  # nothing is left to do
+    assert output.read_text() == before
+    with pytest.raises(SystemExit):
+        transfer.main([*again, "--max_tokens", "8"])
 
 
 def test_too_few_long_documents(tiny_folder, policy_folder, tmp_path):
