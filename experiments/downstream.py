@@ -27,7 +27,7 @@ from sol_jax import budgets, results
 from sol_jax.engine import Engine
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.metrics import progress
-from sol_jax.opening import open_engine
+from sol_jax.opening import open_engine, show_log
 from sol_jax.session import commit
 from sol_jax.statistics import document_bootstrap, mcnemar, wilson
 
@@ -121,8 +121,8 @@ def others(path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]) -
 def downstream(args: argparse.Namespace) -> None:
     """Runs the tasks one by one; the CSV grows by one task at a time."""
     names = tasks.named(args.tasks.split(","))
-    if args.limit < 0 or args.random < 0 or args.batch_size < 1:
-        raise UserError("--limit and --random must be at least 0, and --batch_size at least 1")
+    if min(args.limit, args.random, args.seed) < 0 or args.batch_size < 1:
+        raise UserError("--limit, --random and --seed must be at least 0, and --batch_size at least 1")
     examples = {name: sample(tasks.load(args.data, name), args.limit, args.seed) for name in names}
     asked: list[budgets.Budgets] = []
 
@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kernels", default="auto")
-    downstream(parser.parse_args())
+    args = parser.parse_args()
+    show_log()
+    downstream(args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sol_jax.engine import Engine, Request, generate
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.load import EMBEDDED
 from sol_jax.metrics import progress
-from sol_jax.opening import open_engine
+from sol_jax.opening import open_engine, show_log
 from sol_jax.sampling import Sampling
 
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     args = parser.parse_args(argv)
+    show_log()
     try:
         budget = tuple(float(part) for part in args.budget.split(",") if part)
         sampling = Sampling(args.temperature)

@@ -84,6 +84,12 @@ def work(requests: Sequence[Continuation], scores: Sequence[Score], cfg: Decoder
     return _total(compressed), _total(dense)
 
 
+def shares(spent: Work, dense: Work) -> dict[str, float]:
+    """Bytes and operations as shares of the dense ones; of no work at all, those of dense decoding."""
+    parts = zip(Work._fields, spent, dense, strict=True)
+    return {name: part / whole if whole else 1.0 for name, part, whole in parts}
+
+
 def _total(parts: Sequence[tuple[Work, int]]) -> Work:
     return Work(*(float(sum(getattr(part, name) * n for part, n in parts)) for name in Work._fields))
 
@@ -220,9 +226,9 @@ def score(
     if plan_RxM is None:
         (plan_RxM,) = plans(cfg.space, engine.controller, requests, budget, cfg.uncontrolled)
     for batch, shape in batches(requests, cfg.horizon, batch_size):
-        if shape not in engine.compiled:
+        if (cfg, shape) not in engine.compiled:
             logging.info("bucket: %s", ", ".join(f"{name} {n}" for name, n in shape._asdict().items()))
-            engine.compiled.add(shape)
+            engine.compiled.add((cfg, shape))
         mine = [requests[r] for r in batch]
         tokens_UxS, length_U, forced_B = _arrays(mine, shape)
         prompts_U = prefill(engine.weights, tokens_UxS, length_U, shape.prefix + shape.steps, cfg)

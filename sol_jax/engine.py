@@ -4,7 +4,9 @@
     for outputs in stream(engine, [Request(tokenizer.encode("Once"), budget=(1.0, 1.0, 1.0))]):
         ...  # after the prefill and after each episode: the texts so far
 
-A shape compiles once per (batch bucket, length bucket) and is logged when it does.
+A decoder compiles once per (batch bucket, prompt bucket, text bucket) and says so in the log.  Prompts and
+whole texts have buckets of their own because the prefill runs over the prompt alone, while the cache, whose
+size is part of every program, must hold the prompt and all that may follow it.
 """
 
 import dataclasses
@@ -48,7 +50,8 @@ class Engine:
     cfg: Decoder
     controller: str = "dense"
     params: Any = None  # of the policy, for the controller "policy"
-    compiled: set = dataclasses.field(default_factory=set, compare=False)  # shapes so far, to log new ones
+    # Decoders and shapes so far, to log new ones; engines that `dataclasses.replace` makes of one share it.
+    compiled: set = dataclasses.field(default_factory=set, compare=False)
 
     def __post_init__(self):
         if self.controller not in CONTROLLERS:
@@ -130,6 +133,8 @@ def check_request(request: Request, cfg: Decoder, controller: str) -> None:
         raise UserError(f"max-tokens is {request.max_tokens}; it must be at least 1")
     if "" in request.stops:
         raise UserError("a stop string is empty; it would end every text before it begins")
+    if not 0 <= request.seed < 1 << 32:
+        raise UserError(f"seed is {request.seed}; it must be from 0 to {(1 << 32) - 1}")
     if len(request.prompt) + request.max_tokens > context:
         raise UserError(
             f"the prompt has {len(request.prompt)} tokens, which with {request.max_tokens} to generate "
@@ -183,9 +188,9 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     # The last episode of a row may begin one token before its end.  Rows that have ended go on writing, past
     # the end of the cache in the end, where XLA moves the write back into their own cache: nobody reads it.
     capacity = length_bucket(max(len(r.prompt) + r.max_tokens + T for r in requests))
-    if (B, S, capacity) not in engine.compiled:
+    if (cfg, B, S, capacity) not in engine.compiled:
         logging.info("bucket: batch %d, prompts up to %d, texts up to %d tokens", B, S, capacity)
-        engine.compiled.add((B, S, capacity))
+        engine.compiled.add((cfg, B, S, capacity))
     tokens_BxS = np.zeros((B, S), np.int32)
     for tokens_S, request in zip(tokens_BxS, requests, strict=True):
         tokens_S[: len(request.prompt)] = request.prompt

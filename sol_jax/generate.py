@@ -97,6 +97,12 @@ def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
     return told
 
 
+def side(name: str, output: Output, cfg: Decoder, told: Sequence[tuple[str, str]]) -> page.Side:
+    """A text for the page."""
+    text = output.transcript
+    return page.Side(name, text.pieces, token_costs(output, cfg), told, text.written())
+
+
 def _by_axis(names: Sequence[str], values: Sequence[float] | np.ndarray) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
 
@@ -186,14 +192,13 @@ def main(argv: Sequence[str]) -> None:
     print("\n".join(f"{name:18} {value}" for name, value in told), file=sys.stderr)
     if out is None:
         return
-    sides = [page.Side(engine.controller, output.transcript.pieces, token_costs(output, engine.cfg), told)]
+    sides = [side(engine.controller, output, engine.cfg, told)]
     if engine.controller != "dense":
         space = ActionSpace(held_full(engine.cfg.space.axes))
         cfg = dataclasses.replace(engine.cfg, space=space, policy=None, refresh=False, lossless=False)
         dense = Engine(engine.weights, engine.tokenizer, cfg)
         other, rate = run(dense, request, show=False, shaded=False)
-        costs_NxX = token_costs(other, cfg)
-        sides.append(page.Side("dense", other.transcript.pieces, costs_NxX, facts(dense, other, rate)))
+        sides.append(side("dense", other, cfg, facts(dense, other, rate)))
     names = [axis.name for axis in engine.cfg.space.axes]
     title = f"{args['model'].value}: compute per token"
     page.write(out, page.render(title, engine.tokenizer.decode(list(request.prompt)), names, sides))

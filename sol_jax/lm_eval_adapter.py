@@ -5,7 +5,8 @@
 
 `controller` is policy (if there is one), dense, fixed or random; schedules meet `budget` over the levels of
 the policy or, without one, of SOL-J-FL.  Given continuations are scored as `forced` says; free ones are
-written as in generation.  `output` gets a line per request with what was spent on it.
+written as in generation.  `output` gets a line per request with what was spent on it: the nominal keep rate
+of each axis, and the bytes read and operations after the prefill as shares of dense decoding's.
 
 Needs the extra `lm_eval`.  How texts are split into tokens, what is cut and what ends an answer follows the
 harness' own Hugging Face backend, 0.4.13.
@@ -15,15 +16,18 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sol_jax import costs
 from sol_jax import engine as engine_lib
+from sol_jax.axis import Work
 from sol_jax.chat import render
-from sol_jax.continuations import Score, mean_cost, score, truncated
-from sol_jax.engine import Engine, Request, check_request
+from sol_jax.continuations import Continuation, Score, mean_cost, score, shares, truncated, work
+from sol_jax.decoding import Decoder
+from sol_jax.engine import Engine, Output, Request, check_request
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.metrics import progress
 from sol_jax.opening import open_engine
@@ -43,6 +47,8 @@ except ImportError as missing:
     raise ImportError(NEEDS) from None
 
 MAX_NEW_TOKENS = 256  # of the harness, where a task names none
+
+Scored = tuple[Continuation, Score]
 
 
 @register_model("sol_jax")
@@ -129,9 +135,9 @@ class SolJax(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        found = self._score([(context, tokens) for _, context, tokens in requests], "continuations")
-        self._report(self._asked, [[one] for one in found])
-        answers = [(float(one.logp_N.sum(dtype=np.float64)), bool(one.greedy_N.all())) for one in found]
+        scored = self._score([(context, tokens) for _, context, tokens in requests], "continuations")
+        self._lines(self._asked, (self._spent([one]) for one in scored))
+        answers = [(float(one.logp_N.sum(dtype=np.float64)), bool(one.greedy_N.all())) for _, one in scored]
         for (text, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
@@ -146,17 +152,17 @@ class SolJax(TemplateLM):
             mine = [utils.make_disjoint_window(window) for window in rolling]
             windows += mine
             owner += [r] * len(mine)
-        found = self._score(windows, "windows")
+        scored = self._score(windows, "windows")
         by_request = [
-            [one for one, r in zip(found, owner, strict=True) if r == n] for n in range(len(requests))
+            [one for one, r in zip(scored, owner, strict=True) if r == n] for n in range(len(requests))
         ]
-        self._report(requests, by_request)
-        answers = [float(sum(one.logp_N.sum(dtype=np.float64) for one in mine)) for mine in by_request]
+        self._lines(requests, map(self._spent, by_request))
+        answers = [float(sum(one.logp_N.sum(dtype=np.float64) for _, one in mine)) for mine in by_request]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], label: str) -> list[Score]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], label: str) -> list[Scored]:
         asked = [truncated(context, tokens, self.max_length) for context, tokens in pairs]
         bar, done = progress(len(asked), 0, label), [0]
 
@@ -165,9 +171,10 @@ class SolJax(TemplateLM):
             bar.update(done[0])
 
         try:
-            return score(self._engine, asked, self._budget, batch_size=self.batch_size, progress=tell)
+            found = score(self._engine, asked, self._budget, batch_size=self.batch_size, progress=tell)
         finally:
             bar.close()
+        return list(zip(asked, found, strict=True))
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         by_rule: dict[Sampling, list[tuple[int, Request]]] = {}
@@ -187,9 +194,7 @@ class SolJax(TemplateLM):
                 for (r, _), output in zip(batch, outputs, strict=True):
                     answers[r] = output.transcript.text
                     self.cache_hook.add_partial("generate_until", requests[r].args, answers[r])
-                costs = [output.mean_cost(engine.cfg.space.costs_AxX) for output in outputs]
-                tokens = [len(output.transcript.ids) for output in outputs]
-                self._lines([requests[r] for r, _ in batch], costs, tokens)
+                self._lines([requests[r] for r, _ in batch], map(self._spent_writing, outputs))
                 done += len(batch)
                 bar.update(done)
         bar.close()
@@ -216,12 +221,20 @@ class SolJax(TemplateLM):
         stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
         return rule, Request(self.tok_encode(context)[-room:], self._budget, longest, stops)
 
-    def _report(self, requests: Sequence[Any], scores: Sequence[Sequence[Score]]) -> None:
-        costs_AxX = self._engine.cfg.space.costs_AxX
-        costs = [mean_cost(mine, costs_AxX) for mine in scores]
-        self._lines(requests, costs, [sum(len(one.logp_N) for one in mine) for mine in scores])
+    def _spent(self, scored: Sequence[Scored]) -> dict[str, Any]:
+        """What scoring one request took."""
+        cfg, asked, found = self._engine.cfg, [one for one, _ in scored], [one for _, one in scored]
+        cost_X = mean_cost(found, cfg.space.costs_AxX)
+        return spent(cfg, cost_X, *work(asked, found, cfg), sum(len(one.tokens) for one in asked))
 
-    def _lines(self, requests: Sequence[Any], costs: Sequence[np.ndarray], tokens: Sequence[int]) -> None:
+    def _spent_writing(self, output: Output) -> dict[str, Any]:
+        """What writing one answer took."""
+        cfg, tokens = self._engine.cfg, len(output.transcript.ids)
+        cost_X = output.mean_cost(cfg.space.costs_AxX)
+        works = costs.text_cost(output, cfg).total, costs.dense_text_cost(output, cfg.model).total
+        return spent(cfg, cost_X, *works, tokens)
+
+    def _lines(self, requests: Sequence[Any], told: Iterable[dict[str, Any]]) -> None:
         """What was spent on some requests, added to the output."""
         if self._output is None:
             return
@@ -236,12 +249,18 @@ class SolJax(TemplateLM):
                     "kind": request.request_type,
                     "controller": self._engine.controller,
                     "requested": dict(zip(names, self._budget, strict=False)),
-                    "realised": {name: float(x) for name, x in zip(names, cost, strict=True)},
-                    "tokens": count,
+                    **one,
                 }
-                for request, cost, count in zip(requests, costs, tokens, strict=True)
+                for request, one in zip(requests, told, strict=True)
             ],
         )
+
+
+def spent(cfg: Decoder, cost_X: np.ndarray, work: Work, dense: Work, tokens: int) -> dict[str, Any]:
+    """What one request took: nominally, by axis, and as shares of dense decoding's bytes and operations."""
+    names = [axis.name for axis in cfg.space.axes]
+    realised = {name: float(x) for name, x in zip(names, cost_X, strict=True)}
+    return {"realised": realised, **shares(work, dense), "tokens": tokens}
 
 
 def _budget(given: str | float | None) -> tuple[float, ...]:

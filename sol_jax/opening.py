@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from configs import sol_j_fl
@@ -20,6 +21,11 @@ from sol_jax.llama import LlamaConfig
 from sol_jax.subject import best_of_run, open_run
 from sol_jax.tokenizer import check_vocabulary, load_tokenizer
 from sol_jax.update import Setup
+
+
+def show_log() -> None:
+    """Shows what the library logs, such as shapes that compile; for programs without `app.run`."""
+    logging.set_verbosity(logging.INFO)
 
 
 def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:

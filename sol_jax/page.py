@@ -32,6 +32,7 @@ h1 { font-size: 1.4rem; margin: .3rem 0; } h2 { font-size: 1.1rem; margin: .3rem
         border: 1px solid #767676; border-radius: .3rem; padding: .6rem .8rem; }
 .text span:hover { outline: 2px solid #000; }
 .text .n::before { content: "\\21b5"; } .text .e::before { content: "\\00b7"; }
+.text .x::before { content: "\\25a0"; }
 table { border-collapse: collapse; } td, th { padding: .1rem .8rem .1rem 0; text-align: left; }
 .strips { display: grid; grid-template-columns: max-content 1fr max-content; align-items: center;
           gap: .25rem .6rem; margin: .6rem 0; font-size: .85rem; }
@@ -50,6 +51,7 @@ class Side:
     pieces: Sequence[str]
     cost_NxX: np.ndarray
     facts: Sequence[tuple[str, str]] = ()  # name and value, in a table above the text
+    written: int | None = None  # tokens that are of the text, if not all are: the others end it
 
 
 def visible(text: str) -> str:
@@ -92,7 +94,7 @@ def render(title: str, prompt: str, axis_names: Sequence[str], sides: Sequence[S
 <p class="small">The share of the full compute that the step which wrote a token was given, the mean over
 {_text(", ".join(axis_names))}; hover over a token for each. The prompt and the first token are dense.
 The charts run from 0 to 1, token by token. &#x21b5; is a line's end, &#xb7; a token that only begins a
-character.</p>
+character, &#x25a0; one that ends the text and is not of it: an end token, or cut off by a stop string.</p>
 <h2>Prompt</h2>
 <div class="text" dir="auto">{_text(prompt)}</div>
 <div class="sides">
@@ -131,8 +133,10 @@ def _section(side: Side, axis_names: Sequence[str]) -> str:
     facts = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in side.facts)
     strips = [*zip(axis_names, np.asarray(side.cost_NxX).T, strict=True)]
     strips.append(("net", np.mean(side.cost_NxX, -1)))
+    written = len(side.pieces) if side.written is None else side.written
     tokens = "".join(
-        _token(piece, cost_X, axis_names) for piece, cost_X in zip(side.pieces, side.cost_NxX, strict=True)
+        _token(piece, cost_X, axis_names, n >= written)
+        for n, (piece, cost_X) in enumerate(zip(side.pieces, side.cost_NxX, strict=True))
     )
     return f"""<section>
 <h2>{_text(side.title)}</h2>
@@ -142,11 +146,11 @@ def _section(side: Side, axis_names: Sequence[str]) -> str:
 </section>"""
 
 
-def _token(piece: str, cost_X: np.ndarray, axis_names: Sequence[str]) -> str:
+def _token(piece: str, cost_X: np.ndarray, axis_names: Sequence[str], ends: bool) -> str:
     net = float(np.mean(cost_X))
     values = ", ".join(f"{name} {cost:.2f}" for name, cost in zip(axis_names, cost_X, strict=True))
-    # Nothing is seen of a token that is but a line's end, or less than a character.
-    mark = " e" if not piece else " n" if "\n" in piece and piece.isspace() else ""
+    # Nothing is seen of a token that is but a line's end, less than a character, or not of the text.
+    mark = " x" if ends else " e" if not piece else " n" if "\n" in piece and piece.isspace() else ""
     return f'<span class="k{shade(net)}{mark}" title="net {net:.2f}: {_text(values)}">{_text(piece)}</span>'
 
 

@@ -1,7 +1,7 @@
 """The text of generated tokens, one token at a time: where it ends, and which token gave which characters.
 
-A character may take several tokens; it belongs to the last of them.  The text ends before the tokenizer's
-end-of-sequence token and before the first stop string, wherever in a token that begins.
+A character may take several tokens; it belongs to the last of them.  The text ends before the first of the
+tokenizer's end tokens and before the first stop string, wherever in a token that begins.
 """
 
 import itertools
@@ -17,7 +17,7 @@ class Transcript:
     """A growing text.  `finish` says why it ended; `pieces` are the characters of each token."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, stops: Sequence[str] = ()):
-        self.ids: list[int] = []  # with the end-of-sequence token, if it came
+        self.ids: list[int] = []  # with the end token, if one came
         self.pieces: list[str] = []
         self.text = ""
         self.finish: Literal["eos", "stop", "length"] | None = None
@@ -32,7 +32,7 @@ class Transcript:
         """Takes the next token.  A text that has ended takes no more."""
         if self.finish:
             raise ValueError("the text has ended")
-        if token == self._tokenizer.eos_id:
+        if token in self._tokenizer.end_ids:
             self._release(final=True)
             self.ids.append(token)
             self.pieces.append("")
@@ -56,6 +56,12 @@ class Transcript:
         open_tail = next((t for t in tails if any(s.startswith(t) for s in self._stops)), "")
         ends = itertools.accumulate(map(len, self.pieces[: self._read]))
         return sum(end <= len(self.text) - len(open_tail) for end in ends)
+
+    def written(self) -> int:
+        """How many tokens are of the text: not the end token, nor those that a stop string cut off whole."""
+        if self.finish == "stop":
+            return max((n for n, piece in enumerate(self.pieces, 1) if piece), default=0)
+        return len(self.ids) - (self.finish == "eos")
 
     def _release(self, final: bool) -> None:
         """Adds the characters that are complete, or all of them, to the text and to the last piece."""

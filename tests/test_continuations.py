@@ -8,10 +8,11 @@ import jax
 import naive_generation as naive
 import numpy as np
 import pytest
+from absl import logging
 
 from sol_jax import costs, forced, llama
 from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
-from sol_jax.axis import ActionSpace
+from sol_jax.axis import ActionSpace, Work
 from sol_jax.continuations import (
     Continuation,
     Score,
@@ -19,6 +20,7 @@ from sol_jax.continuations import (
     mean_cost,
     plans,
     score,
+    shares,
     steps_bucket,
     truncated,
     work,
@@ -239,9 +241,21 @@ def test_work_by_hand(tiny_model):
     assert work([request], [full], plain)[0] == pytest.approx(work([request], [full], plain)[1])
 
 
-def test_compiled_shapes_are_reused(tiny_model):
-    engine = tiny_model.engines["policy"]
+def test_shares_of_dense_work():
+    assert shares(Work(3.0, 1.0), Work(4.0, 8.0)) == {"bytes": 0.75, "flops": 0.125}
+    assert shares(*work([], [], Decoder(None, SPACE))) == {"bytes": 1.0, "flops": 1.0}  # nothing was spent
+
+
+def test_compiled_shapes_are_reused(tiny_model, monkeypatch):
+    told = []
+    monkeypatch.setattr(logging, "info", lambda message, *values: told.append(message % values))
+    engine = dataclasses.replace(tiny_model.engines["policy"], compiled=set())
     score(engine, tiny_model.requests, BUDGET)
     before = forced.prefill._cache_size(), forced.score_controlled._cache_size()
+    assert told == ["bucket: rows 8, contexts 4, prefix 48, steps 30"]
     score(engine, [*tiny_model.requests[1:], tiny_model.requests[1]], (0.5, 0.5, 0.5))
     assert (forced.prefill._cache_size(), forced.score_controlled._cache_size()) == before
+    assert len(told) == 1
+    dense = dataclasses.replace(tiny_model.engines["dense"], compiled=engine.compiled)
+    score(dense, tiny_model.requests)  # another decoder has its own programs
+    assert told[1:] == told[:1]

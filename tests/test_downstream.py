@@ -249,6 +249,8 @@ def test_other_mistakes(tmp_path, data, options):
     (tmp_path / "winogrande" / "dev.jsonl").write_text(json.dumps(item))
     with pytest.raises(UserError, match="line 1: the item's 'question' must have one _"):
         tasks.load(tmp_path, "winogrande")
+    with pytest.raises(UserError, match="--limit, --random and --seed must be at least 0"):
+        downstream.downstream(types.SimpleNamespace(**vars(options) | {"seed": -1}))
     with pytest.raises(UserError, match="--budgets"):
         downstream.downstream(types.SimpleNamespace(**vars(options) | {"budgets": "0.5,0.7"}))
     (tmp_path / "bad.jsonl").write_text("{}\n")

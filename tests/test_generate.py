@@ -26,7 +26,7 @@ from sol_jax.engine import (
 from sol_jax.errors import UserError
 from sol_jax.load import load_model
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
-from sol_jax.sampling import Sampling
+from sol_jax.sampling import GREEDY, Sampling
 from sol_jax.tokenizer import load_tokenizer
 
 SPACE = ActionSpace(
@@ -64,7 +64,7 @@ class Tiny:
 def ended_by(tokenizer, eos_id):
     """The tokenizer with another end token; -1 is none, which texts as random as these need."""
     changed = copy.copy(tokenizer)
-    changed.eos_id = eos_id
+    changed.eos_id, changed.end_ids = eos_id, frozenset({eos_id})
     return changed
 
 
@@ -202,6 +202,18 @@ def test_the_end_token_ends_a_text(tiny_model):
     assert output.transcript.text == tiny_model.tokenizer.decode(output.transcript.ids[:first])
 
 
+def test_any_of_several_end_tokens_ends_a_text(tiny_model):
+    """The one that is drawn first, though the tokenizer's own comes later."""
+    engine = tiny_model.engine("fixed", sampling=SAMPLED)
+    requests = tiny_model.requests(max_tokens=9)
+    ids = generate(engine, requests)[0].transcript.ids
+    _, earlier, later, *_ = dict.fromkeys(ids)
+    tokenizer = ended_by(tiny_model.tokenizer, later)
+    tokenizer.end_ids |= {earlier}
+    transcript = generate(dataclasses.replace(engine, tokenizer=tokenizer), requests)[0].transcript
+    assert (transcript.finish, transcript.ids) == ("eos", ids[: ids.index(earlier) + 1])
+
+
 def test_texts_grow_while_they_are_streamed(tiny_model):
     engine = tiny_model.engine("dense", sampling=SAMPLED)
     lengths = [
@@ -274,6 +286,11 @@ def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
     assert len(told) == 1
     generate(engine, tiny_model.requests(PROMPTS[:1], max_tokens=8))
     assert told[1:] == ["bucket: batch 1, prompts up to 32, texts up to 32 tokens"]
+    greedy = dataclasses.replace(engine, cfg=dataclasses.replace(engine.cfg, sampling=GREEDY))
+    before = decoding.start._cache_size()
+    generate(greedy, tiny_model.requests(PROMPTS[:1], max_tokens=1))  # another decoder has its own programs
+    assert decoding.start._cache_size() == before + 1
+    assert told[2:] == told[1:2]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +303,8 @@ def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
         ({"budget": (0.5, 0.7)}, "budget: 2 numbers were given; the axes are kappa, rho, eta"),
         ({"max_tokens": 0}, "max-tokens is 0; it must be at least 1"),
         ({"stops": ("a", "")}, "a stop string is empty"),
+        ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_sentence(tiny_model, change, sentence):

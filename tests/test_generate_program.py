@@ -103,6 +103,9 @@ MISTAKES = {
     "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),
     "tokens": ({"max_tokens": 0}, "max-tokens is 0"),
     "model": ({"model": "no/such"}, "there is no folder no/such"),
+    "negative seed": ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
+    "large seed": ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),
+    "bytes": ({"prompt": "caf\udce9"}, r"the text is not UTF-8: its character 4 is '\udce9'"),
 }  # fmt: skip
 
 

@@ -16,8 +16,10 @@ BYTE_IDS = {byte: sorted(LETTER.values()).index(letter) for byte, letter in LETT
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_folder):
-    """One token a byte, then END: characters of several tokens, and bytes that are none."""
-    return load_tokenizer(tiny_folder / "model")
+    """One token a byte, then END: characters of several tokens, and bytes that are none; "z" ends it too."""
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    tokenizer.end_ids |= {BYTE_IDS[ord("z")]}
+    return tokenizer
 
 
 def test_the_alphabet_is_the_tokenizer_s(tokenizer):
@@ -27,7 +29,7 @@ def test_the_alphabet_is_the_tokenizer_s(tokenizer):
 def by_definition(tokenizer, ids, max_tokens, stops):
     """Decodes everything anew after each token: the text, the number of tokens used and why it ended."""
     for n in range(1, len(ids) + 1):
-        if ids[n - 1] == tokenizer.eos_id:
+        if ids[n - 1] in tokenizer.end_ids:
             return tokenizer.decode(ids[: n - 1]), n, "eos"
         text = tokenizer.decode(ids[:n])
         cuts = [text.find(stop) for stop in stops if stop in text]
@@ -50,7 +52,7 @@ def run(tokenizer, ids, max_tokens, stops):
     return transcript, settled
 
 
-TEXTS = st.text(alphabet="abé€🙂�\n", max_size=12)
+TEXTS = st.text(alphabet="abé€🙂�\nz", max_size=12)
 BYTES = st.binary(max_size=8).map(list)
 
 
@@ -67,6 +69,7 @@ BYTES = st.binary(max_size=8).map(list)
 @example(["a€", [0x80]], True, 40, [])  # a stray byte before the end
 @example(["ab", [0xE2]], False, 3, ["bc"])  # ends within a character
 @example(["a🙂b"], False, 40, ["🙂b"])
+@example(["a🙂zb"], True, 40, [])  # the second end token comes first
 def test_against_decoding_token_by_token(tokenizer, parts, end, max_tokens, stops):
     ids = []
     for part in parts:
@@ -83,3 +86,19 @@ def test_against_decoding_token_by_token(tokenizer, parts, end, max_tokens, stop
     assert all(transcript.text.startswith(shown) for shown in settled)  # nothing shown was taken back
     if finish:
         assert "".join(transcript.pieces[: transcript.settled()]) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "written", "finish"),
+    [
+        ("a€bz", 40, 5, "eos"),  # bytes that only begin the € are of the text
+        ("z", 40, 0, "eos"),
+        ("a€bc€d", 40, 5, "stop"),  # cut: "c" and all bytes of the €
+        ("a€b", 3, 3, "length"),
+        ("a€b", 40, 5, None),
+    ],
+)
+def test_tokens_that_are_of_the_text(tokenizer, text, max_tokens, written, finish):
+    transcript, _ = run(tokenizer, [BYTE_IDS[byte] for byte in text.encode()], max_tokens, ["c€"])
+    assert (transcript.written(), transcript.finish) == (written, finish)
+    assert "".join(transcript.pieces[written:]) == ""

@@ -4,9 +4,18 @@ import itertools
 import json
 
 import pytest
+from absl import logging
 
 from experiments import own_text
 from sol_jax.corpus import read_documents
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """The program shows its log; later tests need not."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 def arguments(folder, output, **more):
@@ -29,6 +38,12 @@ def test_a_run_goes_on_where_it_stopped(tiny_folder, tmp_path):
     prompts = own_text.passages(engine, str(tiny_folder / "corpus.jsonl"), 6, 8)
     for line, prompt in zip(whole.read_text().splitlines(), itertools.islice(prompts, 5), strict=True):
         assert json.loads(line)["text"].startswith(engine.tokenizer.decode(prompt))
+
+
+def test_shapes_that_compile_are_logged(tiny_folder, tmp_path, caplog):
+    own_text.main(arguments(tiny_folder, tmp_path / "x.jsonl", num_prompts=2))
+    buckets = [message for message in caplog.messages if message.startswith("bucket: ")]
+    assert buckets == ["bucket: batch 2, prompts up to 32, texts up to 32 tokens"]
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,19 @@ def test_what_controls_a_screen_is_made_visible():
 
 
 def test_tokens_say_what_was_spent_on_them():
-    cost_NxX = np.array([[1.0, 1.0, 1.0], [0.1, 0.4, 0.5], [0.2, 0.1, 0.0]])
-    side = page.Side("policy", ["One", "", "\n"], cost_NxX, [("text's <cost>", "3 & 4")])
+    """The second only begins a character, the fourth is the end token: each says so, differently."""
+    cost_NxX = np.array([[1.0, 1.0, 1.0], [0.1, 0.4, 0.5], [0.2, 0.1, 0.0], [1.0, 1.0, 1.0]])
+    side = page.Side("policy", ["One", "", "\n", ""], cost_NxX, [("text's <cost>", "3 & 4")], written=3)
     document = page.render("Title", "A prompt", AXES, [side])
     assert Reader(document).tokens == [
         {"class": "k9", "title": "net 1.00: kappa 1.00, rho 1.00, eta 1.00"},
         {"class": "k3 e", "title": "net 0.33: kappa 0.10, rho 0.40, eta 0.50"},
         {"class": "k0 n", "title": "net 0.10: kappa 0.20, rho 0.10, eta 0.00"},
+        {"class": "k9 x", "title": "net 1.00: kappa 1.00, rho 1.00, eta 1.00"},
     ]
+    for mark, code, meaning in (("e", "00b7", "a token that only begins"), ("x", "25a0", "one that ends")):
+        assert f'.text .{mark}::before {{ content: "\\{code}"; }}' in document
+        assert re.search(f"&#x0*{code.lstrip('0')}; {meaning}", document)
     assert "<th>text&#x27;s &lt;cost&gt;</th><td>3 &amp; 4</td>" in document
 
 

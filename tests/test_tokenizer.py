@@ -1,6 +1,5 @@
 """Tokenizers from GGUF metadata and from folders: exact ids, round trips, special tokens, mistakes."""
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -176,16 +175,65 @@ def test_folder_ids_from_model_config(tmp_path: Path) -> None:
     assert (tokenizer.eos_id, tokenizer.bos_id) == (9, 3)
 
 
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, {256}),
+        ({"config": {"eos_token_id": [7, 8]}}, {7, 8, 256}),
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [9, 256]}}, {9, 256}),
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": None}}, {7, 256}),
+    ],
+)
+def test_any_of_the_model_s_end_tokens_ends_a_text(
+    tmp_path: Path, files: dict[str, Any], ends: set[int]
+) -> None:
+    """Those that `transformers` generates up to, whose generation_config.json goes first, and eos_token."""
+    tokenizer = load_tokenizer(write_folder(tmp_path, {"eos_token": "<|end|>"}, **files))
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (256, ends)
+
+
+def test_the_end_tokens_of_gguf(tmp_path: Path) -> None:
+    assert byte_tokenizer(tmp_path).end_ids == {0}
+    tokenizer = byte_tokenizer(tmp_path, eot_token_id=5, eom_token_id=6)
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (0, {0, 5, 6})
+
+
+@pytest.mark.parametrize(("text", "place"), [("caf\udce9", r"4 is '\\udce9'"), ("\ud83d", r"1 is '\\ud83d'")])
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, text: str, place: str) -> None:
+    """As a byte of the command line that is no UTF-8 arrives."""
+    with pytest.raises(UserError, match=f"the text is not UTF-8: its character {place}"):
+        byte_tokenizer(tmp_path).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [
+        ({"bos_token_id": 1}, [2]),
+        ({"bos_token_id": 1, "add_bos_token": False}, [2]),
+        ({"bos_token_id": 1, "add_bos_token": True}, [1, 2]),
+        ({"bos_token_id": 1, "add_bos_token": True, "add_eos_token": True}, [1, 2, 0]),
+        # Llama 3's files need not say that texts begin with it.
+        ({"bos_token_id": 1, "pre": "llama-bpe"}, [1, 2]),
+        ({"bos_token_id": 1, "pre": "llama-bpe", "add_bos_token": False}, [2]),
+        ({"pre": "llama-bpe"}, [2]),
+    ],
+)
+def test_special_tokens_around_a_text_of_gguf(tmp_path: Path, fields: dict[str, Any], ids: list[int]) -> None:
+    tokenizer = byte_tokenizer(tmp_path, **fields)
+    text = tokenizer.token(2)
+    assert tokenizer.encode(text) == [2]
+    assert tokenizer.encode(text, add_special_tokens=True) == ids
+
+
 def test_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
     first = byte_tokenizer(tmp_path).fingerprint
     assert byte_tokenizer(tmp_path).fingerprint == first
     assert byte_tokenizer(tmp_path, pre="smollm").fingerprint != first
 
 
-def test_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(tmp_path)
-    cfg = llama.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
+def model_of(vocab_size: int) -> llama.LlamaConfig:
+    return llama.LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=4,
         ffn_size=4,
         num_layers=1,
@@ -197,9 +245,38 @@ def test_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
         norm_eps=1e-5,
         tie_embeddings=True,
     )
-    check_vocabulary(tokenizer, cfg)
-    with pytest.raises(UserError, match="260 ids but the model embeds 259"):
-        check_vocabulary(tokenizer, dataclasses.replace(cfg, vocab_size=259))
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(259, False), (260, True), (772, True), (773, False)])
+def test_vocabulary_must_fit_the_model(tmp_path: Path, vocab_size: int, fits: bool) -> None:
+    """A model may fill up its table of embeddings."""
+    tokenizer = byte_tokenizer(tmp_path)
+    if fits:
+        check_vocabulary(tokenizer, model_of(vocab_size))
+        return
+    with pytest.raises(UserError, match=f"260 ids but the model embeds {vocab_size}: it belongs to another"):
+        check_vocabulary(tokenizer, model_of(vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("files", "fits"),
+    [
+        ({}, True),
+        ({"config": {"eos_token_id": 256}}, True),
+        ({"config": {"eos_token_id": [7, 256]}}, True),
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [8, 256]}}, True),
+        ({"config": {"eos_token_id": 256}, "generation_config": {"eos_token_id": 8}}, True),
+        ({"config": {"eos_token_id": [7, 8]}}, False),
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": 8}}, False),
+    ],
+)
+def test_the_end_token_must_be_one_of_the_model_s(tmp_path: Path, files: dict[str, Any], fits: bool) -> None:
+    tokenizer = load_tokenizer(write_folder(tmp_path, {"eos_token": "<|end|>"}, **files))
+    if fits:
+        check_vocabulary(tokenizer, model_of(258))
+        return
+    with pytest.raises(UserError, match=r"id 256 but the model's eos_token_id is 7 or 8: it belongs to"):
+        check_vocabulary(tokenizer, model_of(258))
 
 
 def test_unknown_id(tmp_path: Path) -> None:
@@ -215,7 +292,11 @@ def test_unknown_id(tmp_path: Path) -> None:
         ({"pre": None}, "no field tokenizer.ggml.pre"),
         ({"eos_token_id": None}, "no field tokenizer.ggml.eos_token_id"),
         ({"merges": ["a bc"]}, "tokenizer.ggml.merges do not fit"),
-        ({"add_space_prefix": True}, "add_space_prefix"),
+        ({"add_space_prefix": True}, "add_space_prefix is True, but only False is supported"),
+        ({"add_bos_token": True}, "add_bos_token is set, but there is no tokenizer.ggml.bos_token_id"),
+        ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
+        ({"normalizer": "nfc"}, "unknown field 'tokenizer.ggml.normalizer'"),
+        ({"token_type": [1, 1]}, "token_type has 2 entries for 260 tokens"),
     ],
 )
 def test_mistakes_in_gguf(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -230,6 +311,13 @@ def test_mistakes_in_folders(tmp_path: Path) -> None:
         load_tokenizer(write_folder(tmp_path, {}))
     with pytest.raises(UserError, match="eos_token is '</s>'"):
         load_tokenizer(write_folder(tmp_path, {"eos_token": "</s>"}))
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id is \['x'\]; it must be an id or a list"):
+        load_tokenizer(write_folder(tmp_path, {"eos_token": "<|end|>"}, config={"eos_token_id": ["x"]}))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(write_folder(tmp_path, {}, config={"eos_token_id": []}))
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not readable as UTF-8: "):
+        load_tokenizer(write_folder(tmp_path, {"eos_token": "<|end|>"}, config={}))
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
         load_tokenizer(tmp_path)

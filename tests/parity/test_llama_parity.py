@@ -84,7 +84,6 @@ def test_bfloat16_is_as_near_to_float32_as_the_original(seed: int, tmp_path: Pat
     hidden, _ = llama.prefill(weights, jnp.asarray(tokens_S), cfg)
     ours = np.asarray(llama.logits(weights, hidden))
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
-    print("BF16", rms(ours - exact) / rms(exact), rms(theirs - exact) / rms(exact))
     assert rms(ours - exact) < 1.5 * rms(theirs - exact) < 0.5 * rms(exact)
 
 

@@ -7,12 +7,17 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
+from experiments import item_files, task_sweep
+from experiments.tasks import Example
+from sol_jax import continuations, costs, engine, policy_files
 from sol_jax.load import resolve
 from sol_jax.tokenizer import load_tokenizer
+from sol_jax.update import init_state
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 transformers = pytest.importorskip("transformers")
@@ -192,6 +197,53 @@ def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
     assert set(tasks.STOPS) == set(cot["generation_kwargs"]["until"])
 
 
+@pytest.fixture(scope="module")
+def policy(tiny_session, tmp_path_factory) -> str:
+    """The folder of an untrained policy."""
+    folder = tmp_path_factory.mktemp("policy") / "named"
+    about = {"title": "named", "model": "model", "documents": [], "updates": 0, "seed": 0}
+    about |= {"command": "none", "commit": "none"}
+    params = init_state(jax.random.key(0), tiny_session.setup).params
+    policy_files.save_policy(folder, params, tiny_session.config, about)
+    return str(folder)
+
+
+@pytest.mark.parametrize("controller", ["policy", "dense"])
+def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
+    """Bytes and operations of a scored and a written answer, counted as `experiments.downstream` does."""
+    from lm_eval.api.instance import Instance
+
+    from sol_jax.lm_eval_adapter import SolJax
+
+    budget, output = (0.5, 0.7, 0.6), tmp_path / "costs.jsonl"
+    model = SolJax(
+        str(tiny_folder / "model"), policy, controller, ":".join(map(str, budget)), output=str(output)
+    )
+    own, pair = model._engine, ("the cat sat", " on a mat and saw")
+
+    def ask(kind: str, *args: Any) -> list[Any]:
+        return [Instance(kind, {}, args, 0, ("task", 0, 1))]
+
+    model.loglikelihood(ask("loglikelihood", *pair))
+    for longest in (12, 1):
+        model.generate_until(ask("generate_until", pair[0], {"until": ["zz"], "max_gen_toks": longest}))
+    model.loglikelihood_rolling(ask("loglikelihood_rolling", pair[1]))
+    scored, written, nothing, rolled = (json.loads(line) for line in output.read_text().splitlines())
+    request = continuations.Continuation(*(tuple(model.tok_encode(text)) for text in pair))
+    found = continuations.score(own, [request], budget)
+    record = task_sweep.scored(Example("", (pair,)), [request], found, own)
+    (text,) = engine.generate(own, [engine.Request(request.context, budget, 12, ("zz",))])
+    spent, dense = costs.text_cost(text, own.cfg).total, costs.dense_text_cost(text, own.cfg.model).total
+    for name, share in item_files.shares([record]).items():
+        assert scored[name] == pytest.approx(share)
+        assert written[name] == pytest.approx(getattr(spent, name) / getattr(dense, name))
+        assert nothing[name] == 1  # the prefill gave its token
+        for line in (scored, written, rolled):
+            assert (line[name] == 1) == (controller == "dense")
+    assert [line["tokens"] for line in (scored, written, rolled)] == [len(pair[1]), 12, len(pair[1])]
+    np.testing.assert_allclose(list(written["realised"].values()), text.mean_cost(own.cfg.space.costs_AxX))
+
+
 def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
     """A fixed schedule: a line per request, whose costs average to the budget; mistakes in one sentence."""
     folder, output = tiny.save_model(tmp_path / "model"), tmp_path / "costs.jsonl"
@@ -215,6 +267,7 @@ def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
         realised = np.average([line["realised"][name] for line in scored], weights=weights)
         assert realised == pytest.approx(wanted, abs=0.01)
         assert scored[0]["requested"][name] == wanted
+    assert all(line[name] > 0 for line in lines for name in ("bytes", "flops"))
     for args, told in {
         f"path={folder},controller=fixed": "budget",
         f"path={folder},controller=fixed,budget=0.5:x:0.6": "budget=0.5:x:0.6",
