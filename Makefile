@@ -37,6 +37,7 @@ reproduce: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.bench_update
+	$(BIN)/python -m experiments.bench_generate
 
 # Kernels on a GPU: tests, then benchmarks.  Takes the machine's own Python, which must have jax[cuda13], flax
 # and optax, and uses torch, triton, pytest and hypothesis if it has them; nothing is installed.

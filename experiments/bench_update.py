@@ -1,22 +1,27 @@
-"""How fast a GRPO update runs, and where its time goes, as ratios measured in one process.
+"""How fast a GRPO update runs, and where its time goes, as ratios measured in the same process.
 
     python -m experiments.bench_update                       # SmolLM2-135M, B=8, K=16, T=16, S=1024
     python -m experiments.bench_update --prefix_len 256 --batch_size 4 --csv FILE
     python -m experiments.bench_update --scaling --batch_size 2     # cost against K and against T
 
 Random weights of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
-bfloat16, and bfloat16 with several episodes per prefix) runs in turn, and the rate of a large matrix
-product of the same operands is measured beside each, since absolute times differ from run to run.
-Stages are timed by jitting them alone, so they need not add up to the whole.
+bfloat16, and bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process
+keeps memory that it has freed, so a later mode would seem to need less.  The rate of a large matrix product
+of the same operands is measured in the same process, since absolute times differ from run to run.
+Stages are timed by jitting them alone, so they need not add up to the whole.  `policy_seconds` is the part of
+`rollout_seconds` in which actions are chosen: what the same rollout takes less without a policy.
 """
 
 import argparse
 import csv
+import ctypes
 import dataclasses
 import functools
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -27,7 +32,7 @@ from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
 from sol_jax.axis import ActionSpace
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
-from sol_jax.rollout import EpisodeConfig, policy_controller
+from sol_jax.rollout import Controller, EpisodeConfig, policy_controller, replay
 from sol_jax.update import GrpoConfig, Setup
 
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
@@ -54,14 +59,20 @@ def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float
 
 
 def resident_gib(peak: bool) -> float:
-    """Resident size of this process, now or at its highest since `reset_peak` (Linux)."""
+    """Resident size of this process, now or at its highest since `restart_peak` (Linux)."""
     name = "VmHWM:" if peak else "VmRSS:"
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
 
 
-def reset_peak() -> None:
+def restart_peak() -> None:
+    """From here on; what was freed before no longer counts."""
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_kind() -> str:
+    return jax.devices()[0].device_kind
 
 
 def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
@@ -74,20 +85,36 @@ def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
     )
 
 
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns in a fresh process, which ends with it."""
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(function, *args).result()
+
+
 def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any]:
-    """One row: a whole update, its share of the matmul rate and, unless `--scaling`, its stages."""
+    """One row: a whole update, its share of the matmul rate and, unless `--scaling`, its stages.
+
+    Of the process, which must have done nothing else yet, memory is all beyond what it began with and the
+    weights: at its highest with compilation, and while a compiled update runs.
+    """
     setup = make_setup(args, dtype, windows)
+    jax.devices()  # the backend's own memory is no update's
+    base = resident_gib(peak=False)
     weights = jax.block_until_ready(
         jax.jit(functools.partial(llama.init_weights, cfg=setup.model))(jax.random.key(0))
     )
-    reset_peak()
-    before = resident_gib(peak=False)
+    base += sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30
+    restart_peak()
     shape = (args.batch_size, setup.episode.block_length)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, setup.model.vocab_size)
     state = update.init_state(jax.random.key(2), setup)
     run = jax.jit(update.train_step, static_argnames="setup")  # not donated: the state is used again
     first, whole, _ = timed(lambda: run(state, weights, tokens, setup=setup), repeats=args.repeats)
-    memory = resident_gib(peak=True) - before
+    peak = resident_gib(peak=True) - base
+    restart_peak()
+    jax.block_until_ready(run(state, weights, tokens, setup=setup))
+    running_peak = resident_gib(peak=True) - base
     rate = flops.matmul_rate(dtype)
     work = flops.update_flops(setup, args.batch_size)
     decoded = args.batch_size * windows * args.num_schedules * args.horizon
@@ -101,7 +128,8 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
         "matmul_gflops": round(rate / 1e9, 1),
         "share_of_matmul_rate": round(sum(work.values()) / whole / rate, 3),
         "compile_seconds": round(first - whole, 1),
-        "peak_gib_beyond_weights": round(memory, 2),
+        "peak_gib_beyond_weights": round(peak, 2),
+        "running_peak_gib_beyond_weights": round(running_peak, 2),
     }
     return row if args.scaling else row | stages(args, setup, weights, tokens, state)
 
@@ -109,20 +137,28 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
 def stages(
     args: argparse.Namespace, setup: Setup, weights: Any, tokens: jax.Array, state: update.TrainState
 ) -> dict[str, float]:
-    """Seconds of prefill, rollout, head and fit, each jitted alone."""
+    """Seconds of prefill, rollout, the policy's part of it, head and fit, each jitted alone."""
     B, W, K = args.batch_size, setup.episode.episodes_per_prefix, args.num_schedules
     budget = jnp.full((B, W, K, len(SPACE.axes)), 0.6)
     prefill = jax.jit(lambda w, t: update.prefill_blocks(w, t, setup)[0])
     _, prefill_seconds, episode = timed(prefill, weights, tokens, repeats=args.repeats)
 
-    @jax.jit
-    def roll(weights: Any, params: Any, episode: Any) -> Any:
-        controller = policy_controller(setup.network, params, setup.grpo.temperature)
+    def roll(weights: Any, episode: Any, controller: Controller) -> Any:
         memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, W, K, *x.shape)), controller.memory)
         each = controller._replace(memory=memory)
         return update.run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
 
-    _, roll_seconds, rollout = timed(roll, weights, state.params, episode, repeats=args.repeats)
+    @jax.jit
+    def roll_policy(weights: Any, params: Any, episode: Any) -> Any:
+        return roll(weights, episode, policy_controller(setup.network, params, setup.grpo.temperature))
+
+    @jax.jit
+    def roll_given(weights: Any, action_T: jax.Array, episode: Any) -> Any:
+        return roll(weights, episode, replay(action_T))
+
+    _, roll_seconds, rollout = timed(roll_policy, weights, state.params, episode, repeats=args.repeats)
+    action_T = rollout.action_T[0, 0, 0]
+    _, given_seconds, _ = timed(roll_given, weights, action_T, episode, repeats=args.repeats)
     head = jax.jit(lambda w, r, label: update.score(w, r, label, setup.memory.head_rows))
     _, head_seconds, reward = timed(head, weights, rollout, episode.label_T, repeats=args.repeats)
 
@@ -135,14 +171,20 @@ def stages(
         return update.fit(state, experience, *order, setup)[0]
 
     _, fit_seconds, _ = timed(fit, state, rollout, reward, repeats=args.repeats)
-    named = {"prefill": prefill_seconds, "rollout": roll_seconds, "head": head_seconds, "fit": fit_seconds}
+    named = {
+        "prefill": prefill_seconds,
+        "rollout": roll_seconds,
+        "policy": roll_seconds - given_seconds,
+        "head": head_seconds,
+        "fit": fit_seconds,
+    }
     return {f"{name}_seconds": round(seconds, 3) for name, seconds in named.items()}
 
 
 def compare_modes(args: argparse.Namespace) -> list[dict[str, Any]]:
     """float32, bfloat16, and bfloat16 with four episodes per prefix."""
     rows = [
-        shown(measure(args, dtype, windows))
+        shown(alone(measure, args, dtype, windows))
         for dtype, windows in (("float32", 1), ("bfloat16", 1), ("bfloat16", 4))
     ]
     base, narrow, shared = (row["schedule_tokens_per_second"] for row in rows)
@@ -156,7 +198,7 @@ def compare_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("num_schedules", "horizon"):
         for size in (getattr(args, name) // 2, getattr(args, name), getattr(args, name) * 2):
             sizes = argparse.Namespace(**vars(args) | {name: size})
-            rows.append(shown(measure(sizes, "bfloat16", 1)))
+            rows.append(shown(alone(measure, sizes, "bfloat16", 1)))
         least, *more = rows[-3:]
         grown = [(row["seconds"] / least["seconds"], row[name] // least[name]) for row in more]
         print(
@@ -178,7 +220,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
     parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
     args = parser.parse_args()
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}: {vars(args)}", flush=True)
+    # Asked elsewhere: a process that has seen a GPU keeps most of its memory.
+    print(f"jax {jax.__version__} on {alone(device_kind)}: {vars(args)}", flush=True)
     rows = compare_sizes(args) if args.scaling else compare_modes(args)
     if args.csv:
         with open(args.csv, "w", newline="") as file:

@@ -55,6 +55,9 @@ class Plan:
 class Row:
     """One controller at one requested budget.  Costs and `net` are realised; nats are per token.
 
+    `bytes` and `flops` are what the same steps really read and compute, as shares of decoding them densely
+    (see `Scores.work`; the policy's own are counted where it is in control).
+
     `gain` is the policy's mean log-probability minus this controller's, on the same tokens, with its 95 %
     interval over documents.  `net` is the mean of the axes' episode-average costs (sol.md section 1).
     `random_best` is the draw that did best on the very text it is scored on, as the paper takes it: this
@@ -67,6 +70,8 @@ class Row:
     requested: tuple[float, ...]
     cost: tuple[float, ...]
     net: float
+    bytes: float
+    flops: float
     nats: float
     perplexity: float
     gain: float
@@ -224,6 +229,7 @@ def _row(
         *place,
         tuple(float(c) for c in cost_X),
         float(cost_X.mean()),
+        *scores.work(setup, with_policy=name == POLICY),
         nats,
         float(np.exp(nats)),
         *gain,

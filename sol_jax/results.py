@@ -100,7 +100,8 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
 def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:
     """The rows as text, one block per requested budget."""
     costs = "cost " + "/".join(axis_names)
-    head = f"{'controller':14} {costs:>22} {'net':>6} {'ppl':>9}   gain of the policy, nats/token"
+    shares = f"{'net':>6} {'bytes':>6} {'flops':>6}"
+    head = f"{'controller':14} {costs:>22} {shares} {'ppl':>9}   gain of the policy, nats/token"
     lines = [head, "-" * len(head)]
     for row in rows:
         if row.controller == "policy":
@@ -109,5 +110,6 @@ def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:
         cost = " / ".join(f"{c:.3f}" for c in row.cost)
         gain = f"{row.gain:+.4f} [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
         shown = "" if row.controller == "policy" else gain
-        lines.append(f"{row.controller:14} {cost:>22} {row.net:6.3f} {row.perplexity:9.2f}   {shown}")
+        shares = f"{row.net:6.3f} {row.bytes:6.3f} {row.flops:6.3f}"
+        lines.append(f"{row.controller:14} {cost:>22} {shares} {row.perplexity:9.2f}   {shown}")
     return "\n".join(lines)

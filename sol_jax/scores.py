@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sol_jax import heuristics, llama, schedules
+from sol_jax import costs, heuristics, llama, schedules
+from sol_jax.axis import Work
 from sol_jax.llama import Weights
 from sol_jax.rollout import Controller, Episode, policy_controller, replay
 from sol_jax.update import Setup, prefill_blocks, run_schedules, score
@@ -44,6 +45,23 @@ class Scores(NamedTuple):
         counted = schedules.controllable(setup.episode, N).reshape(N, W, 1, T, 1)
         cost = setup.space.costs_AxX[self.action_NxWxJxT] * counted
         return cost.sum(-2) / np.maximum(counted.sum(-2), 1)
+
+    def work(self, setup: Setup, with_policy: bool) -> Work:
+        """Bytes read and operations of all steps together, as shares of decoding them densely.
+
+        Of every step, controllable or not.  Text that is given has no KV refresh, so none is counted.
+        """
+        W, T = self.action_NxWxJxT.shape[1::2]
+        policy = costs.policy_step(setup.policy) if with_policy else costs.NONE
+        spent, dense = np.zeros(2), np.zeros(2)
+        for w, t in np.ndindex(W, T):
+            kv_len = setup.episode.prefix_len + w * T + t + 1
+            count_A = np.bincount(self.action_NxWxJxT[:, w, :, t].ravel(), minlength=setup.space.num_actions)
+            steps, full = count_A.sum(), costs.dense_step(kv_len, setup.model).total
+            spent += np.array(costs.action_costs(setup.space, kv_len, setup.model)) @ count_A
+            spent += steps * np.array(policy)
+            dense += steps * np.array(full)
+        return Work(*(float(share) for share in spent / dense))
 
 
 def join(parts: list[Scores], axis: int) -> Scores:

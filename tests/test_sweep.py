@@ -11,9 +11,12 @@ import pytest
 
 from sol_jax import llama, schedules, score_files, stale_prefill
 from sol_jax.axes import Quest
+from sol_jax.axis import ActionSpace
 from sol_jax.comparison import Plan, run
+from sol_jax.costs import policy_step
 from sol_jax.data import evaluation_batches
 from sol_jax.errors import UserError
+from sol_jax.rollout import EpisodeConfig
 from sol_jax.score_files import Store
 from sol_jax.scores import POLICY, REPLAY, Kind, Player
 from sol_jax.sweep import Job, Sweep
@@ -104,6 +107,35 @@ def test_costs_by_hand(tiny_session, policy):
     shape = dataclasses.replace(setup.episode, uncontrolled=setup.episode.prefix_len + 2)
     late = scores.costs(dataclasses.replace(setup, episode=shape))[0, 0, 0]
     np.testing.assert_allclose(late, [0.1, 0.4, (0.3125 + 1) / 2], rtol=1e-6)
+
+
+def test_work_by_hand(tiny_session, policy):
+    """Two episodes of two steps after 8 tokens, of two blocks and one schedule, so 9 to 12 keys.
+
+    The model is that of test_costs: a step takes 800 bytes of weights and 400 operations without those of
+    gate and up (512, 256), 32 of each per key, and 32 bytes for the MLP's output.
+    """
+    from test_costs import AXES, MODEL
+
+    space = ActionSpace(AXES)
+    setup = dataclasses.replace(
+        tiny_session.setup, model=MODEL, space=space, episode=EpisodeConfig(8, 2, 2, uncontrolled=9)
+    )
+    action = np.full((2, 2, 1, 2), space.dense)
+    action[0, 0, 0, 0] = int(space.join(np.array([1, 0, 1])))  # prunes; it counts, controllable or not
+    action[1, 1, 0, 1] = 0  # everything at its lowest, 12 keys
+    scores = policy._replace(action_NxWxJxT=action)
+
+    # 0.3 of 4 channels are two: half of gate and up.  0.2 of 12 keys are three, a page of 4 for each of two
+    # heads, chosen by the bounds of three pages, as long as a key and its value.  Rounding saves nothing.
+    dense = sum(2 * (800 + 512 + 32 * keys + 32) for keys in (9, 10, 11, 12))
+    saved = 256 + 256 + 32 * (12 - 8 - 3)
+    assert scores.work(setup, with_policy=False).bytes == pytest.approx(1 - saved / dense)
+    dense = sum(2 * (400 + 256 + 32 * keys) for keys in (9, 10, 11, 12))
+    saved = 128 + 128 + 32 * (12 - 4 - 3)
+    assert scores.work(setup, with_policy=False).flops == pytest.approx(1 - saved / dense)
+    own = policy_step(setup.policy).flops
+    assert scores.work(setup, with_policy=True).flops == pytest.approx(1 + (8 * own - saved) / dense)
 
 
 def test_an_axis_held_dense(tiny_session, make):
@@ -297,6 +329,8 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
             assert row.cost[0] == 1.0
             assert row.levels[0] == "1:1"
         assert row.gain == pytest.approx(row.nats - own.nats, abs=1e-6)
+        if row.controller == "dense":
+            assert (row.bytes, row.flops) == pytest.approx((1.0, 1.0))
     assert [(draw.held, draw.draw) for draw in draws] == [(h, d) for h in ("", "kappa") for d in range(3)]
     best = min(draw.nats for draw in draws[:3])
     assert next(row.nats for row in rows if row.controller == "random_best") == pytest.approx(best)
