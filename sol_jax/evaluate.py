@@ -13,7 +13,7 @@ paper takes it, which favours it.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -40,9 +40,11 @@ from sol_jax.subject import (
     training_documents,
 )
 from sol_jax.sweep import Sweep
-from sol_jax.update import Setup
+from sol_jax.update import Setup, TrainState
 
-__all__ = ["compare", "report", "summary"]  # what training needs
+__all__ = ["compare", "is_reported", "report", "summary"]  # what training needs
+
+RESULTS = "results.csv"  # in a workdir
 
 
 def compare(
@@ -59,35 +61,64 @@ def compare(
     return run(sweep, Plan(asked, num_random=num_random, seed=seed))[0]
 
 
-def report(session: Session, params: Any, workdir: pathlib.Path) -> list[Row]:
-    """The comparison at the end of a training, on its test text: a new `results.csv`, and a table."""
+def report(
+    session: Session, state: TrainState, workdir: pathlib.Path, pause: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """The comparison at the end of a training, on its test text: a new `results.csv`, and a table.
+
+    The files of an earlier policy stay until everything is computed.  `pause` is called now and then, and may
+    raise.
+    """
     cfg, setup = session.config, session.setup
     plan = Plan(requested(cfg, setup.space), num_random=cfg.eval.num_random, seed=cfg.seed)
     batches = list(evaluation_batches(session.split("test"), cfg.eval.batch_size, cfg.eval.num_test_blocks))
-    sweep = Sweep(session.weights, params, batches, setup, Store(None, {}), cfg.grpo.num_schedules)
-    subject = Subject(params, cfg, workdir.absolute().name, cfg.train.num_updates)
-    output = workdir / "results.csv"
-    for name in ("results.csv", "results-draws.csv"):
-        (workdir / name).unlink(missing_ok=True)  # of an earlier policy
-    return run_and_write(sweep, plan, describe(subject, session, "test", batches), output)
+    sweep = Sweep(session.weights, state.params, batches, setup, Store(None, {}), cfg.grpo.num_schedules)
+    subject = Subject(state.params, cfg, workdir.absolute().name, int(state.step))
+    about = describe(subject, session, "test", batches) | {"run_updates": subject.updates}
+    return run_and_write(sweep, plan, about, workdir / RESULTS, fresh=True, pause=pause)
 
 
-def run_and_write(sweep: Sweep, plan: Plan, about: dict[str, Any], output: pathlib.Path) -> list[Row]:
-    """Runs the plan, adds its rows to the CSV `output`, prints them as a table; draws have their own CSV."""
+def is_reported(workdir: pathlib.Path, updates: int) -> bool:
+    """Whether `results.csv` is of a run that had made so many updates."""
+    path = workdir / RESULTS
+    rows = results.read(path) if path.exists() else []
+    # An older file lacks the column, and its rows are mostly of the last policy.
+    return any(row.get("run_updates", row.get("updates")) == str(updates) for row in rows)
+
+
+def run_and_write(
+    sweep: Sweep,
+    plan: Plan,
+    about: dict[str, Any],
+    output: pathlib.Path,
+    fresh: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Runs the plan, adds its rows to the CSV `output`, prints them as a table; draws have their own CSV.
+
+    With `fresh` the new rows replace all that are there.
+    """
     about = about | {"stale_prefill": sweep.stale, "num_random": plan.num_random}
     beside = output.with_name(f"{output.stem}-draws.csv")
-    for path in (output, beside):
+    for path in () if fresh else (output, beside):
         results.check_same(path, about)
     names = [axis.name for axis in sweep.setup.space.axes]
-    rows, draws = run(sweep, plan, lambda total, done, label: _bar(total, done, f"{label}, {about['text']}"))
-    results.merge(output, results.records(rows, names, about))
+
+    def stage(total: int, done: int, label: str) -> Stage:
+        return _bar(total, done, f"{label}, {about['text']}", pause)
+
+    rows, draws = run(sweep, plan, stage)
+    put = results.write if fresh else results.merge
     if draws:
-        results.merge(beside, results.records(draws, names, about))
+        put(beside, results.records(draws, names, about))
+    elif fresh:
+        beside.unlink(missing_ok=True)  # of an earlier policy
+    put(output, results.records(rows, names, about))  # last: with it, everything is there
     print(results.table(rows, names))
     return rows
 
 
-def _bar(total: int, done: int, label: str) -> Stage:
+def _bar(total: int, done: int, label: str, pause: Callable[[], None]) -> Stage:
     """A bar that counts columns (a schedule of every episode of a batch), with an ETA."""
     bar = progress(total, done, label)
     count = done
@@ -98,6 +129,7 @@ def _bar(total: int, done: int, label: str) -> Stage:
         bar.update(count)
         if count == total:
             bar.close()
+        pause()
 
     return tell
 
@@ -187,6 +219,7 @@ def evaluate(options: Options) -> list[Row]:
     if not options.workdir and not options.output:
         raise UserError("give --output FILE.csv with --policy")
     workdir = pathlib.Path(options.workdir or ".")
+    of_run: dict[str, Any] = {}
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
@@ -198,19 +231,20 @@ def evaluate(options: Options) -> list[Row]:
         session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
         subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
         trained_on = training_documents(config, session)
+        of_run["run_updates"] = checkpoints.latest_step()  # the best policy may be an earlier one
     refuse_training_text(session, options.split, trained_on)
     print(f"evaluating the policy of update {subject.updates}")
     plan = plan_of(options, config, session.setup)
     limit = options.num_blocks or config.eval.num_test_blocks or None
     blocks = session.split(options.split)
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
-    output = pathlib.Path(options.output) if options.output else workdir / "results.csv"
+    output = pathlib.Path(options.output) if options.output else workdir / RESULTS
     store = Store(output.with_suffix(".scores"), decides(session, batches, options.stale_prefill))
     parallel = options.parallel or config.grpo.num_schedules
     sweep = Sweep(
         session.weights, subject.params, batches, session.setup, store, parallel, options.stale_prefill
     )
-    return run_and_write(sweep, plan, describe(subject, session, options.split, batches), output)
+    return run_and_write(sweep, plan, describe(subject, session, options.split, batches) | of_run, output)
 
 
 @exits_on_user_error

@@ -27,11 +27,14 @@ from sol_jax.update import TrainState, init_state, jit_train_step
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
-    """SIGTERM asked the run to stop at the next update."""
+    """SIGTERM asked the run to stop; all that it has learned by `step` is on disk."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM after update {step}; start again to resume")
 
 
 class StopRequest:
-    """Turns SIGTERM (a pod's or scheduler's notice) into a flag that the loop reads between updates.
+    """Turns SIGTERM (a pod's or scheduler's notice) into a flag, which is read where stopping loses nothing.
 
     A context manager: outside it the signal means what it meant before.
     """
@@ -46,6 +49,11 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
+    def check(self, step: int) -> None:
+        """Raises `Interrupted` if the signal has come; `step` is the last update, which is on disk."""
+        if self.requested:
+            raise Interrupted(step)
+
     def _set(self, signum: int, frame: Any) -> None:
         self.requested = True
 
@@ -58,6 +66,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     check(config)
+    if jax.process_count() > 1:  # the text is shared out below, but gradients are not summed over processes
+        raise UserError(
+            f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
+        )
     checkpoints = Checkpoints(workdir, flatten(config), config.train.keep)
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
@@ -82,38 +94,43 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
-    with (
-        StopRequest() as stop,
-        contextlib.closing(checkpoints),
-        metrics.Writer(workdir, start) as writer,
-        contextlib.closing(bar),
-    ):
-        hooks = metrics.periodic_actions(writer, num_updates)
-        for step in range(start + 1, num_updates + 1):
-            batch = next(batches)
-            state, device_scalars = jit_train_step(state, session.weights, batch.tokens_BxN, setup=setup)
-            scalars = {name: float(value) for name, value in device_scalars.items()}
-            require_finite(scalars, step, checkpoints.latest_step())
-            last = step == num_updates or stop.requested
-            due = step == num_updates or (config.eval.every > 0 and step % config.eval.every == 0)
-            log = last or due or step % config.train.log_every == 0
-            if log:
-                scalars |= rate.since_last(step)
-            if due:
-                scalars |= validate(session, state)
-                rate.restart(step)
-            if log:
-                writer.scalars(step, scalars)
-            if last or due or step % config.train.checkpoint_every == 0:
-                checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
-            for hook in hooks:
-                hook(step)
-            bar.update(step, reward=scalars["reward"], penalty=scalars["penalty"])
-            if stop.requested:
-                checkpoints.wait()
-                raise Interrupted(f"stopped by SIGTERM after update {step}; start again to resume")
-    if config.eval.num_test_blocks:
-        evaluate.report(session, state.params, workdir)
+    with StopRequest() as stop:
+        with (
+            contextlib.closing(checkpoints),
+            metrics.Writer(workdir, start) as writer,
+            contextlib.closing(bar),
+        ):
+            hooks = metrics.periodic_actions(writer, num_updates)
+            for step in range(start + 1, num_updates + 1):
+                batch = next(batches)
+                state, on_device = jit_train_step(state, session.weights, batch.tokens_BxN, setup=setup)
+                scalars = {name: float(value) for name, value in on_device.items()}
+                require_finite(scalars, step, checkpoints)
+                # Read once: a signal that comes later stops the next update, which then is saved.
+                stopping = stop.requested
+                last = step == num_updates or stopping
+                due = step == num_updates or (config.eval.every > 0 and step % config.eval.every == 0)
+                log = last or due or step % config.train.log_every == 0
+                if log:
+                    scalars |= rate.since_last(step)
+                if due:
+                    scalars |= validate(session, state)
+                    rate.restart(step)
+                if log:
+                    writer.scalars(step, scalars)
+                if last or due or step % config.train.checkpoint_every == 0:
+                    checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
+                for hook in hooks:
+                    hook(step)
+                bar.update(step, reward=scalars["reward"], penalty=scalars["penalty"])
+                if stopping:
+                    checkpoints.wait()
+                    raise Interrupted(step)
+        updates = int(state.step)
+        # Where nothing was learned since the last results, what `sol_jax.evaluate` has added to them stays.
+        known = start == updates and evaluate.is_reported(workdir, updates)
+        if config.eval.num_test_blocks and not known:
+            evaluate.report(session, state, workdir, pause=lambda: stop.check(updates))
     return state
 
 
@@ -156,16 +173,15 @@ def validate(session: Session, state: TrainState) -> dict[str, float]:
     return evaluate.summary(rows, session.setup)
 
 
-def require_finite(scalars: Mapping[str, float], step: int, last_good: int | None) -> None:
-    """Raises `UserError` if a metric of this update is NaN or infinite."""
+def require_finite(scalars: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+    """Raises `UserError`, naming the last good checkpoint, if a metric of this update is NaN or infinite."""
     bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-    if bad:
-        kept = (
-            "no checkpoint was written yet"
-            if last_good is None
-            else f"the last good checkpoint is {last_good}"
-        )
-        raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
+    if not bad:
+        return
+    checkpoints.wait()  # for the one that is still being written: it is good
+    good = checkpoints.latest_step()
+    kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
+    raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants: configs/X.py:cpu,t4")

@@ -1,11 +1,13 @@
 """What a user can get wrong: each mistake is one sentence that names it, before anything heavy starts."""
 
+import errno
 import gzip
 import json
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -227,6 +229,22 @@ def test_corpora_that_cannot_be_used(name, tiny_folder, tmp_path):
     assert expected in refused(config, tmp_path / "run")
 
 
+def test_a_corpus_that_nobody_may_read(tiny_folder, tmp_path, monkeypatch):
+    """Made up, for root may read everything."""
+    file, read_bytes = tmp_path / "secret.txt", pathlib.Path.read_bytes
+    file.write_text("word " * 1000)
+
+    def denied(path):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    fields = {"data.source": str(file), "data.cache_dir": str(tmp_path / "blocks")}
+    message = refused(tiny.config_for(tiny_folder, **fields), tmp_path / "run")
+    assert message == f"cannot read {file}: Permission denied; check its permissions"
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_split_that_is_needed_later_is_missed_at_once(split, tiny_folder, tmp_path):
     """Not after the training, when the evaluation starts."""
@@ -261,6 +279,14 @@ def test_an_impossible_value_leaves_the_workdir_alone(tiny_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_several_processes(tiny_folder, tmp_path, monkeypatch):
+    """They would share out the text, but not their gradients."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = refused(tiny.config_for(tiny_folder), tmp_path / "run")
+    assert message.startswith("training runs in one process, not in 2: ")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("content", [None, "{", '["a"]'])
 def test_an_evaluation_of_no_run(content, tmp_path):
     if content is not None:
@@ -284,6 +310,10 @@ SLIPS = {  # each starts a program of its own, that imports JAX
     "misspelt key": ((*RUN, "--config.grpo.gama=1"), "did you mean 'gamma'?"),
     "unknown group": ((*RUN, "--config.nope.gamma=1"), "the config has no field 'nope'"),
     "no number": ((*RUN, "--config.grpo.num_schedules=abc"), "--config.grpo.num_schedules=abc"),
+    "one schedule": (
+        (*RUN, "--config.grpo.num_schedules=1"),
+        "config.grpo.num_schedules is 1; it must be at least 2",
+    ),
     "no whole number": ((*RUN, "--config.grpo.num_schedules=1.5"), "--config.grpo.num_schedules=1.5"),
     "no dashes": ((*RUN, "config.grpo.gamma=0.5"), "'config.grpo.gamma=0.5' is not expected"),
     "unknown flag": ((*RUN, "--wordkir=x"), "wordkir"),
@@ -308,6 +338,16 @@ def test_slips_on_the_command_line(name, tmp_path):
     assert line.startswith("error: ")
     assert expected in line
     assert not (tmp_path / "run").exists()
+
+
+def test_training_a_missing_model(tmp_path):
+    model = tmp_path / "none"
+    ended = run_program(
+        "sol_jax.train", *SMOKE, "--workdir", str(tmp_path / "run"), f"--config.model.path={model}"
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"error: no model at '{model}'; give a folder, a .gguf")
+    assert "Traceback" not in ended.stderr
 
 
 def test_evaluating_a_folder_that_is_no_run(tmp_path):

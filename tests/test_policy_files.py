@@ -184,7 +184,7 @@ def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch):
         checkpoints.save(step, state, {"position": 0}, score)
     checkpoints.close()
     session = subject.open_text(config, "", "")
-    rows = evaluate.report(session, states[1].params, tmp_path / "run")
+    rows = evaluate.report(session, states[1], tmp_path / "run")
     monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "policies")
     publish.publish(tmp_path / "run", "tiny/best", "make it", [tmp_path / "run" / "results.csv"])
     params, _, about = policy_files.load_policy("tiny/best")

@@ -18,10 +18,11 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import sol_j_2l
+from sol_jax import evaluate, metrics, results
 from sol_jax.config import flatten
 from sol_jax.errors import UserError
 from sol_jax.state import Checkpoints
-from sol_jax.train import train
+from sol_jax.train import Interrupted, require_finite, train
 from sol_jax.update import init_state
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -129,24 +130,41 @@ def test_an_uninterrupted_run(tiny_folder, tiny_session, whole):
     assert best in steps_in(whole)
 
 
+def test_what_is_logged(whole):
+    """The names that people plot; there is no speed in the first line, whose updates were compiled too."""
+    axes = ("kappa", "rho", "eta")
+    learning = {"reward", "penalty", *(f"budget_gap/{axis}" for axis in axes)}
+    learning |= {"policy/entropy", "policy/clip_share", "policy/grad_norm"}
+    speed = {"speed/seconds_per_update", "speed/schedule_tokens_per_second", "speed/share_of_matmul_rate"}
+    first, *others = (json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines())
+    assert learning <= set(first)
+    for line in others:
+        assert learning | speed <= set(line)
+        assert all(line[name] > 0 for name in speed)
+
+
 def test_killed_at_any_moment_and_resumed_it_ends_as_if_it_had_not_been(
     tiny_folder, tiny_session, whole, tmp_path
 ):
     rng, config = random.Random(0), config_of(tiny_folder)
     moments = (
-        lambda: half_written(tmp_path),  # while the first checkpoint is being written
+        # While the first checkpoint is being written, or just after it.
+        lambda: half_written(tmp_path) or steps_in(tmp_path),
         lambda: (
             (tmp_path / "metrics.jsonl").exists() and metrics_lines(tmp_path) >= 1
         ),  # before its checkpoint
         lambda: len(steps_in(tmp_path)) >= 2 and 6 in steps_in(tmp_path),
     )
+    codes = []
     for moment in moments:
         process = start(tiny_folder, tmp_path)
         wait_for(moment, process)
         time.sleep(rng.uniform(0, 0.02))
         process.kill()
         _, errors = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0), errors
+        codes.append(process.returncode)
+        assert codes[-1] in (-signal.SIGKILL, 0), errors
+    assert codes[:2] == [-signal.SIGKILL] * 2, "the run was over before it could be killed"
     train(config, tmp_path)
     assert_same_run(tiny_session, tmp_path, whole, config)
     assert not half_written(tmp_path)
@@ -172,8 +190,27 @@ def test_sigterm_writes_the_update_just_done_and_exits_cleanly(tiny_folder, tiny
     jax.tree.map(np.testing.assert_array_equal, resumed.opt_state, straight.opt_state)
 
 
+def terminate_itself():
+    """Python runs the handler before the next line, so nothing here depends on the clock."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_sigterm_that_comes_too_late_for_this_update_s_checkpoint_stops_the_next_one(
+    tiny_folder, tmp_path, monkeypatch
+):
+    def hook(step):  # called once it is decided whether to save
+        if step == 3:
+            terminate_itself()
+
+    monkeypatch.setattr(metrics, "periodic_actions", lambda writer, num_steps: [hook])
+    config = config_of(tiny_folder, **{"train.checkpoint_every": 1000, "eval.every": 0})
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM after update 4; start again to resume$"):
+        train(config, tmp_path)
+    assert steps_in(tmp_path) == [4]
+
+
 def test_the_handler_of_sigterm_is_put_back(tiny_folder, whole):
-    """Else a process that has trained (a notebook, the final evaluation) could no longer be stopped."""
+    """Else a process that has trained (a notebook) could no longer be stopped."""
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -190,6 +227,46 @@ def test_a_finished_run_does_nothing_when_started_again(tiny_folder, tiny_sessio
     state = train(config_of(tiny_folder), copied)
     assert int(state.step) == UPDATES
     assert metrics_of(copied) == before
+
+
+def test_results_are_replaced_by_those_of_more_updates_and_by_nothing_else(
+    tiny_folder, copied, monkeypatch, capsys
+):
+    def files():
+        return [(copied / name).read_text() for name in ("results.csv", "results-draws.csv")]
+
+    def updates():
+        return {row["updates"] for row in results.read(copied / "results.csv")}
+
+    tested = {"eval.num_test_blocks": 2}
+    config = config_of(tiny_folder, **tested)
+    train(config, copied)  # which was finished, but not tested
+    assert updates() == {str(UPDATES)}
+
+    evaluate.evaluate(evaluate.Options(workdir=str(copied), budgets="0.4,0.6,0.5;0.5,0.7,0.6"))
+    added = files()
+    assert len(results.read(copied / "results.csv")) == 10
+    capsys.readouterr()
+    train(config, copied)
+    assert files() == added
+    assert capsys.readouterr().out == ""  # no table: there was nothing to evaluate
+
+    more = config_of(tiny_folder, **tested, **{"train.num_updates": UPDATES + 1})
+    run = evaluate.run
+
+    def interrupted(*args):
+        terminate_itself()
+        return run(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "run", interrupted)
+        stopped = f"^stopped by SIGTERM after update {UPDATES + 1}; start again to resume$"
+        with pytest.raises(Interrupted, match=stopped):
+            train(more, copied)
+    assert files() == added
+    train(more, copied)
+    assert updates() == {str(UPDATES + 1)}
+    assert {row["updates"] for row in results.read(copied / "results-draws.csv")} == updates()
 
 
 @pytest.mark.parametrize(
@@ -264,6 +341,17 @@ def test_a_nan_later_names_the_last_good_checkpoint(
     no_checkpoint_is_poisoned(copied, config)
     assert max(steps_in(copied)) == UPDATES
     assert not any(math.isnan(float(v)) for line in metrics_of(copied).values() for v in line.values())
+
+
+def test_a_checkpoint_that_is_still_being_written_counts_as_the_last_good_one(tiny_session, tmp_path):
+    state = init_state(jax.random.key(0), tiny_session.setup)
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+    checkpoints.save(1, state, {})
+    with pytest.raises(
+        UserError, match=r"update 2 gave a NaN or Inf in reward; the last good checkpoint is 1$"
+    ):
+        require_finite({"reward": math.inf, "penalty": 1.0}, 2, checkpoints)
+    checkpoints.close()
 
 
 def poison_model(tiny_folder, into):
