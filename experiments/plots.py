@@ -178,7 +178,7 @@ def fronts(
     panels: Mapping[str, Sequence[Row]], controllers: Sequence[str] = ("fixed", "random", "random_best")
 ) -> Figure:
     """A column per panel: perplexity over the net keep rate, and the policy's gains with their intervals."""
-    size = (3.6 * len(panels) + 0.6, 6.2)
+    size = (max(3.6 * len(panels) + 0.6, 8.5), 6.2)  # wide enough for legend and caption
     figure, grid = plt.subplots(
         2, len(panels), figsize=size, layout="constrained", squeeze=False, sharex="col"
     )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Most of the time of the tests is LLVM's.  Set before JAX is imported, for started processes too; XLA's own
 # passes over the program, which decide what is computed, stay as users have them.
@@ -21,6 +22,18 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Compiled programs are mapped into memory, some maps each, and Linux gives a process 65,530 of them.
+
+    XLA crashes at the next one, after a thousand tests or so, so what was compiled is dropped before.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

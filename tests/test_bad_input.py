@@ -68,6 +68,8 @@ IMPOSSIBLE = {
     "grpo.gamma": (-0.1, 1.1, NAN),
     "grpo.returns": ("mean",),
     "grpo.level": ("token",),
+    "grpo.reward": ("accuracy",),
+    "grpo.penalty_gradient": ("exact",),
     "grpo.norm": ("none",),
     "grpo.temperature": (0.0, -1.0, NAN, INF),
     "grpo.clip": (0.0, NAN),

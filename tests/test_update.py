@@ -331,8 +331,12 @@ def test_prices_are_the_slope_of_the_penalty_spread_over_the_steps_that_count():
     np.testing.assert_allclose(price[0, 0, 0, 1], 2 * weight_X * (0.3 - dead) / 2, rtol=1e-5)
     np.testing.assert_array_equal(price[0, 0, 0, 0], np.zeros(X))
     np.testing.assert_array_equal(price[0, 0, 1], np.zeros((T_, X)))
-    # Likelihoods twice as far apart halve what a unit of cost is worth beside them, once whitened.
+    # Beside likelihoods this close a unit of cost is worth the most it may be; whitened, it is worth half as
+    # much beside those that are twice as far apart.
+    assert float(priced(penalty_gradient="expected")[1].max()) == update.MAX_PRICE
+    reward = 100 * reward
     whitened = priced(penalty_gradient="expected")[1]
+    np.testing.assert_allclose(whitened[0, 0, 0, 1], price[0, 0, 0, 1] / 100, rtol=1e-5)
     reward = 2 * reward
     np.testing.assert_allclose(priced(penalty_gradient="expected")[1], whitened / 2, rtol=1e-5)
 
