@@ -11,7 +11,6 @@ schedules at 6 of them.
 """
 
 import argparse
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,19 +18,12 @@ import jax
 import numpy as np
 
 from experiments.bench_update import SIZES, make_setup, shown, timed
+from experiments.reproduce import evaluation_flops
 from sol_jax import flops, llama, update
 from sol_jax.scores import Kind, Player
-from sol_jax.update import GrpoConfig, Setup
 
 GRID_COLUMNS = 50 * 2 + 500 * 6 + 1  # and dense
 GRID_BLOCKS = 50
-
-
-def scoring_flops(setup: Setup, batch_size: int, columns: int) -> float:
-    """Operations of the prefill of a batch and of `columns` schedules of its episodes."""
-    grpo = dataclasses.replace(GrpoConfig(), num_schedules=columns)
-    each = flops.update_flops(dataclasses.replace(setup, grpo=grpo), batch_size)
-    return each["prefill"] + each["rollout"] + each["head"]
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -56,7 +48,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rate = flops.matmul_rate("bfloat16")
     work = {
         "update": (update_seconds, sum(flops.update_flops(setup, args.batch_size).values())),
-        "evaluation": (score_seconds, scoring_flops(setup, args.batch_size, args.columns)),
+        "evaluation": (score_seconds, evaluation_flops(setup, args.batch_size, args.columns)),
     }
     return [
         {
@@ -82,7 +74,7 @@ def main() -> None:
     shares = {row["what"]: row["share_of_matmul_rate"] for row in rows}
     setup = make_setup(args, "bfloat16", 1)
     # A batch of the grid prefills once for all its columns.
-    whole = scoring_flops(setup, GRID_BLOCKS, GRID_COLUMNS)
+    whole = evaluation_flops(setup, GRID_BLOCKS, GRID_COLUMNS)
     hours = whole / (shares["evaluation"] * rows[0]["matmul_gflops"] * 1e9) / 3600
     ratio = shares["evaluation"] / shares["update"]
     grid = f"{GRID_COLUMNS} columns, {GRID_BLOCKS} blocks"
