@@ -17,7 +17,7 @@ in lossless mode.  One row per policy, budget, mode and controller, with these m
                   lossless mode 1 / bytes is the tokens accepted for the bytes of one dense step
 
 Intervals are 95 %, bootstrapped over prompts.  `NAME-prompts.csv` beside the output has the measures of every
-prompt, by which policies can be compared on the same prompts (`experiments.analyse paired`).  Policies that
+prompt, by which policies can be compared on the same prompts (`experiments.paired`).  Policies that
 the output has already are not run again.
 
 Source: sol.md section 8.

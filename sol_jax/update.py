@@ -53,7 +53,7 @@ class GrpoConfig:
     entropy_coef: float = 0.05
     dead_zone: float = 0.02  # budget misses up to this cost nothing
     # How the penalty is learned from: as part of the return of what was sampled, or (not the paper's) through
-    # the expected cost of each step under the policy, whose gradient has far less noise.
+    # the expected cost of each step under the policy, which leaves returns to likelihood alone.
     penalty_gradient: Literal["sampled", "expected"] = "sampled"
     quality_weight: float = 1.0  # of the returns, beside the penalties; 0 rewards budgets alone
     # What a step is rewarded for: the label's log-probability, or (not the paper's) the log of the chance
