@@ -2,9 +2,10 @@
 
     python -m experiments.figure6
 
-Reads `downstream-sol-j-fl-t16-s*` of SmolLM2-135M, as `experiments.downstream` wrote them.  Above, the
-paper's three panels: the mean accuracy of three tasks, that of three MMLU subjects, and GSM8K by the
-likelihood of its reference solutions (right answers are rare from a model so small); below, tasks one by one.
+Reads `downstream-sol-j-fl-t16-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as `experiments.downstream`
+wrote them.  Above, the paper's three panels: the mean accuracy of three tasks, that of three MMLU subjects,
+and GSM8K with token sparsity alone, by the likelihood of its reference solutions (right answers are rare from
+a model so small); below, tasks one by one.
 Bars are 95 % intervals: Wilson's of a task, for a mean of tasks their root mean square over their number,
 and for nats the bootstrap of what the policy gains over that controller.
 """
@@ -22,17 +23,17 @@ from experiments import plots
 from experiments.tasks import SUBJECTS
 from sol_jax.errors import UserError
 
-NAME = "downstream-sol-j-fl-t16"
+JOINT, REASONING = "downstream-sol-j-fl-t16", "downstream-reasoning"
 CONTROLLERS = ("policy", "fixed", "random_best")
 COMMON = ("arc_easy", "piqa", "winogrande")
 MMLU = tuple(f"mmlu_{subject}" for subject in SUBJECTS)
-PANELS = {
-    "mean of ARC-Easy, PIQA, WinoGrande": COMMON,
-    "mean of three MMLU subjects": MMLU,
-    "GSM8K, reference solutions": ("gsm8k",),
-    "ARC-Easy": ("arc_easy",),
-    "PIQA": ("piqa",),
-    "WinoGrande": ("winogrande",),
+PANELS = {  # title: whose CSVs, tasks
+    "mean of ARC-Easy, PIQA, WinoGrande": (JOINT, COMMON),
+    "mean of three MMLU subjects": (JOINT, MMLU),
+    "GSM8K, token sparsity alone": (REASONING, ("gsm8k",)),
+    "ARC-Easy": (JOINT, ("arc_easy",)),
+    "PIQA": (JOINT, ("piqa",)),
+    "WinoGrande": (JOINT, ("winogrande",)),
 }
 
 
@@ -79,20 +80,22 @@ def _draw_panel(axes: Axes, rows: Sequence[plots.Row], title: str, tasks: Sequen
 
 
 def draw(folder: pathlib.Path) -> Figure:
-    if not any((folder / plots.MODEL).glob(f"{NAME}-s[0-9]*.csv")):
+    by_name = {name: _rows(folder, name) for name in (JOINT, REASONING)}
+    if not any(by_name.values()):
         raise UserError(
-            f"{folder / plots.MODEL} has no CSV named {NAME}-s*; run experiments.downstream first"
+            f"{folder / plots.MODEL} has no CSV named {JOINT}-s* or {REASONING}-s*; "
+            "run experiments.downstream first"
         )
-    rows = plots.load(folder, f"{plots.MODEL}/{NAME}-s*")
     figure, grid = plt.subplots(2, 3, figsize=(10.8, 6.4), layout="constrained")
-    for axes, (title, tasks) in zip(grid.flat, PANELS.items(), strict=True):
-        _draw_panel(axes, rows, title, tasks)
+    for axes, (title, (name, tasks)) in zip(grid.flat, PANELS.items(), strict=True):
+        _draw_panel(axes, by_name[name], title, tasks)
     for axes in grid[1]:
         axes.set_xlabel(plots.NET)
     lines, labels = next(
         (handles for axes in grid.flat if (handles := axes.get_legend_handles_labels())[0]), ([], [])
     )
     figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    rows = [row for part in by_name.values() for row in part]
     items = sorted({int(row.items) for row in rows})
     said = f"{items[0]} items" if len(items) == 1 else f"{items[0]} to {items[-1]} items"
     figure.suptitle(
@@ -101,6 +104,11 @@ def draw(folder: pathlib.Path) -> Figure:
         fontsize=8,
     )
     return figure
+
+
+def _rows(folder: pathlib.Path, name: str) -> list[plots.Row]:
+    there = any((folder / plots.MODEL).glob(f"{name}-s[0-9]*.csv"))
+    return plots.load(folder, f"{plots.MODEL}/{name}-s*") if there else []
 
 
 if __name__ == "__main__":

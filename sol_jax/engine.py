@@ -130,7 +130,7 @@ def check_request(request: Request, cfg: Decoder, controller: str) -> None:
     if not len(request.prompt):
         raise UserError("the prompt is empty; it must have at least one token")
     if request.max_tokens < 1:
-        raise UserError(f"max-tokens is {request.max_tokens}; it must be at least 1")
+        raise UserError(f"max_tokens is {request.max_tokens}; it must be at least 1")
     if "" in request.stops:
         raise UserError("a stop string is empty; it would end every text before it begins")
     if not 0 <= request.seed < 1 << 32:

@@ -34,9 +34,12 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
 @exits_on_user_error
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """For `app.run(main, flags_parser=parse_flags)`: a slip on the command line is a `UserError` as well."""
+    """For `app.run(main, flags_parser=parse_flags)`: a slip on the command line is a `UserError` as well.
+
+    Options may be written with dashes for underscores: `--show-compute`.
+    """
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([_underscored(arg) for arg in argv])
     except (AttributeError, KeyError) as error:  # of ml_collections; its message is the field
         name, near = re.search(r"\w+", str(error)), re.search(r"mean \W*(\w+)", str(error))
         field = name[0] if name else str(error)
@@ -48,6 +51,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not expected; options start with --")
     return rest
+
+
+def _underscored(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    known = name.startswith("--") and name[2:].replace("-", "_") in flags.FLAGS
+    return "--" + name[2:].replace("-", "_") + equals + value if known else arg
 
 
 def reason(error: Exception) -> str:

@@ -117,15 +117,15 @@ def _define_flags() -> None:
     flags.DEFINE_string("prompt", None, "The text to continue.", required=True)
     flags.DEFINE_bool("chat", False, "The prompt is a user's message: apply the model's chat template.")
     flags.DEFINE_string("system", "", "A system message before it.")
-    flags.DEFINE_integer("max-tokens", 128, "Tokens to generate at most.")
+    flags.DEFINE_integer("max_tokens", 128, "Tokens to generate at most.")
     flags.DEFINE_multi_string("stop", [], "A text before which to stop; can be repeated.")
     flags.DEFINE_float("temperature", 0.0, "0: always the most likely token.")
-    flags.DEFINE_integer("top-k", 0, "Draw from the k most likely tokens; 0: from all.")
-    flags.DEFINE_float("top-p", 1.0, "Draw from the most likely tokens that have this much probability.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that have this much probability.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")
     flags.DEFINE_bool("refresh", True, "Replace compressed cache entries by dense ones after each episode.")
     flags.DEFINE_bool("lossless", False, "Keep only tokens that the dense model accepts.")
-    flags.DEFINE_bool("show-compute", False, "Shade each token by what was spent on it.")
+    flags.DEFINE_bool("show_compute", False, "Shade each token by what was spent on it.")
     flags.DEFINE_string("html", None, "A page to write: the text shaded by compute, beside the dense one.")
 
 
@@ -158,11 +158,11 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
 
     def check(engine: Engine) -> None:
         prompt, stops = _prompt(args, engine.tokenizer), tuple(args["stop"].value)
-        found.append(Request(prompt, budget, args["max-tokens"].value, stops, args["seed"].value))
+        found.append(Request(prompt, budget, args["max_tokens"].value, stops, args["seed"].value))
         check_request(found[0], engine.cfg, controller)
 
     try:
-        sampling = Sampling(args["temperature"].value, args["top-k"].value, args["top-p"].value)
+        sampling = Sampling(args["temperature"].value, args["top_k"].value, args["top_p"].value)
     except ValueError as error:
         raise UserError(str(error)) from None
     engine = opening.open_engine(
@@ -187,7 +187,7 @@ def main(argv: Sequence[str]) -> None:
     if out:
         page.check_writable(out)
     engine, request = open_engine(args)
-    output, rate = run(engine, request, show=True, shaded=args["show-compute"].value)
+    output, rate = run(engine, request, show=True, shaded=args["show_compute"].value)
     told = facts(engine, output, rate)
     print("\n".join(f"{name:18} {value}" for name, value in told), file=sys.stderr)
     if out is None:

@@ -27,9 +27,9 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
         if self.top_k < 0:
-            raise ValueError(f"top-k is {self.top_k}; it must be at least 0")
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 0")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 GREEDY = Sampling()

@@ -50,8 +50,10 @@ def write(
     return path
 
 
-def write_downstream(folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0) -> pathlib.Path:
-    """`downstream-sol-j-fl-t16-sSEED.csv`: tasks at three budgets; compute helps, and the policy is ahead."""
+def write_downstream(
+    folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0, run: str = "sol-j-fl-t16"
+) -> pathlib.Path:
+    """`downstream-RUN-sSEED.csv`: tasks at three budgets; compute helps, and the policy is ahead."""
     rng, lines = np.random.default_rng(seed), []
     for task in tasks:
         for net in (0.4, 0.6, 0.8):
@@ -65,7 +67,7 @@ def write_downstream(folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0) ->
                 line |= {"accuracy_low": low, "accuracy_high": high, "nats": 3.0 - net + behind}
                 line |= {"gain": behind, "gain_low": behind - 0.04, "gain_high": behind + 0.05}
                 lines.append(results.texts(line | {"run": "x", "model": "smollm2-135m", "horizon": 16}))
-    path = folder / "smollm2-135m" / f"downstream-sol-j-fl-t16-s{seed}.csv"
+    path = folder / "smollm2-135m" / f"downstream-{run}-s{seed}.csv"
     results.write(path, lines)
     return path
 

@@ -301,7 +301,7 @@ def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
         ({"budget": (0.1, 0.7, 0.6)}, "budget: kappa = 0.1 cannot be met; the axis' levels cost 0.2 to 1"),
         ({"budget": (0.5, 0.7, float("nan"))}, "budget: eta = nan cannot be met"),
         ({"budget": (0.5, 0.7)}, "budget: 2 numbers were given; the axes are kappa, rho, eta"),
-        ({"max_tokens": 0}, "max-tokens is 0; it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
         ({"stops": ("a", "")}, "a stop string is empty"),
         ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),

@@ -19,8 +19,8 @@ from sol_jax.update import init_state
 ROOT = pathlib.Path(__file__).parents[1]
 DEFAULTS = {
     "model": None, "dtype": "float32", "kernels": "auto", "policy": None, "controller": None, "budget": None,
-    "prompt": "the cat", "chat": False, "system": "", "max-tokens": 12, "stop": [], "temperature": 0.0,
-    "top-k": 0, "top-p": 1.0, "seed": 0, "refresh": True, "lossless": False,
+    "prompt": "the cat", "chat": False, "system": "", "max_tokens": 12, "stop": [], "temperature": 0.0,
+    "top_k": 0, "top_p": 1.0, "seed": 0, "refresh": True, "lossless": False,
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ MISTAKES = {
     "lossless": ({"lossless": True, "refresh": False}, "refresh cannot be off"),
     "chat": ({"chat": True}, "this model has no chat template"),
     "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),
-    "tokens": ({"max_tokens": 0}, "max-tokens is 0"),
+    "tokens": ({"max_tokens": 0}, "max_tokens is 0"),
     "model": ({"model": "no/such"}, "there is no folder no/such"),
     "negative seed": ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
     "large seed": ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),
@@ -178,7 +178,7 @@ def test_the_program(tiny_folder, policy, tmp_path):
     out = tmp_path / "out.html"
     done = run_program(
         f"--model={tiny_folder / 'model'}", f"--policy={policy.folder}", "--prompt=the cat",
-        "--max-tokens=14", "--budget=0.5,0.7,0.5", "--temperature=0.9", "--show-compute",
+        "--max_tokens=14", "--budget=0.5,0.7,0.5", "--temperature=0.9", "--show-compute",
         f"--html={out}", "--stop=no such",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
