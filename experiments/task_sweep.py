@@ -10,11 +10,12 @@ import numpy as np
 
 from experiments import item_files, tasks
 from experiments.item_files import Record
-from sol_jax import continuations, costs, engine
+from sol_jax import continuations, engine
 from sol_jax.axis import Work
 from sol_jax.continuations import Continuation, Score
 from sol_jax.engine import Engine, Output, Request
 from sol_jax.score_files import array_digest, digest
+from sol_jax.text_costs import dense_text_cost, text_cost
 
 VERSION = 1  # raise it when the same inputs would give other records
 CHUNK = 32  # items whose records are written at a time
@@ -153,7 +154,7 @@ def answered(example: tasks.Example, output: Output, own: Engine) -> Record:
         answer=example.answer,
         cost=tuple(own.cfg.space.costs_AxX[chosen].sum(0, dtype=np.float64).tolist()),
         steps=len(chosen),
-        **_works(costs.text_cost(output, own.cfg).total, costs.dense_text_cost(output, own.cfg.model).total),
+        **_works(text_cost(output, own.cfg).total, dense_text_cost(output, own.cfg.model).total),
         text=output.transcript.text,
     )
 

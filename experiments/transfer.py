@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from sol_jax import budgets, costs, results
+from sol_jax import budgets, results
 from sol_jax.axis import ActionSpace, Work, held_full
 from sol_jax.corpus import read_documents
 from sol_jax.decoding import Decoder
@@ -43,6 +43,7 @@ from sol_jax.metrics import progress
 from sol_jax.opening import open_engine, show_log
 from sol_jax.session import commit
 from sol_jax.statistics import document_bootstrap
+from sol_jax.text_costs import dense_text_cost, text_cost
 
 NGRAM = 4
 MEASURES = ("logp", "repetition", "divergence", "drift", "net", "kept", "bytes", "flops")
@@ -98,8 +99,8 @@ def measures(engine: Engine, outputs: Sequence[Output], dense: Sequence[Output])
     weights, model = engine.weights, engine.cfg.model
     texts = [output.transcript.ids for output in outputs]
     pairs = list(zip(texts, (output.transcript.ids for output in dense), strict=True))
-    spent = [costs.text_cost(output, engine.cfg).total for output in outputs]
-    whole = [costs.dense_text_cost(output, model).total for output in outputs]
+    spent = [text_cost(output, engine.cfg).total for output in outputs]
+    whole = [dense_text_cost(output, model).total for output in outputs]
     return {
         "logp": np.array([dense_logp(weights, output, model).mean() for output in outputs]),
         "repetition": np.array([repetition(text) for text in texts]),

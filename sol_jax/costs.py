@@ -9,7 +9,7 @@ and an addition count as two operations, as in `flops`.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,8 @@ import numpy as np
 
 from pallas_kernels.cost_model import CostModel
 from sol_jax.axis import ActionSpace, Axis, StepShape, Work
-from sol_jax.decoding import Decoder
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import Policy, PolicyConfig, example_observation, initial_carry
-
-if TYPE_CHECKING:  # the engine imports `config`, which may ask for `level_costs`
-    from sol_jax.engine import Output
 
 BudgetUnit = Literal["nominal", "bytes", "time"]
 NONE, WHOLE = Work(0.0, 0.0), Work(1.0, 1.0)
@@ -236,30 +232,3 @@ def in_unit(
     low, high = (axis.budget_for(end) for end in axis.budget)
     choices = tuple(axis.budget_for(choice) for choice in axis.budget_choices)
     return dataclasses.replace(axis, budget=(low, high), budget_choices=choices)
-
-
-def text_cost(output: "Output", cfg: Decoder) -> StepCost:
-    """All that was spent on a text after its prefill.
-
-    In lossless mode that includes the steps whose tokens were refused, and the logits of the checking pass.
-    An episode in which the text ended needs no refresh.
-    """
-    total = StepCost()
-    for episode in output.episodes:
-        for t, action in enumerate(episode.action_T[: episode.steps]):
-            values_X = cfg.space.values_AxX[action]
-            total += step_cost(values_X, episode.start + 1 + t, cfg.model, cfg.space.axes, cfg.policy)
-        if cfg.lossless:
-            checked = dense_pass(cfg.horizon + 1, episode.start, cfg.model, with_head=True)
-            total += StepCost(refresh=checked)
-        elif cfg.refresh and not (episode is output.episodes[-1] and output.transcript.finish):
-            total += StepCost(refresh=dense_pass(cfg.horizon, episode.start, cfg.model))
-    return total
-
-
-def dense_text_cost(output: "Output", cfg: LlamaConfig) -> StepCost:
-    """What the same tokens would have taken densely, one step each after the prefill's own."""
-    total, prompt = StepCost(), len(output.request.prompt)
-    for n in range(1, len(output.transcript.ids)):
-        total += dense_step(prompt + n, cfg)
-    return total

@@ -20,13 +20,14 @@ import numpy as np
 from absl import app, flags
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from sol_jax import costs, load, opening, page
+from sol_jax import load, opening, page
 from sol_jax.axis import ActionSpace, held_full
 from sol_jax.chat import chat_prompt
 from sol_jax.decoding import Decoder
 from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.sampling import Sampling
+from sol_jax.text_costs import dense_text_cost, text_cost
 from sol_jax.tokenizer import Tokenizer
 
 
@@ -79,7 +80,7 @@ def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
         told.append(("requested", _by_axis(names, output.request.budget)))
     told += [("realised", _by_axis(names, mean_X)), ("net keep rate", f"{mean_X.mean():.3f}")]
     if output.episodes:
-        spent, dense = costs.text_cost(output, cfg), costs.dense_text_cost(output, cfg.model).total
+        spent, dense = text_cost(output, cfg), dense_text_cost(output, cfg.model).total
         each = tokens - 1  # the first is the prefill's
         for name, part, unit in (("bytes read", "bytes", "MB"), ("operations", "flops", "M")):
             whole, refresh, full = (getattr(work, part) for work in (spent.total, spent.refresh, dense))

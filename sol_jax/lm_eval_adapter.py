@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from sol_jax import costs
 from sol_jax import engine as engine_lib
 from sol_jax.axis import Work
 from sol_jax.chat import render
@@ -32,6 +31,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.metrics import progress
 from sol_jax.opening import open_engine
 from sol_jax.sampling import Sampling
+from sol_jax.text_costs import dense_text_cost, text_cost
 
 try:
     from lm_eval import utils
@@ -231,7 +231,7 @@ class SolJax(TemplateLM):
         """What writing one answer took."""
         cfg, tokens = self._engine.cfg, len(output.transcript.ids)
         cost_X = output.mean_cost(cfg.space.costs_AxX)
-        works = costs.text_cost(output, cfg).total, costs.dense_text_cost(output, cfg.model).total
+        works = text_cost(output, cfg).total, dense_text_cost(output, cfg.model).total
         return spent(cfg, cost_X, *works, tokens)
 
     def _lines(self, requests: Sequence[Any], told: Iterable[dict[str, Any]]) -> None:

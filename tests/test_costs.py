@@ -14,15 +14,14 @@ from sol_jax.costs import (
     action_costs,
     dense_pass,
     dense_step,
-    dense_text_cost,
     policy_step,
     step_cost,
-    text_cost,
 )
 from sol_jax.decoding import Decoder
 from sol_jax.engine import Episode, Output, Request
 from sol_jax.llama import LlamaConfig
 from sol_jax.policy import PolicyConfig
+from sol_jax.text_costs import dense_text_cost, text_cost
 
 # D 4, F 8, two layers, two heads of 2 on one key/value head, V 10, float32.
 MODEL = LlamaConfig(10, 4, 8, 2, 2, 1, 2, 64, 1e4, 1e-5, True)

@@ -14,8 +14,9 @@ import tiny
 
 from experiments import item_files, task_sweep
 from experiments.tasks import Example
-from sol_jax import continuations, costs, engine, policy_files
+from sol_jax import continuations, engine, policy_files
 from sol_jax.load import resolve
+from sol_jax.text_costs import dense_text_cost, text_cost
 from sol_jax.tokenizer import load_tokenizer
 from sol_jax.update import init_state
 
@@ -233,7 +234,7 @@ def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
     found = continuations.score(own, [request], budget)
     record = task_sweep.scored(Example("", (pair,)), [request], found, own)
     (text,) = engine.generate(own, [engine.Request(request.context, budget, 12, ("zz",))])
-    spent, dense = costs.text_cost(text, own.cfg).total, costs.dense_text_cost(text, own.cfg.model).total
+    spent, dense = text_cost(text, own.cfg).total, dense_text_cost(text, own.cfg.model).total
     for name, share in item_files.shares([record]).items():
         assert scored[name] == pytest.approx(share)
         assert written[name] == pytest.approx(getattr(spent, name) / getattr(dense, name))
