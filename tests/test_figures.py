@@ -169,3 +169,30 @@ def test_the_demos_front(folder, tmp_path):
     assert ended.returncode == 2
     assert "is not a CSV of sol_jax.evaluate" in ended.stderr
     assert len(front.draw(plots.read(path)).axes) == 2
+
+
+def test_the_table_of_the_readme(folder):
+    """A line per run; a cell as in the CSV, two seeds averaged, with the outer ends of their intervals."""
+    from experiments import table
+
+    head, _, *lines = table.table(folder, "smollm2-135m", "fixed").splitlines()
+    assert len(lines) == 5 + 7
+    mine = next(line for line in lines if line.startswith("| `sol-j-fl-t16` |"))
+    _, _, seeds, *cells, miss, _ = (cell.strip() for cell in mine.split("|"))
+    assert (seeds, len(cells)) == ("2", 5)
+    assert head.count("|") == mine.count("|")
+    rows = plots.load(folder, "smollm2-135m/sol-j-fl-t16-s*")
+    same = [r for r in plots.front(rows) if r.controller == "fixed"]
+    lowest = min(same, key=lambda r: r.per_axis("requested")).per_axis("requested")
+    gains = [r.gain for r in same if r.per_axis("requested") == lowest]
+    low, high = min(gains) - 0.05, max(gains) + 0.05
+    assert cells[0].startswith(f"{np.mean(gains):+.3f} [{low:+.3f}, {high:+.3f}] at 0.")
+    off = [
+        abs(cost - asked)
+        for r in rows
+        if r.controller == "policy"
+        for cost, asked in zip(r.per_axis("cost"), r.per_axis("requested"), strict=True)
+    ]
+    assert miss.startswith(f"{max(off):.3f} (")
+    with pytest.raises(UserError, match="no CSV with the controller 'swift'"):
+        table.table(folder, "smollm2-135m", "swift")
