@@ -68,6 +68,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.entropy_coef = 0.05
     config.grpo.dead_zone = 0.02
     config.grpo.penalty_gradient = "sampled"  # or expected (not the paper's): of expected costs
+    config.grpo.max_price = 2.0  # of a unit of expected cost, in standard deviations of the advantages
     config.grpo.quality_weight = 1.0  # of the returns; 0: an ablation, only budgets are rewarded
     config.grpo.reward = "likelihood"  # or acceptance (not the paper's): what lossless generation keeps
     config.grpo.divergence_weight = 0.0  # w, share of KL(dense || sparse) in the reward
@@ -149,9 +150,9 @@ def _fast(config: ConfigDict) -> None:
 
     Penalties ten times the paper's make budgets hold where they cost much likelihood.  Learned from through
     expected costs, they leave the comparison of sampled schedules to likelihood, and the smaller discount
-    leaves it to the steps near an action.  With two or three levels per axis that gradient drives the policy to
-    its ends before it learns to alternate between them, so there penalties stay in the returns, three times
-    the paper's.
+    leaves it to the steps near an action.  With two or three levels per axis that gradient drives the policy
+    to its ends before it learns to alternate between them, so there penalties stay in the returns, three
+    times the paper's.
     """
     axes = (config.axes.kappa, config.axes.rho, config.axes.eta)
     few = max(len(axis.levels) for axis in axes) <= 3

@@ -55,8 +55,8 @@ AT_LEAST = {
     "memory.prefill_batch": 1, "memory.head_rows": 1,
 }  # fmt: skip
 ABOVE = {
-    "policy.mlp_ratio": 0, "grpo.temperature": 0, "grpo.clip": 0, "optim.learning_rate": 0,
-    "optim.clip_norm": 0,
+    "policy.mlp_ratio": 0, "grpo.temperature": 0, "grpo.clip": 0, "grpo.max_price": 0,
+    "optim.learning_rate": 0, "optim.clip_norm": 0,
 }  # fmt: skip
 SHARES = ("grpo.gamma", "grpo.divergence_weight", "data.validation_fraction", "data.test_fraction")
 

@@ -35,8 +35,6 @@ from sol_jax.rollout import (
     policy_controller,
 )
 
-MAX_PRICE = 2.0  # standard deviations of the advantages for a unit of cost
-
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
@@ -55,6 +53,8 @@ class GrpoConfig:
     # How the penalty is learned from: as part of the return of what was sampled, or (not the paper's) through
     # the expected cost of each step under the policy, which leaves returns to likelihood alone.
     penalty_gradient: Literal["sampled", "expected"] = "sampled"
+    # The most that a unit of expected cost may be worth, in standard deviations of the advantages.
+    max_price: float = 2.0
     quality_weight: float = 1.0  # of the returns, beside the penalties; 0 rewards budgets alone
     # What a step is rewarded for: the label's log-probability, or (not the paper's) the log of the chance
     # that the dense model would keep a token drawn from it, for lossless generation.
@@ -288,7 +288,7 @@ def prices(
     if not cfg.whiten:
         return price
     # Budgets far off are worth no more than this: the policy would go to its ends before it learns anything.
-    return jnp.clip(price / grpo.scale(adv), -MAX_PRICE, MAX_PRICE)
+    return jnp.clip(price / grpo.scale(adv), -cfg.max_price, cfg.max_price)
 
 
 def _penalty_weights(space: ActionSpace) -> jax.Array:

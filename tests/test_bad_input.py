@@ -70,6 +70,7 @@ IMPOSSIBLE = {
     "grpo.level": ("token",),
     "grpo.reward": ("accuracy",),
     "grpo.penalty_gradient": ("exact",),
+    "grpo.max_price": (0.0, -1.0, NAN),
     "grpo.norm": ("none",),
     "grpo.temperature": (0.0, -1.0, NAN, INF),
     "grpo.clip": (0.0, NAN),

@@ -179,6 +179,7 @@ OTHER = {
     "grpo.entropy_coef": 0.1,
     "grpo.dead_zone": 0.1,
     "grpo.penalty_gradient": "expected",
+    "grpo.max_price": APART,  # in test_update: nothing without expected costs
     "grpo.quality_weight": 0.5,
     "grpo.reward": "acceptance",
     "grpo.divergence_weight": 0.5,

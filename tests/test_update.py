@@ -333,7 +333,8 @@ def test_prices_are_the_slope_of_the_penalty_spread_over_the_steps_that_count():
     np.testing.assert_array_equal(price[0, 0, 1], np.zeros((T_, X)))
     # Beside likelihoods this close a unit of cost is worth the most it may be; whitened, it is worth half as
     # much beside those that are twice as far apart.
-    assert float(priced(penalty_gradient="expected")[1].max()) == update.MAX_PRICE
+    for most in (2.0, 5.0):
+        assert float(priced(penalty_gradient="expected", max_price=most)[1].max()) == most
     reward = 100 * reward
     whitened = priced(penalty_gradient="expected")[1]
     np.testing.assert_allclose(whitened[0, 0, 0, 1], price[0, 0, 0, 1] / 100, rtol=1e-5)
