@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from sol_jax import policy_files, results
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.session import commit, open_session
-from sol_jax.subject import best_of_run, open_run, training_documents
+from sol_jax.subject import open_run, policy_of_run, training_documents
 
 
 def card_rows(path: pathlib.Path) -> list[str]:
@@ -40,12 +40,16 @@ def _asked(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def publish(
-    workdir: pathlib.Path, name: str, command: str, evaluations: Sequence[pathlib.Path]
+    workdir: pathlib.Path,
+    name: str,
+    command: str,
+    evaluations: Sequence[pathlib.Path],
+    step: int | None = None,
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint."""
     config, checkpoints = open_run(workdir)
     session = open_session(config)
-    subject = best_of_run(checkpoints, config, session.setup, name)
+    subject = policy_of_run(checkpoints, config, session.setup, name, step)
     about = {
         "title": name,
         "model": policy_files.model_name(config),
@@ -67,11 +71,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the training run")
     parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl-t16")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
+    parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
     parser.add_argument("--results", type=pathlib.Path, nargs="*", default=[], help="CSVs of its evaluations")
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")
-    folder = publish(args.workdir, args.name, args.command, args.results)
+    folder = publish(args.workdir, args.name, args.command, args.results, args.step)
     print(f"wrote {folder}")
 
 

@@ -257,15 +257,16 @@ def _shares(space: ActionSpace, x: int, action: np.ndarray) -> str:
 def summary(rows: Sequence[Row], setup: Setup) -> dict[str, float]:
     """Scalars for the training log, averaged over the requested budgets.
 
-    `eval/penalty` is the training penalty of the realised mean costs, so `eval/score` is what training
-    tries to raise, and what the best checkpoint has most of.
+    `eval/penalty` is the training penalty of the realised mean costs.  `eval/score`, which the best
+    checkpoint has most of, is the gain over the fixed schedule of the same cost less the budgets' misses: of
+    each axis beyond the dead zone, a nat per unit of cost.  (Under penalties high enough to be met, the
+    reward itself would rank policies by their budgets alone.)
     """
     policy = [row for row in rows if row.controller == POLICY]
     miss_JxX = np.abs([np.subtract(row.cost, row.requested) for row in policy])
     weight_X = np.array([axis.penalty_weight for axis in setup.space.axes])
     penalty = np.mean(np.sum(weight_X * np.maximum(miss_JxX - setup.grpo.dead_zone, 0) ** 2, -1))
-    nats = np.mean([row.nats for row in policy])
-    scalars = {"eval/nats": nats, "eval/penalty": penalty, "eval/score": -nats - penalty}
+    scalars = {"eval/nats": np.mean([row.nats for row in policy]), "eval/penalty": penalty}
     scalars |= {
         f"eval/budget_gap/{a.name}": g for a, g in zip(setup.space.axes, miss_JxX.mean(0), strict=True)
     }
@@ -273,4 +274,7 @@ def summary(rows: Sequence[Row], setup: Setup) -> dict[str, float]:
         gains = [row.gain for row in rows if row.controller == name]
         if gains:
             scalars[f"eval/gain_over_{name}"] = np.mean(gains)
+    if "eval/gain_over_fixed" in scalars:
+        missed = np.maximum(miss_JxX - setup.grpo.dead_zone, 0).sum(-1).mean()
+        scalars["eval/score"] = scalars["eval/gain_over_fixed"] - missed
     return {name: float(value) for name, value in scalars.items()}

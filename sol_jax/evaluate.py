@@ -31,11 +31,11 @@ from sol_jax.score_files import Store
 from sol_jax.session import Session, read_config
 from sol_jax.subject import (
     Subject,
-    best_of_run,
     decides,
     describe,
     open_run,
     open_text,
+    policy_of_run,
     refuse_training_text,
     training_documents,
 )
@@ -140,6 +140,7 @@ class Options:
 
     workdir: str | None = None
     policy: str | None = None
+    step: int | None = None
     source: str = ""
     document_start: str = ""
     split: str = "test"
@@ -162,6 +163,7 @@ class Options:
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the training run to evaluate.")
     flags.DEFINE_string("policy", None, "Name of a committed policy, or its folder, instead of a checkpoint.")
+    flags.DEFINE_integer("step", None, "Update whose checkpoint of --workdir is taken; default: the best.", 0)
     flags.DEFINE_string("source", "", "Another text than the run's own: as config.data.source.")
     flags.DEFINE_string("document_start", "", "Of --source: as config.data.document_start.")
     flags.DEFINE_string("split", "test", "Of the run's own text.")
@@ -229,7 +231,7 @@ def evaluate(options: Options) -> list[Row]:
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
         session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
-        subject = best_of_run(checkpoints, config, session.setup, workdir.absolute().name)
+        subject = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
         trained_on = training_documents(config, session)
         of_run["run_updates"] = checkpoints.latest_step()  # the best policy may be an earlier one
     refuse_training_text(session, options.split, trained_on)

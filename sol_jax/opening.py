@@ -18,7 +18,7 @@ from sol_jax.decoding import Decoder
 from sol_jax.engine import Engine
 from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig
-from sol_jax.subject import best_of_run, open_run
+from sol_jax.subject import open_run, policy_of_run
 from sol_jax.tokenizer import check_vocabulary, load_tokenizer
 from sol_jax.update import Setup
 
@@ -37,7 +37,7 @@ def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Se
     if (workdir / "checkpoints").is_dir():
         config, checkpoints = open_run(workdir)
         run, setup = _with_model(config, model_path, model)
-        params = best_of_run(checkpoints, config, setup, name).params
+        params = policy_of_run(checkpoints, config, setup, name).params
     else:
         params, config, _ = policy_files.load_policy(name)
         run, setup = _with_model(config, model_path, model)

@@ -37,13 +37,15 @@ def open_run(workdir: pathlib.Path) -> tuple[ConfigDict, Checkpoints]:
     return config, checkpoints
 
 
-def best_of_run(checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str) -> Subject:
-    """The policy of the best checkpoint of the run `name`."""
+def policy_of_run(
+    checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str, step: int | None = None
+) -> Subject:
+    """The policy of the best checkpoint of the run `name`, or of that of update `step`."""
     like = jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
-    restored = checkpoints.restore(like, checkpoints.best_step())
+    restored = checkpoints.restore(like, checkpoints.best_step() if step is None else step)
     assert restored is not None
-    step, state, _ = restored
-    return Subject(state.params, config, name, step)
+    updates, state, _ = restored
+    return Subject(state.params, config, name, updates)
 
 
 def open_text(

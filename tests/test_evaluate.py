@@ -112,11 +112,16 @@ def row_of(controller="policy", **fields):
     return dataclasses.replace(made, **fields)
 
 
-def test_the_summary_is_what_training_tries_to_raise(session):
+def test_the_summary_and_what_the_best_checkpoint_has_most_of(session):
+    """Two budgets, missed by 0.1, 0 and 0.1, and met; the fixed schedule is 0.3 and 0.1 behind."""
+    met = row_of(cost=(0.3, 0.6, 0.5))
+    fixed = [row_of("fixed", gain=gain) for gain in (0.3, 0.1)]
+    score = evaluate.summary([row_of(), met, *fixed], session.setup)["eval/score"]
+    assert score == pytest.approx(0.2 - (0.08 + 0.08) / 2)
     scalars = evaluate.summary([row_of(), row_of("dense", gain=-0.25)], session.setup)
     penalty = 100 * (0.1 - 0.02) ** 2 + 200 * (0.1 - 0.02) ** 2
     assert scalars["eval/penalty"] == pytest.approx(penalty)
-    assert scalars["eval/score"] == pytest.approx(-2.0 - penalty)
+    assert "eval/score" not in scalars
     assert scalars["eval/budget_gap/kappa"] == pytest.approx(0.1)
     assert scalars["eval/gain_over_dense"] == -0.25
     assert "eval/gain_over_random" not in scalars
@@ -393,7 +398,19 @@ def test_a_run_from_before_a_field_was_added(session, workdir):
     checkpoints.close()
     config, checkpoints = subject.open_run(bare)
     assert config.kernels == "auto"
-    assert subject.best_of_run(checkpoints, config, session.setup, "bare").updates == 4
+    assert subject.policy_of_run(checkpoints, config, session.setup, "bare").updates == 4
+
+
+def test_another_checkpoint_than_the_best(session, tmp_path):
+    checkpoints = Checkpoints(tmp_path, flatten(session.config), keep=2)
+    for step, score in ((1, 0.5), (2, 0.1)):
+        checkpoints.save(step, init_state(jax.random.key(step), session.setup), {"position": 0}, score)
+    checkpoints.close()
+    config, checkpoints = subject.open_run(tmp_path)
+    taken = {step: subject.policy_of_run(checkpoints, config, session.setup, "x", step) for step in (None, 2)}
+    assert [policy.updates for policy in taken.values()] == [1, 2]
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; the steps are \[1, 2\]"):
+        subject.policy_of_run(checkpoints, config, session.setup, "x", 3)
 
 
 def test_plans(session):
