@@ -2,8 +2,9 @@
 
     python -m experiments.figure9
 
-Reads `sol-j-2l-s*`, `sol-j-3l-s*` and `sol-j-fl-t16-s*` of SmolLM2-135M and the draws beside them.  Violins
-are what the policy gains over each draw; the share of draws that it beats stands above.
+Reads `sol-j-2l`, `sol-j-3l` and `sol-j-fl-t16` of SmolLM2-135M, of each the CSVs
+`-random-s*` or else `-s*`, and the draws beside them.  Violins are what the policy gains over each draw;
+the share of draws that it beats stands above.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from experiments.figure2 import RUNS
 
 
 def draw(folder: pathlib.Path) -> Figure:
-    runs = plots.available(folder, RUNS)
+    runs = plots.drawn(folder, RUNS)
     figure, line = plt.subplots(
         1, len(runs), figsize=(3.8 * len(runs) + 0.5, 4.2), layout="constrained", squeeze=False
     )

@@ -80,6 +80,23 @@ def available(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
     return there
 
 
+def drawn(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
+    """Those of `runs` that have random schedules one by one; `UserError` if none has.
+
+    They are of NAME-random, evaluated apart on less text, or else of NAME.
+    """
+    found = {}
+    for name, title in runs.items():
+        choices = (f"{name}-random", name)
+        there = [c for c in choices if any((folder / MODEL).glob(f"{c}-s[0-9]*-draws.csv"))]
+        found |= dict.fromkeys(there[:1], title)
+    if not found:
+        raise UserError(
+            f"{folder / MODEL} has no CSV named {', '.join(runs)} (-random-sSEED-draws); evaluate with --num_random"
+        )
+    return found
+
+
 def panels(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, list[Row]]:
     """Title -> front of those of `runs` that were evaluated."""
     there = available(folder, runs)

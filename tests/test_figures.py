@@ -89,6 +89,21 @@ def test_shares_of_draws_beaten(folder):
     plots.plt.close(figure)
 
 
+def test_draws_of_less_text_go_before(folder, tmp_path):
+    """Runs with draws alone are shown; NAME-random is taken before the draws beside NAME."""
+    with pytest.raises(UserError, match="no CSV named sol-j-2l, sol-j-3l"):
+        plots.drawn(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"})
+    made_up_results.write(tmp_path, "sol-j-2l", sol_j_2l.get_config())
+    for name in ("sol-j-3l", "sol-j-3l-random"):
+        made_up_results.write(tmp_path, name, sol_j_3l.get_config(), num_random=5)
+    assert plots.drawn(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"}) == {"sol-j-3l-random": "3L"}
+    from experiments import figure8
+
+    figure = figure8.draw(tmp_path)
+    assert [axes.get_title() for axes in figure.axes] == ["3L, 27 actions"]
+    plots.plt.close(figure)
+
+
 def test_means_of_tasks(folder, tmp_path):
     """A point is the mean of three tasks; its bar is narrower than any one's by about the root of three."""
     from experiments import figure6
