@@ -91,8 +91,9 @@ def drawn(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
         there = [c for c in choices if any((folder / MODEL).glob(f"{c}-s[0-9]*-draws.csv"))]
         found |= dict.fromkeys(there[:1], title)
     if not found:
+        names = ", ".join(runs)
         raise UserError(
-            f"{folder / MODEL} has no CSV named {', '.join(runs)} (-random-sSEED-draws); evaluate with --num_random"
+            f"{folder / MODEL} has no CSV named {names} (-random-sSEED-draws); evaluate with --num_random"
         )
     return found
 
