@@ -1,4 +1,4 @@
-"""Figure 10: the policy beside handcrafted controllers (entropy, drift) of the same cost.
+"""Figure 10: the policy beside handcrafted controllers of the same cost: entropy, drift, higher levels first.
 
     python -m experiments.figure10
 
@@ -14,7 +14,7 @@ from experiments.figure2 import RUNS
 
 
 def draw(folder: pathlib.Path) -> Figure:
-    controllers = ("fixed", "fixed_official", "entropy", "drift", "drift_official")
+    controllers = ("fixed", "fixed_official", "front", "entropy", "drift", "drift_official")
     return plots.fronts(plots.panels(folder, RUNS), controllers)
 
 

@@ -19,7 +19,7 @@ from sol_jax.sweep import Job, Sweep
 from sol_jax.update import Setup
 
 # Besides `dense`, which is always there.
-BASELINES = ("fixed", "fixed_official", "random", *HEURISTICS)
+BASELINES = ("fixed", "fixed_official", "front", "random", *HEURISTICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +156,7 @@ def _jobs(
     rows = batch_size * W
     static = {
         "fixed": lambda target_X: schedules.fixed(space, target_X, may_control),
+        "front": lambda target_X: schedules.front(space, target_X, may_control),
         "fixed_official": lambda target_X: schedules.fixed_official(space, target_X, may_control, rows),
     }
     jobs = []

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from configs import default
 from sol_jax import data, policy_files
 from sol_jax.config import flatten
 from sol_jax.corpus import document_hashes, read_documents
@@ -109,7 +110,13 @@ def refuse_training_text(session: Session, split: str, trained_on: Collection[st
 def describe(subject: Subject, session: Session, split: str, batches: Sequence[Batch]) -> dict[str, Any]:
     """What every row of results says of where it comes from."""
     episode, flat = session.setup.episode, flatten(subject.config)
-    trained = {name: value for name, value in flat.items() if not name.startswith(FREE_FIELDS)}
+    # Defaults are left out: a field that is added later, and a run that knew nothing of it, change no digest.
+    usual = flatten(default.get_config())
+    trained = {
+        name: value
+        for name, value in flat.items()
+        if not name.startswith(FREE_FIELDS) and value != usual.get(name)
+    }
     return {
         "run": subject.name,
         "updates": subject.updates,

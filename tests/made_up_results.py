@@ -14,8 +14,9 @@ from sol_jax.statistics import wilson
 
 AXES = ("kappa", "rho", "eta")
 # Nats that a controller is behind the policy.
-BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "random": 0.25, "random_best": 0.15,
-          "entropy": 0.12, "drift": 0.2, "drift_official": 0.22, "dense": -0.3}  # fmt: skip
+BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "front": 0.09, "random": 0.25,
+          "random_best": 0.15, "entropy": 0.12, "drift": 0.2, "drift_official": 0.22,
+          "dense": -0.3}  # fmt: skip
 
 
 def write(

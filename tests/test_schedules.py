@@ -65,6 +65,18 @@ def test_fixed_meets_its_target(problem):
     assert np.all(np.abs(cost_NxTxX.mean((0, 1)) - target_X) <= span_X / (N * T) + 1e-6)  # and over all
 
 
+@given(problems(), st.integers(0, 3))
+@settings(deadline=None)
+def test_front_has_the_counts_of_fixed_in_descending_order(problem, uncontrolled):
+    """After the steps that may not be controlled, which are dense."""
+    space, target_X, N, T = problem
+    may_NxT = np.tile(np.arange(T) >= uncontrolled, (N, 1))
+    action_NxT, fixed_NxT = (make(space, target_X, may_NxT) for make in (schedules.front, schedules.fixed))
+    assert np.all(action_NxT[:, :uncontrolled] == space.dense)
+    cost, same = (space.costs_AxX[a][:, uncontrolled:] for a in (action_NxT, fixed_NxT))
+    np.testing.assert_array_equal(cost, -np.sort(-same, 1))
+
+
 @given(problems(), st.integers(1, 4))
 @settings(deadline=None)
 def test_random_has_the_counts_of_fixed(problem, num_draws):

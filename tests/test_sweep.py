@@ -303,7 +303,7 @@ def test_a_stale_prefill_needs_quest_and_one_episode(make, tiny_session):
 
 def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
     """All controllers at once, also with an axis held dense."""
-    controllers = ("fixed", "fixed_official", "random", "entropy", "drift", "drift_official")
+    controllers = ("fixed", "fixed_official", "front", "random", "entropy", "drift", "drift_official")
     plan = Plan(BUDGETS, controllers, num_random=3, random_at=(1,), hold=("kappa",))
     labels = []
 
@@ -312,11 +312,11 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
         return lambda columns: None
 
     rows, draws = run(make(), plan, progress)
-    assert labels == [(12, 0, "policy"), (3 * (1 + 5 * 4 + 2 * 3), 0, "baselines")]
-    always = ["policy", "fixed", "fixed_official", "entropy", "drift", "drift_official"]
+    assert labels == [(12, 0, "policy"), (3 * (1 + 6 * 4 + 2 * 3), 0, "baselines")]
+    always = ["policy", "fixed", "fixed_official", "front", "entropy", "drift", "drift_official"]
     names = [[*always, "dense"], [*always, "random", "random_best", "dense"]] * 2
     assert [row.controller for row in rows] == [name for block in names for name in block]
-    assert [row.held for row in rows] == [""] * 16 + ["kappa"] * 16
+    assert [row.held for row in rows] == [""] * 18 + ["kappa"] * 18
     own = {}
     for row in rows:
         if row.controller == "policy":
