@@ -86,7 +86,7 @@ def drawn(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
 
     They are of NAME-random, evaluated apart on less text, or else of NAME.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, title in runs.items():
         choices = (f"{name}-random", name)
         there = [c for c in choices if any((folder / MODEL).glob(f"{c}-s[0-9]*-draws.csv"))]
