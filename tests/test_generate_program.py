@@ -46,8 +46,7 @@ def policy(tiny_session, tmp_path_factory):
 
 def opened(tiny_folder, **given):
     """The engine and request that flags would give."""
-    values = DEFAULTS | {"model": str(tiny_folder / "model")}
-    values |= {name.replace("_", "-"): value for name, value in given.items()}
+    values = DEFAULTS | {"model": str(tiny_folder / "model")} | given
     return generate.open_engine({name: types.SimpleNamespace(value=v) for name, v in values.items()})
 
 
