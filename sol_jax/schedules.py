@@ -72,8 +72,8 @@ def fixed(space: ActionSpace, target_X: np.ndarray, controllable_NxT: np.ndarray
 def front(space: ActionSpace, target_X: np.ndarray, controllable_NxT: np.ndarray) -> np.ndarray:
     """The counts of `fixed`, the higher levels first in every sequence: actions [N, T].
 
-    What is spent early also leaves better cache entries to the steps that follow.  No token needs to be seen
-    for that, so what a policy gains over this schedule it gains by looking.
+    Later steps attend to the cache entries of earlier ones, so spending early may help them too.  That needs
+    no look at the text: a policy that has learned no more gains nothing over this schedule.
     """
     rank_NxT = np.cumsum(controllable_NxT, 1) - 1
     count_NxX = [_spread_steps(space, x, t, controllable_NxT).sum(1) for x, t in enumerate(target_X)]

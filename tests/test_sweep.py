@@ -323,7 +323,7 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
             own = row
         assert row.requested == own.requested
         assert row.tokens == 20
-        if row.controller in ("fixed", "random", "random_best"):
+        if row.controller in ("fixed", "front", "random", "random_best"):
             np.testing.assert_allclose(row.cost, own.cost, atol=0.9 / 20 + 1e-6)
         if row.held and row.controller != "dense":
             assert row.cost[0] == 1.0
