@@ -197,7 +197,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         )
     space = ActionSpace(tuple(_in_unit(axis, config, model) for axis in build_axes(config)))
     sizes = config.policy.to_dict()
-    factored = sizes.pop("factored_head")
+    factored, paced = sizes.pop("factored_head"), sizes.pop("paced")
     policy = PolicyConfig(
         model.hidden_size,
         space.num_actions,
@@ -205,6 +205,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         len(space.axes),
         **sizes,
         factors=tuple(len(axis.levels) for axis in space.axes) if factored else (),
+        paced_costs=tuple(tuple(a.cost(level) for level in a.levels) for a in space.axes) if paced else (),
     )
     grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
     return Setup(

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sol_jax.pacing import pacing_scores
+
 # Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
 # tiny, so matrix products stay in true float32 on every device.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -40,15 +42,20 @@ class PolicyConfig:
     budget_embed_size: int = 32
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
     # Not the paper's: a head that scores the levels of each axis (so many of them) and adds up the scores,
-    # and a LayerNorm on each of the two inputs from the LLM.
+    # a LayerNorm on each of the two inputs from the LLM, and episodes that end on their budget (`pacing`),
+    # for which the policy must know what the levels of each axis cost.
     factors: tuple[int, ...] = ()
     normalize_inputs: bool = False
+    paced_costs: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
         if self.factors and math.prod(self.factors) != self.num_actions:
             raise ValueError(f"factors {self.factors} do not multiply to num_actions {self.num_actions}")
+        levels = tuple(len(costs) for costs in self.paced_costs)
+        if levels and math.prod(levels) != self.num_actions:
+            raise ValueError(f"paced_costs of {levels} levels are not those of {self.num_actions} actions")
 
     @property
     def num_scores(self) -> int:
@@ -173,10 +180,13 @@ class Policy(nn.Module):
         self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
         self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
-        # The authors start the action head without a bias; its weights are as in every other layer.
-        self.head = _linear(cfg.d_model, cfg.num_scores, bias_init=nn.initializers.zeros)
+        # The authors start the action head without a bias; its weights are as in every other layer.  A paced
+        # policy starts at its pace alone.
+        zeros = nn.initializers.zeros
+        start = zeros if cfg.paced_costs else None
+        self.head = _linear(cfg.d_model, cfg.num_scores, kernel_init=start, bias_init=zeros)
         self.budget_in = _linear(cfg.num_axes, cfg.budget_embed_size)
-        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores)
+        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores, kernel_init=start, bias_init=start)
 
     def __call__(self, obs_T: Observation) -> jax.Array:
         """`logits_TxA` of a whole episode; step t sees the observations up to t."""
@@ -226,7 +236,12 @@ class Policy(nn.Module):
         """The head on the features, plus the direct head on the targets."""
         target_NxX = obs_N.scalars_N[:, 2 : 2 + self.config.num_axes].astype(jnp.float32)
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
-        return join_scores(scores, self.config.factors) if self.config.factors else scores
+        costs, factors = self.config.paced_costs, self.config.factors
+        logits = join_scores(scores, factors) if factors else scores
+        if costs:
+            pace = jax.vmap(lambda scalars_N: pacing_scores(scalars_N, costs, self.config.horizon))
+            logits += join_scores(pace(obs_N.scalars_N), tuple(len(levels) for levels in costs))
+        return logits
 
 
 def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:
@@ -262,7 +277,7 @@ def _gelu(x):
     return nn.gelu(x, approximate=False)
 
 
-def _linear(fan_in: int, size: int, *, bias: bool = True, bias_init=None) -> nn.Dense:
+def _linear(fan_in: int, size: int, *, bias: bool = True, kernel_init=None, bias_init=None) -> nn.Dense:
     """A linear layer that starts as the authors' do: weight and bias uniform in ±1/sqrt(fan_in)."""
     bound = fan_in**-0.5
 
@@ -270,5 +285,9 @@ def _linear(fan_in: int, size: int, *, bias: bool = True, bias_init=None) -> nn.
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nn.Dense(
-        size, use_bias=bias, kernel_init=uniform, bias_init=bias_init or uniform, precision=_PRECISION
+        size,
+        use_bias=bias,
+        kernel_init=kernel_init or uniform,
+        bias_init=bias_init or uniform,
+        precision=_PRECISION,
     )

@@ -1,0 +1,133 @@
+"""Pacing: episodes on budget under any policy, and the distribution that a policy starts from."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sol_jax.pacing import RULED_OUT, pacing_scores
+from sol_jax.policy import (
+    Observation,
+    Policy,
+    PolicyConfig,
+    example_observation,
+    initial_carry,
+    observation_scalars,
+)
+
+TWO = (0.1, 1.0)
+MANY = tuple(k / 10 for k in range(1, 11))
+UNEVEN = (0.3125, 0.4, 0.75, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("costs", "horizon"))
+def scores_of(step, spent, target, costs, horizon):
+    """Scores of one axis before step `step`, `spent` so far."""
+    scalars_N = observation_scalars(step, horizon, True, target[None], spent[None], step)
+    return pacing_scores(scalars_N, (costs,), horizon)
+
+
+def play(wishes_TxL, target, costs):
+    """Mean cost of an episode whose policy adds `wishes` to the pace and takes the best level."""
+    spent, T = jnp.float32(0.0), len(wishes_TxL)
+    for t, wish_L in enumerate(wishes_TxL):
+        level = jnp.argmax(scores_of(t, spent, jnp.float32(target), costs, T) + wish_L)
+        spent = spent + jnp.float32(costs[int(level)])
+    return float(spent) / T
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    costs=st.sampled_from([TWO, MANY, UNEVEN]),
+    share=st.floats(0, 1),
+    T=st.sampled_from([4, 16]),
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([0.0, 1.0, 1e3]),
+)
+def test_an_episode_ends_on_its_budget_under_any_policy(costs, share, T, seed, size):
+    wishes_TxL = size * np.random.default_rng(seed).standard_normal((T, len(costs)))
+    target = costs[0] + share * (costs[-1] - costs[0])
+    # Half the largest step between levels, of the whole episode.
+    assert abs(play(wishes_TxL, target, costs) - target) <= max(np.diff(costs)) / 2 / T + 1e-4
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_policy_that_always_wants_one_end_gets_it_until_the_rest_must_be_the_other(end):
+    target, T = 0.55, 16
+    wishes_TxL = np.zeros((T, 10))
+    wishes_TxL[:, -end] = 1e3  # the lowest or the highest level
+    spent, levels = jnp.float32(0.0), []
+    for t in range(T):
+        level = int(jnp.argmax(scores_of(t, spent, jnp.float32(target), MANY, T) + wishes_TxL[t]))
+        levels.append(level)
+        spent = spent + MANY[level]
+    # 16 * 0.55 = 8.8 = 8 * 1.0 + 8 * 0.1
+    assert levels == ([9] * 8 + [0] * 8 if end else [0] * 8 + [9] * 8)
+
+
+def test_only_levels_that_the_rest_can_make_up_for_remain():
+    # Two steps left of four, and 2 * 1.0 + 2 * 0.1 asked: 1.2 is left after one full step and one of 0.1
+    # (0.9 lower than after two full ones), so one full step must follow.  Of that, levels of 0.1 and 1.0.
+    scores_L = scores_of(2, jnp.float32(1.1), jnp.float32(0.55), MANY, 4)
+    allowed = [cost for cost, score in zip(MANY, scores_L, strict=True) if score > RULED_OUT / 2]
+    np.testing.assert_allclose(allowed, MANY)
+    # With 0.7 left of two steps: 0.7 - c must be at least 0.1, less half a step of 0.1.
+    scores_L = scores_of(2, jnp.float32(1.5), jnp.float32(0.55), MANY, 4)
+    allowed = [cost for cost, score in zip(MANY, scores_L, strict=True) if score > RULED_OUT / 2]
+    np.testing.assert_allclose(allowed, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    # The last step: 0.7 is left, and the levels within 0.05 of it are one.
+    scores_L = scores_of(3, jnp.float32(1.5), jnp.float32(0.55), MANY, 4)
+    assert [i for i, score in enumerate(scores_L) if score > RULED_OUT / 2] == [6]
+
+
+@settings(max_examples=40, deadline=None)
+@given(costs=st.sampled_from([TWO, MANY, UNEVEN]), share=st.floats(0.05, 0.95))
+def test_the_pace_has_the_mean_that_is_left(costs, share):
+    target = costs[0] + share * (costs[-1] - costs[0])
+    prob_L = jax.nn.softmax(scores_of(0, jnp.float32(0.0), jnp.float32(target), costs, 64))
+    assert float(prob_L @ np.array(costs)) == pytest.approx(target, abs=2e-4)
+
+
+def test_with_two_levels_the_pace_is_the_share_of_the_upper_one():
+    # One full step of four at 0.55 is spent; (4 * 0.55 - 1.0) / 3 = 0.4 is left per step: a share of 1/3.
+    prob_L = jax.nn.softmax(scores_of(1, jnp.float32(1.0), jnp.float32(0.55), TWO, 4))
+    np.testing.assert_allclose(prob_L, [2 / 3, 1 / 3], atol=1e-4)
+
+
+def test_the_likeliest_level_of_many_is_the_one_nearest_to_what_is_left():
+    for target in (0.2, 0.4, 0.6, 0.8):
+        scores_L = scores_of(0, jnp.float32(0.0), jnp.float32(target), MANY, 16)
+        assert abs(MANY[int(jnp.argmax(scores_L))] - target) <= 0.1 + 1e-6
+
+
+def test_an_axis_with_one_level_is_at_it_whatever_is_asked():
+    np.testing.assert_array_equal(scores_of(3, jnp.float32(3.0), jnp.float32(0.4), (1.0,), 16), [0.0])
+
+
+PACED = PolicyConfig(
+    hidden_size=6, num_actions=20, horizon=4, num_axes=2, d_model=16, num_heads=2, paced_costs=(TWO, MANY)
+)
+
+
+@pytest.mark.parametrize("factors", [(), (2, 10)], ids=["joint", "factored"])
+def test_a_new_paced_policy_plays_the_pace_of_every_axis(factors):
+    config = dataclasses.replace(PACED, factors=factors)
+    example = example_observation(config)
+    scalars_N = observation_scalars(1, 4, True, jnp.array([0.55, 0.55]), jnp.array([1.0, 0.6]), 1)
+    seen = Observation(jnp.ones_like(example.hidden_D), example.embed_D, scalars_N, jnp.zeros((), jnp.int32))
+    carry = initial_carry(config)
+    params = Policy(config).init(jax.random.key(0), seen, carry, method="step")
+    logits_A, _ = Policy(config).apply(params, seen, carry, method="step")
+    prob_2x10 = jax.nn.softmax(logits_A).reshape(2, 10)
+    np.testing.assert_allclose(prob_2x10.sum(1), [2 / 3, 1 / 3], atol=1e-3)
+    assert float(prob_2x10.sum(0) @ np.array(MANY)) == pytest.approx((4 * 0.55 - 0.6) / 3, abs=1e-3)
+
+
+def test_costs_of_other_actions_are_refused():
+    with pytest.raises(ValueError, match=r"paced_costs of \(2, 10\) levels are not those of 5 actions"):
+        dataclasses.replace(PACED, num_actions=5)
