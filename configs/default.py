@@ -65,6 +65,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.returns = "sum"  # or max, none
     config.grpo.level = "process"  # or outcome
     config.grpo.norm = "center"  # or zscore
+    config.grpo.baseline = "group"  # or spent (not the paper's): see grpo.beside_spent
     config.grpo.whiten = True
     config.grpo.temperature = 1.3
     config.grpo.clip = 0.2
@@ -175,11 +176,12 @@ def _fast(config: ConfigDict) -> None:
 def _paced(config: ConfigDict) -> None:
     """Every episode ends on its budget, so that all that schedules differ in is where they spend.
 
-    What is spent early is missing later: the discount must let a step see that.
+    What is spent now is missing later, in full: nothing is discounted.
     """
     config.policy.paced = True
-    config.grpo.penalty_gradient, config.grpo.gamma = "sampled", 0.9
-    config.grpo.entropy_coef = 0.01  # towards even odds, which are not the pace's
+    config.grpo.penalty_gradient, config.grpo.gamma = "sampled", 1.0
+    config.grpo.baseline = "spent"
+    config.grpo.entropy_coef = 0.02  # towards even odds, which are not the pace's
 
 
 def _horizon(steps: int):

@@ -4,6 +4,7 @@ Array -> array functions.  `group_advantage` takes the K schedules of one sequen
 `whiten` a whole rollout batch, `clipped_loss` the N steps of a minibatch.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -33,6 +34,30 @@ def group_advantage(
     if norm == "zscore":
         advantage_KxT = advantage_KxT / _floored_rms(advantage_KxT, axis=0)
     return jnp.broadcast_to(advantage_KxT, x_KxT.shape)
+
+
+def beside_spent(advantage_NxT: jax.Array, spent_NxTxX: jax.Array) -> jax.Array:
+    """`advantage_NxT` without what linear regression explains by what was spent before each step.
+
+    Not the paper's.  Schedules that must end on the same budget differ in what they have left, and so in
+    their returns, whatever they do next.  `spent` is known before a step acts, so leaving its share out is a
+    baseline: it takes noise from the gradient, not signal.
+
+    Both are differences from their group's mean, of all N schedules of a batch; a regression per step.
+    """
+    _check_rank(2, advantage_NxT=advantage_NxT)
+    _check_rank(3, spent_NxTxX=spent_NxTxX)
+
+    def of_step(advantage_N: jax.Array, spent_NxX: jax.Array) -> jax.Array:
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        gram_XxX = product(spent_NxX.T, spent_NxX)
+        # The floor is for steps before which nothing differs, as before the first.
+        slope_X = jnp.linalg.solve(
+            gram_XxX + 1e-6 * len(spent_NxX) * jnp.eye(len(gram_XxX)), product(spent_NxX.T, advantage_N)
+        )
+        return advantage_N - product(spent_NxX, slope_X)
+
+    return jax.vmap(of_step, in_axes=1, out_axes=1)(advantage_NxT, spent_NxTxX)
 
 
 def whiten(advantage: jax.Array) -> jax.Array:

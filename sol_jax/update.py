@@ -45,6 +45,9 @@ class GrpoConfig:
     returns: Literal["sum", "max", "none"] = "sum"
     level: Literal["process", "outcome"] = "process"
     norm: Literal["center", "zscore"] = "center"
+    # What a schedule is compared with: its group, or (not the paper's) what its group makes one expect of a
+    # schedule that has spent as much before the step.
+    baseline: Literal["group", "spent"] = "group"
     whiten: bool = True
     temperature: float = 1.3  # of the policy in rollouts and in the loss
     clip: float = 0.2  # epsilon
@@ -260,6 +263,12 @@ def advantages(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Advantages [B, W, K, T], and the budget penalties and mean costs [B, W, K, X] behind them."""
     adv, penalty, mean = _compare(reward_BxWxKxT, rollout, budget_BxWxX, setup)
+    if setup.grpo.baseline == "spent":
+        X = len(setup.space.axes)
+        gap = rollout.observation.scalars_N[..., -X:]
+        spent = gap - gap.mean(2, keepdims=True)
+        T = adv.shape[-1]
+        adv = grpo.beside_spent(adv.reshape(-1, T), spent.reshape(-1, T, X)).reshape(adv.shape)
     return grpo.whiten(adv) if setup.grpo.whiten else adv, penalty, mean
 
 

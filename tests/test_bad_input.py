@@ -72,6 +72,7 @@ IMPOSSIBLE = {
     "grpo.penalty_gradient": ("exact",),
     "grpo.max_price": (0.0, -1.0, NAN),
     "grpo.norm": ("none",),
+    "grpo.baseline": ("none",),
     "grpo.temperature": (0.0, -1.0, NAN, INF),
     "grpo.clip": (0.0, NAN),
     "grpo.entropy_coef": (-0.1, NAN),

@@ -174,6 +174,7 @@ OTHER = {
     "grpo.returns": "max",
     "grpo.level": "outcome",
     "grpo.norm": "zscore",
+    "grpo.baseline": "spent",
     "grpo.whiten": False,
     "grpo.temperature": 1.0,
     "grpo.clip": 0.1,

@@ -353,3 +353,43 @@ def test_expected_costs_meet_budgets_without_any_reward(weights, tokens_BxN):
         gaps.append([metrics[f"budget_gap/{axis.name}"] for axis in SPACE.axes])
     before, after = np.mean(gaps[:5], 0), np.mean(gaps[-5:], 0)
     assert np.all(after < before), (before, after)
+
+
+def test_a_paced_policy_meets_budgets_from_the_first_update_on(weights, tokens_BxN):
+    costs = tuple(tuple(axis.cost(level) for level in axis.levels) for axis in SPACE.axes)
+    setup = dataclasses.replace(SETUP, policy=dataclasses.replace(SETUP.policy, paced_costs=costs))
+    setup = grpo_of(setup, baseline="spent")
+    state, step = (
+        update.init_state(jax.random.key(0), setup),
+        jax.jit(update.train_step, static_argnames="setup"),
+    )
+    for _ in range(10):
+        state, metrics = step(state, weights, tokens_BxN, setup=setup)
+        for axis, of_axis in zip(SPACE.axes, costs, strict=True):
+            assert metrics[f"budget_gap/{axis.name}"] <= (of_axis[-1] - of_axis[0]) / 2 / T + 1e-3
+        # What rollouts sampled from is what gradients see, ruled-out levels included.
+        assert np.isfinite(metrics["policy/entropy"])
+        assert metrics["policy/ratio_max"] < 10
+        assert float(metrics["policy/nonzero_adv_share"]) > 0
+
+
+def test_the_baseline_of_what_was_spent_leaves_what_it_does_not_explain():
+    """Group by group the return falls by 2 for each unit spent before; a schedule's own luck is left."""
+    rng = np.random.default_rng(0)
+    N, X = (2, 3, 16), len(SPACE.axes)
+    gap = rng.normal(size=(*N, T, X)) * np.arange(T)[:, None]  # nothing is spent before the first step
+    luck = rng.normal(size=(*N, T)) * 0.01
+    scalars = jnp.concatenate([jnp.zeros((*N, T, 2 + X)), jnp.asarray(gap)], -1)
+    seen = update.Observation(None, None, scalars, None)
+    cost, counted = jnp.full((*N, T, X), 0.5), jnp.ones((*N, T), bool)
+    played = rollout.Rollout(seen, None, None, cost, counted, None)
+    budget = jnp.full((*N[:2], X), 0.5)
+
+    def advantage(baseline):
+        setup = grpo_of(SETUP, whiten=False, gamma=0.0, baseline=baseline)
+        return np.asarray(update.advantages(jnp.asarray(luck - 2 * gap[..., 0]), played, budget, setup)[0])
+
+    own = luck - luck.mean(2, keepdims=True)
+    assert np.abs(advantage("group") - own).max() > 1
+    np.testing.assert_allclose(advantage("spent"), own, atol=0.02)
+    np.testing.assert_allclose(advantage("spent")[..., 0], own[..., 0], atol=1e-6)
