@@ -38,7 +38,7 @@ CHOICES = {
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
     "grpo.norm": ("center", "zscore"),
-    "grpo.baseline": ("group", "spent"),
+    "grpo.baseline": ("group", "spent", "price"),
 }
 # Smallest value of each number; an open bound is a strict one.
 AT_LEAST = {

@@ -36,28 +36,18 @@ def group_advantage(
     return jnp.broadcast_to(advantage_KxT, x_KxT.shape)
 
 
-def beside_spent(advantage_NxT: jax.Array, spent_NxTxX: jax.Array) -> jax.Array:
-    """`advantage_NxT` without what linear regression explains by what was spent before each step.
+def unexplained(advantage_N: jax.Array, known_NxX: jax.Array) -> jax.Array:
+    """What linear regression of N advantages on what is known of them leaves (`update.advantages`).
 
-    Not the paper's.  Schedules that must end on the same budget differ in what they have left, and so in
-    their returns, whatever they do next.  `spent` is known before a step acts, so leaving its share out is a
-    baseline: it takes noise from the gradient, not signal.
-
-    Both are differences from their group's mean, of all N schedules of a batch; a regression per step.
+    Both are differences from means.
     """
-    _check_rank(2, advantage_NxT=advantage_NxT)
-    _check_rank(3, spent_NxTxX=spent_NxTxX)
-
-    def of_step(advantage_N: jax.Array, spent_NxX: jax.Array) -> jax.Array:
-        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        gram_XxX = product(spent_NxX.T, spent_NxX)
-        # The floor is for steps before which nothing differs, as before the first.
-        slope_X = jnp.linalg.solve(
-            gram_XxX + 1e-6 * len(spent_NxX) * jnp.eye(len(gram_XxX)), product(spent_NxX.T, advantage_N)
-        )
-        return advantage_N - product(spent_NxX, slope_X)
-
-    return jax.vmap(of_step, in_axes=1, out_axes=1)(advantage_NxT, spent_NxTxX)
+    _check_rank(1, advantage_N=advantage_N)
+    _check_rank(2, known_NxX=known_NxX)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    # The floor is for what does not vary, such as what was spent before the first step.
+    floor_XxX = 1e-6 * len(known_NxX) * jnp.eye(known_NxX.shape[1])
+    slope_X = jnp.linalg.solve(product(known_NxX.T, known_NxX) + floor_XxX, product(known_NxX.T, advantage_N))
+    return advantage_N - product(known_NxX, slope_X)
 
 
 def whiten(advantage: jax.Array) -> jax.Array:

@@ -45,9 +45,9 @@ class GrpoConfig:
     returns: Literal["sum", "max", "none"] = "sum"
     level: Literal["process", "outcome"] = "process"
     norm: Literal["center", "zscore"] = "center"
-    # What a schedule is compared with: its group, or (not the paper's) what its group makes one expect of a
-    # schedule that has spent as much before the step.
-    baseline: Literal["group", "spent"] = "group"
+    # What a step is compared with: its group, or (not the paper's) what a regression makes one expect of one
+    # before which as much was spent, or which itself costs as much: see `_baseline`.
+    baseline: Literal["group", "spent", "price"] = "group"
     whiten: bool = True
     temperature: float = 1.3  # of the policy in rollouts and in the loss
     clip: float = 0.2  # epsilon
@@ -263,13 +263,33 @@ def advantages(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Advantages [B, W, K, T], and the budget penalties and mean costs [B, W, K, X] behind them."""
     adv, penalty, mean = _compare(reward_BxWxKxT, rollout, budget_BxWxX, setup)
-    if setup.grpo.baseline == "spent":
-        X = len(setup.space.axes)
-        gap = rollout.observation.scalars_N[..., -X:]
-        spent = gap - gap.mean(2, keepdims=True)
-        T = adv.shape[-1]
-        adv = grpo.beside_spent(adv.reshape(-1, T), spent.reshape(-1, T, X)).reshape(adv.shape)
+    adv = _baseline(adv, rollout, setup)
     return grpo.whiten(adv) if setup.grpo.whiten else adv, penalty, mean
+
+
+def _baseline(adv_BxWxKxT: jax.Array, rollout: Rollout, setup: Setup) -> jax.Array:
+    """Advantages beside `grpo.baseline`, for schedules that must end on the same budget.
+
+    - "spent": those that have less left fare worse, whatever they do next.  What was spent before a step is
+      known when it acts, so taking out its effect (of each step, over the batch) only takes out noise.
+    - "price": spending helps the step that does it, at the others' expense.  The effect of a step's cost over
+      its whole group is what a unit is worth there on average; beside that price a step that gains more
+      should spend.  Returns then need not look to the episode's end to see what spending costs.
+    """
+    X, baseline = len(setup.space.axes), setup.grpo.baseline
+    if baseline == "group":
+        return adv_BxWxKxT
+    known = rollout.observation.scalars_N[..., -X:] if baseline == "spent" else rollout.cost_TxX
+    known = known - known.mean(2, keepdims=True)
+    if baseline == "spent":
+        apart = jnp.moveaxis(adv_BxWxKxT, -1, 0), jnp.moveaxis(known, -2, 0)
+    else:
+        apart = tuple(x.reshape(-1, *x.shape[2:]) for x in (adv_BxWxKxT, known))
+    adv, known = apart
+    left = jax.vmap(grpo.unexplained)(adv.reshape(len(adv), -1), known.reshape(len(adv), -1, X))
+    if baseline == "spent":
+        return jnp.moveaxis(left.reshape(adv.shape), 0, -1)
+    return left.reshape(adv_BxWxKxT.shape)
 
 
 def prices(
