@@ -59,7 +59,9 @@ class PolicyConfig:
 
     @property
     def num_scores(self) -> int:
-        """What the heads score: joint actions, or the levels of every axis."""
+        """What the heads score: joint actions, the levels of every axis, or the axes (see `pacing`)."""
+        if self.paced_costs:
+            return self.num_axes
         return sum(self.factors) if self.factors else self.num_actions
 
     @property
@@ -181,7 +183,7 @@ class Policy(nn.Module):
         self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.  A paced
-        # policy starts at its pace alone.
+        # policy starts by spending evenly.
         zeros = nn.initializers.zeros
         start = zeros if cfg.paced_costs else None
         self.head = _linear(cfg.d_model, cfg.num_scores, kernel_init=start, bias_init=zeros)
@@ -237,11 +239,13 @@ class Policy(nn.Module):
         target_NxX = obs_N.scalars_N[:, 2 : 2 + self.config.num_axes].astype(jnp.float32)
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
         costs, factors = self.config.paced_costs, self.config.factors
-        logits = join_scores(scores, factors) if factors else scores
         if costs:
-            pace = jax.vmap(lambda scalars_N: pacing_scores(scalars_N, costs, self.config.horizon))
-            logits += join_scores(pace(obs_N.scalars_N), tuple(len(levels) for levels in costs))
-        return logits
+            factors = tuple(len(levels) for levels in costs)
+            paced = jax.vmap(
+                lambda extra_X, seen_N: pacing_scores(extra_X, seen_N, costs, self.config.horizon)
+            )
+            scores = paced(scores, obs_N.scalars_N)
+        return join_scores(scores, factors) if factors else scores
 
 
 def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:

@@ -276,19 +276,19 @@ def _baseline(adv_BxWxKxT: jax.Array, rollout: Rollout, setup: Setup) -> jax.Arr
       its whole group is what a unit is worth there on average; beside that price a step that gains more
       should spend.  Returns then need not look to the episode's end to see what spending costs.
     """
-    X, baseline = len(setup.space.axes), setup.grpo.baseline
-    if baseline == "group":
-        return adv_BxWxKxT
-    known = rollout.observation.scalars_N[..., -X:] if baseline == "spent" else rollout.cost_TxX
-    known = known - known.mean(2, keepdims=True)
-    if baseline == "spent":
-        apart = jnp.moveaxis(adv_BxWxKxT, -1, 0), jnp.moveaxis(known, -2, 0)
+    (B, W, _, T), X = adv_BxWxKxT.shape, len(setup.space.axes)
+
+    def from_group(known: jax.Array) -> jax.Array:
+        return known - known.mean(2, keepdims=True)
+
+    if setup.grpo.baseline == "spent":
+        spent = from_group(rollout.observation.scalars_N[..., -X:]).reshape(-1, T, X)
+        left = jax.vmap(grpo.unexplained, in_axes=1, out_axes=1)(adv_BxWxKxT.reshape(-1, T), spent)
+    elif setup.grpo.baseline == "price":
+        cost = from_group(rollout.cost_TxX).reshape(B * W, -1, X)
+        left = jax.vmap(grpo.unexplained)(adv_BxWxKxT.reshape(B * W, -1), cost)
     else:
-        apart = tuple(x.reshape(-1, *x.shape[2:]) for x in (adv_BxWxKxT, known))
-    adv, known = apart
-    left = jax.vmap(grpo.unexplained)(adv.reshape(len(adv), -1), known.reshape(len(adv), -1, X))
-    if baseline == "spent":
-        return jnp.moveaxis(left.reshape(adv.shape), 0, -1)
+        return adv_BxWxKxT
     return left.reshape(adv_BxWxKxT.shape)
 
 

@@ -393,3 +393,23 @@ def test_the_baseline_of_what_was_spent_leaves_what_it_does_not_explain():
     assert np.abs(advantage("group") - own).max() > 1
     np.testing.assert_allclose(advantage("spent"), own, atol=0.02)
     np.testing.assert_allclose(advantage("spent")[..., 0], own[..., 0], atol=1e-6)
+
+
+def test_the_baseline_of_the_price_leaves_what_a_step_gains_beyond_it():
+    """A unit of cost is worth 3 in one group and 1 in the other; at one step of the first it is worth 7."""
+    rng = np.random.default_rng(0)
+    X, shape = len(SPACE.axes), (1, 2, 4096, T)
+    cost = rng.choice([0.2, 0.6, 1.0], size=(*shape, X))
+    worth = np.array([3.0, 1.0])[None, :, None, None] * np.ones(shape)
+    worth[0, 0, :, 1] += 4.0
+    played = rollout.Rollout(None, None, None, jnp.asarray(cost), jnp.ones(shape, bool), None)
+    budget = jnp.full((*shape[:2], X), 0.6)
+    setup = grpo_of(SETUP, whiten=False, gamma=0.0, baseline="price")
+    adv, _, _ = update.advantages(jnp.asarray(worth * cost[..., 0]), played, budget, setup)
+
+    def slope(group, t):
+        return np.polyfit(cost[0, group, :, t, 0], adv[0, group, :, t], 1)[0]
+
+    # The price of the first is (3 + 7 + 3 + 3) / 4 = 4: the dear step gains 3 beyond it, the others 1 less.
+    np.testing.assert_allclose([slope(0, t) for t in range(T)], [-1, 3, -1, -1], atol=0.1)
+    np.testing.assert_allclose([slope(1, t) for t in range(T)], 0, atol=1e-3)
