@@ -56,6 +56,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.policy.mlp_ratio = 4.0
     config.policy.factored_head = False  # not the paper's: score the levels of each axis, add up the scores
     config.policy.normalize_inputs = False  # not the paper's: LayerNorm on the LLM's states and embeddings
+    config.policy.restate = False  # not the paper's: ask before each step for what is left of the budget
     config.policy.paced = False  # not the paper's: every episode ends on its budget (sol_jax/pacing.py)
 
     config.grpo = ConfigDict()

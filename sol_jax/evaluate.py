@@ -154,6 +154,7 @@ class Options:
     hold: Sequence[str] = ()
     protect: bool | None = None
     kernels: str | None = None
+    restate: bool | None = None
     stale_prefill: bool = False
     batch_size: int | None = None
     parallel: int | None = None
@@ -178,6 +179,9 @@ def _define_flags() -> None:
     flags.DEFINE_bool("protect", None, "Always keep sinks and window; default: as the run.")
     implementations = ["auto", *IMPLEMENTATIONS]
     flags.DEFINE_enum("kernels", None, implementations, "How decode steps run; default: as the run.")
+    flags.DEFINE_bool(
+        "restate", None, "Ask for what is left of the budget before each step; default: as the run."
+    )
     flags.DEFINE_bool("stale_prefill", False, "Put in the authors' fault: prefill under left-over budgets.")
     flags.DEFINE_integer("batch_size", None, "Blocks at a time; default: the run's.", 1)
     flags.DEFINE_integer("parallel", None, "Schedules of an episode at a time; default: the run's.", 1)
@@ -222,15 +226,16 @@ def evaluate(options: Options) -> list[Row]:
         raise UserError("give --output FILE.csv with --policy")
     workdir = pathlib.Path(options.workdir or ".")
     of_run: dict[str, Any] = {}
+    text = options.source, options.document_start, options.protect, options.kernels, options.restate
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
-        session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
+        session = open_text(config, *text)
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
-        session = open_text(config, options.source, options.document_start, options.protect, options.kernels)
+        session = open_text(config, *text)
         subject = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
         trained_on = training_documents(config, session)
         of_run["run_updates"] = checkpoints.latest_step()  # the best policy may be an earlier one

@@ -124,6 +124,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that have this much probability.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    flags.DEFINE_bool("restate", None, "Ask the policy for what is left of the budget; default: as trained.")
     flags.DEFINE_bool("refresh", True, "Replace compressed cache entries by dense ones after each episode.")
     flags.DEFINE_bool("lossless", False, "Keep only tokens that the dense model accepts.")
     flags.DEFINE_bool("show_compute", False, "Shade each token by what was spent on it.")
@@ -172,6 +173,7 @@ def open_engine(args: Any) -> tuple[Engine, Request]:
         controller,
         args["dtype"].value,
         args["kernels"].value,
+        args["restate"].value,
         check,
         sampling=sampling,
         refresh=args["refresh"].value,

@@ -57,6 +57,7 @@ def open_engine(
     controller: str | None = None,
     dtype: str = "float32",
     kernels: str = "auto",
+    restate: bool | None = None,
     check: Callable[[Engine], Any] = lambda engine: None,
     **options: Any,
 ) -> Engine:
@@ -66,6 +67,7 @@ def open_engine(
       model: what `load.resolve` takes.
       policy: a policy's name or folder, or the workdir of a training run.
       controller: default: the policy, if there is one, else dense.
+      restate: whether the policy is asked for what is left of the budget; default: as it was trained.
       check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
       options: fields of the decoder.
 
@@ -86,6 +88,8 @@ def open_engine(
     if policy:
         params, setup = open_policy(policy, model, cfg)
         space, episode, network = setup.space, setup.episode, setup.policy
+        if restate is not None:
+            network = dataclasses.replace(network, restate=restate)
     else:
         config = sol_j_fl.get_config()
         space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)

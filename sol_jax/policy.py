@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sol_jax.pacing import pacing_scores
+from sol_jax.pacing import pacing_scores, restated
 
 # Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
 # tiny, so matrix products stay in true float32 on every device.
@@ -42,10 +42,11 @@ class PolicyConfig:
     budget_embed_size: int = 32
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
     # Not the paper's: a head that scores the levels of each axis (so many of them) and adds up the scores,
-    # a LayerNorm on each of the two inputs from the LLM, and episodes that end on their budget (`pacing`),
-    # for which the policy must know what the levels of each axis cost.
+    # a LayerNorm on each of the two inputs from the LLM, targets restated before each step, and episodes that
+    # end on their budget, for which the policy must know what the levels of each axis cost (`pacing`).
     factors: tuple[int, ...] = ()
     normalize_inputs: bool = False
+    restate: bool = False
     paced_costs: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
@@ -226,7 +227,7 @@ class Policy(nn.Module):
         embed_NxD = jax.lax.stop_gradient(obs_N.embed_D).astype(jnp.float32)
         if self.config.normalize_inputs:
             hidden_NxD, embed_NxD = self.hidden_norm(hidden_NxD), self.embed_norm(embed_NxD)
-        scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(obs_N.scalars_N.astype(jnp.float32))))
+        scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(self._scalars(obs_N))))
         action_NxF = self.action_embed(obs_N.prev_action)
         x_NxF = jnp.concatenate([hidden_NxD, embed_NxD, scalar_NxF, action_NxF], axis=-1)
         position_N = start + jnp.arange(x_NxF.shape[0])
@@ -234,9 +235,16 @@ class Policy(nn.Module):
         position_NxE = jnp.take(self.position_TxE, position_N, axis=0, mode="fill", fill_value=jnp.nan)
         return self.observation_in(x_NxF) + position_NxE
 
+    def _scalars(self, obs_N: Observation) -> jax.Array:
+        """What the network is told of budgets and progress."""
+        scalars_NxS = obs_N.scalars_N.astype(jnp.float32)
+        if not self.config.restate:
+            return scalars_NxS
+        return jax.vmap(lambda seen: restated(seen, self.config.num_axes, self.config.horizon))(scalars_NxS)
+
     def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
         """The head on the features, plus the direct head on the targets."""
-        target_NxX = obs_N.scalars_N[:, 2 : 2 + self.config.num_axes].astype(jnp.float32)
+        target_NxX = self._scalars(obs_N)[:, 2 : 2 + self.config.num_axes]
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
         costs, factors = self.config.paced_costs, self.config.factors
         if costs:

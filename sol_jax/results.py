@@ -11,7 +11,8 @@ from sol_jax.comparison import Draw, Row
 from sol_jax.errors import UserError
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
-IDENTITY = ("config", "text", "protect", "stale_prefill")
+IDENTITY = ("config", "text", "protect", "restate", "stale_prefill")
+LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
 NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
 # A row with the same of these replaces an older one.
 KEY = ("controller", "held", "along")
@@ -78,9 +79,10 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     ours = texts(about)
     for row in read(path):
         for name in IDENTITY:
-            if row.get(name) != ours[name]:
+            theirs = row.get(name, LATER.get(name))
+            if theirs != ours[name]:
                 raise UserError(
-                    f"{path} holds results of {name} {row.get(name)!r}, and these are of {ours[name]!r}; "
+                    f"{path} holds results of {name} {theirs!r}, and these are of {ours[name]!r}; "
                     "name another --output"
                 )
 

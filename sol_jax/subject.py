@@ -55,10 +55,12 @@ def open_text(
     document_start: str = "",
     protect: bool | None = None,
     kernels: str | None = None,
+    restate: bool | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
-    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run.
+    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run, and
+    `restate` how its policy is asked.
     """
     other = ConfigDict(config.to_dict())
     if source:
@@ -68,6 +70,8 @@ def open_text(
         other.axes.kappa.protect = protect
     if kernels is not None:
         other.kernels = kernels
+    if restate is not None:
+        other.policy.restate = restate
     return open_session(other)
 
 
@@ -125,6 +129,7 @@ def describe(subject: Subject, session: Session, split: str, batches: Sequence[B
         "horizon": episode.horizon,
         "text": text_name(session.config.data.source, split),
         "protect": session.config.axes.kappa.protect,
+        "restate": session.config.policy.restate,
         "blocks": sum(len(batch.tokens_BxN) for batch in batches),
         "seed": subject.config.seed,
         "config": digest(trained),

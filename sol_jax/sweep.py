@@ -164,7 +164,8 @@ class Sweep:
 
     @functools.cached_property
     def _policy(self) -> str:
-        return array_digest(self.params)
+        restated = "-restated" if self.setup.policy.restate else ""
+        return array_digest(self.params) + restated
 
     def _folder(self, job: Job) -> str:
         policy = self._policy if job.kind.controller == POLICY else ""

@@ -122,7 +122,7 @@ def test_every_number_has_bounds():
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
-    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.paced"}
+    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.paced", "policy.restate"}
     assert set(flatten(tiny.config_for(ROOT))) - set(IMPOSSIBLE) == unbounded
 
 

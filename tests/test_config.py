@@ -168,6 +168,7 @@ OTHER = {
     "policy.factored_head": True,
     "policy.normalize_inputs": True,
     "policy.paced": True,
+    "policy.restate": True,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,
     "grpo.gamma": 0.5,

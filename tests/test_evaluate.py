@@ -133,6 +133,7 @@ ABOUT = {
     "config": "c0ffee",
     "text": "text.txt:test",
     "protect": False,
+    "restate": False,
     "stale_prefill": False,
     "commit": "abc",
 }
@@ -161,7 +162,13 @@ def test_rows_are_replaced_or_added(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("config", "beef"), ("text", "other.txt:test"), ("protect", True), ("stale_prefill", True)],
+    [
+        ("config", "beef"),
+        ("text", "other.txt:test"),
+        ("protect", True),
+        ("restate", True),
+        ("stale_prefill", True),
+    ],
 )
 def test_results_of_another_config_are_not_added_to(field, value, tmp_path):
     path = tmp_path / "results.csv"
@@ -293,7 +300,7 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
         *(f"cost_{axis}" for axis in AXES), "net", "bytes", "flops", "nats", "perplexity",
         "gain", "gain_low", "gain_high", "tokens", "documents",
         *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
-        "protect", "blocks", "seed", "config", "commit", "run_updates", "stale_prefill",
+        "protect", "restate", "blocks", "seed", "config", "commit", "run_updates", "stale_prefill",
         "num_random", "note",
     ]  # fmt: skip
     assert {record["blocks"] for record in records} == {"5"}
@@ -360,8 +367,11 @@ def test_a_policy_by_folder(session, state, workdir, tmp_path):
     rows = results.read(output)
     assert [row["controller"] for row in rows[:3]] == ["policy", "drift", "dense"]
     assert [row["held"] for row in rows] == [""] * 21 + ["rho"] * 21  # 1 + 3 * 2 budgets
-    said = {(row["updates"], row["text"], row["documents"], row["protect"]) for row in rows}
-    assert said == {("7", "other.txt:test", "4", "True")}
+    said = {(row["updates"], row["text"], row["documents"], row["protect"], row["restate"]) for row in rows}
+    assert said == {("7", "other.txt:test", "4", "True", "False")}
+    refused = run_program(*args, "--output", output, "--grid", "1", "--protect", "--restate")
+    assert refused.returncode != 0
+    assert "holds results of restate 'False', and these are of 'True'" in refused.stderr
 
 
 REFUSED = {

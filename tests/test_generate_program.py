@@ -1,5 +1,6 @@
 """`python -m sol_jax.generate`: its output, the policies it takes, mistakes in one sentence."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -21,6 +22,7 @@ DEFAULTS = {
     "model": None, "dtype": "float32", "kernels": "auto", "policy": None, "controller": None, "budget": None,
     "prompt": "the cat", "chat": False, "system": "", "max_tokens": 12, "stop": [], "temperature": 0.0,
     "top_k": 0, "top_p": 1.0, "seed": 0, "refresh": True, "lossless": False,
+    "restate": None,
 }  # fmt: skip
 
 
@@ -55,6 +57,8 @@ def test_policies_come_from_folders_and_from_runs(tiny_folder, tiny_session, pol
     engine, request = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5")
     assert engine.controller == "policy"
     assert engine.cfg.policy == tiny_session.setup.policy
+    restated, _ = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5", restate=True)
+    assert restated.cfg.policy == dataclasses.replace(tiny_session.setup.policy, restate=True)
     assert engine.cfg.space == tiny_session.setup.space
     assert engine.cfg.horizon == tiny_session.setup.episode.horizon
     assert request.budget == (0.5, 0.7, 0.5)

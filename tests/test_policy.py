@@ -258,6 +258,7 @@ OTHER = {
     "token_embed_size": 3,
     "factors": (1, 5),
     "normalize_inputs": True,
+    "restate": True,
     "paced_costs": ((0.1, 0.3, 0.5, 0.7, 1.0), (1.0,), (1.0,)),
 }
 
