@@ -21,7 +21,7 @@ from experiments.figure2 import RUNS
 def draw(folder: pathlib.Path) -> Figure:
     runs = plots.drawn(folder, RUNS)
     figure, line = plt.subplots(
-        1, len(runs), figsize=(3.8 * len(runs) + 0.5, 4.2), layout="constrained", squeeze=False
+        1, len(runs), figsize=plots.wide(len(runs), 4.2), layout="constrained", squeeze=False
     )
     everything: list[plots.Row] = []
     for axes, (name, title) in zip(line[0], runs.items(), strict=True):

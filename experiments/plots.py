@@ -193,11 +193,16 @@ def draw_pair(top: Axes, bottom: Axes, rows: Sequence[Row], title: str, controll
     bottom.set(xlabel=NET)
 
 
+def wide(panels: int, height: float) -> tuple[float, float]:
+    """The size of a figure of so many panels in a line: wide enough for legend and caption."""
+    return max(3.6 * panels + 0.6, 8.5), height
+
+
 def fronts(
     panels: Mapping[str, Sequence[Row]], controllers: Sequence[str] = ("fixed", "random", "random_best")
 ) -> Figure:
     """A column per panel: perplexity over the net keep rate, and the policy's gains with their intervals."""
-    size = (max(3.6 * len(panels) + 0.6, 8.5), 6.2)  # wide enough for legend and caption
+    size = wide(len(panels), 6.2)
     figure, grid = plt.subplots(
         2, len(panels), figsize=size, layout="constrained", squeeze=False, sharex="col"
     )
