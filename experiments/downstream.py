@@ -132,7 +132,7 @@ def downstream(args: argparse.Namespace) -> None:
             budgets.parse(args.budgets, space, "--budgets") if args.budgets else budgets.diagonal(space, 3)
         )
 
-    policy = open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check=check)
+    policy = open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
     model = pathlib.PurePath(args.model.removeprefix("hub:")).name
     about = {"run": args.policy, "model": model, "limit": args.limit, "seed": args.seed}
     about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}

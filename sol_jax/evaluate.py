@@ -226,16 +226,17 @@ def evaluate(options: Options) -> list[Row]:
         raise UserError("give --output FILE.csv with --policy")
     workdir = pathlib.Path(options.workdir or ".")
     of_run: dict[str, Any] = {}
-    text = options.source, options.document_start, options.protect, options.kernels, options.restate
+    text = options.source, options.document_start, options.protect, options.kernels
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
-        session = open_text(config, *text)
+        restate = own.policy.restate if options.restate is None else options.restate
+        session = open_text(config, *text, restate)
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
-        session = open_text(config, *text)
+        session = open_text(config, *text, options.restate)
         subject = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
         trained_on = training_documents(config, session)
         of_run["run_updates"] = checkpoints.latest_step()  # the best policy may be an earlier one

@@ -94,7 +94,7 @@ class SolJax(TemplateLM):
         def check(engine: Engine) -> None:
             check_request(Request((0,), self._budget, max_tokens=1), engine.cfg, engine.controller)
 
-        self._engine = open_engine(path, policy, controller, dtype, kernels, check=check)
+        self._engine = open_engine(path, policy, controller, dtype, kernels, check)
         self.tokenizer = self._engine.tokenizer
         self._max_length = min(max_length or np.inf, self._engine.cfg.model.max_position)
 

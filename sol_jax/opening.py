@@ -57,8 +57,8 @@ def open_engine(
     controller: str | None = None,
     dtype: str = "float32",
     kernels: str = "auto",
-    restate: bool | None = None,
     check: Callable[[Engine], Any] = lambda engine: None,
+    restate: bool | None = None,
     **options: Any,
 ) -> Engine:
     """The engine of a model and a controller, over the levels of a policy or, without one, of SOL-J-FL.
@@ -67,8 +67,8 @@ def open_engine(
       model: what `load.resolve` takes.
       policy: a policy's name or folder, or the workdir of a training run.
       controller: default: the policy, if there is one, else dense.
-      restate: whether the policy is asked for what is left of the budget; default: as it was trained.
       check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
+      restate: whether the policy is asked for what is left of the budget; default: as it was trained.
       options: fields of the decoder.
 
     Raises `UserError` for whatever is wrong with these.
@@ -76,6 +76,10 @@ def open_engine(
     controller = controller or ("policy" if policy else "dense")
     if controller == "policy" and not policy:
         raise UserError("the controller policy needs a --policy")
+    if restate is not None and controller != "policy":
+        raise UserError(
+            f"--restate says how a policy is asked, and the controller is {controller}; leave it out"
+        )
     path = load.resolve(model)
     try:
         choose("attend", kernels)

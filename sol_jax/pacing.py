@@ -80,4 +80,5 @@ def _near(mean: jax.Array, extra: jax.Array, costs: tuple[float, ...]) -> jax.Ar
         return jnp.zeros(len(costs))
     deviation = max(SPREAD * span, max(np.diff(costs)) / 2)
     from_mean_L = (cost_L - jnp.clip(mean, costs[0], costs[-1])) / deviation
-    return -jnp.square(from_mean_L - extra) / 2
+    # Without the square of `extra`, the same for all levels, which could outgrow RULED_OUT.
+    return from_mean_L * (extra - from_mean_L / 2)

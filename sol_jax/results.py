@@ -79,7 +79,7 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     ours = texts(about)
     for row in read(path):
         for name in IDENTITY:
-            theirs = row.get(name, LATER.get(name))
+            theirs = row.get(name) or LATER.get(name)  # empty where rows were added to an older file
             if theirs != ours[name]:
                 raise UserError(
                     f"{path} holds results of {name} {theirs!r}, and these are of {ours[name]!r}; "

@@ -181,6 +181,16 @@ def test_results_of_another_config_are_not_added_to(field, value, tmp_path):
     assert str(mistake.value).startswith(expected)
 
 
+def test_a_csv_from_before_restated_policies_can_be_added_to_twice(tmp_path):
+    path, records = tmp_path / "results.csv", results.records([row_of(), row_of("fixed")], AXES, ABOUT)
+    results.write(path, [{k: v for k, v in row.items() if k != "restate"} for row in records])
+    for _ in range(2):
+        results.check_same(path, ABOUT)
+        with pytest.raises(UserError, match="holds results of restate 'False'"):
+            results.check_same(path, ABOUT | {"restate": True})
+        results.merge(path, results.records([row_of("fixed")], AXES, ABOUT))
+
+
 def test_a_csv_from_before_bytes_and_flops(tmp_path):
     """It is read as it is, and added to: its own rows have nothing there."""
     path, records = tmp_path / "results.csv", results.records([row_of(), row_of("fixed")], AXES, ABOUT)

@@ -101,6 +101,7 @@ MISTAKES = {
     "short budget": ({"controller": "fixed", "budget": "1,1"}, "budget: 2 numbers were given; the axes are"),
     "low budget": ({"controller": "fixed", "budget": "0.01,1,1"}, "kappa = 0.01 cannot be met"),
     "temperature": ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+    "restate": ({"restate": True}, "--restate says how a policy is asked, and the controller is dense"),
     "lossless": ({"lossless": True, "refresh": False}, "refresh cannot be off"),
     "chat": ({"chat": True}, "this model has no chat template"),
     "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),

@@ -359,10 +359,8 @@ def test_a_paced_policy_meets_budgets_from_the_first_update_on(weights, tokens_B
     costs = tuple(tuple(axis.cost(level) for level in axis.levels) for axis in SPACE.axes)
     setup = dataclasses.replace(SETUP, policy=dataclasses.replace(SETUP.policy, paced_costs=costs))
     setup = grpo_of(setup, baseline="spent")
-    state, step = (
-        update.init_state(jax.random.key(0), setup),
-        jax.jit(update.train_step, static_argnames="setup"),
-    )
+    state = update.init_state(jax.random.key(0), setup)
+    step = jax.jit(update.train_step, static_argnames="setup")
     for _ in range(10):
         state, metrics = step(state, weights, tokens_BxN, setup=setup)
         for axis, of_axis in zip(SPACE.axes, costs, strict=True):
