@@ -8,7 +8,6 @@ The other files override a few fields.  All take variants after a colon, joined 
     cpu     prefix of 256 tokens: a training of hours, not days, on two CPU cores
     t4, t16, t64       decode steps of an episode
     fast               learns more in a few hundred updates than the paper's settings
-    paced              every episode ends on its budget; what is learned is where to spend it
     1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, in bfloat16
 """
 
@@ -59,7 +58,6 @@ def get_config(variants: str = "") -> ConfigDict:
     config.policy.factored_head = False  # not the paper's: score the levels of each axis, add up the scores
     config.policy.normalize_inputs = False  # not the paper's: LayerNorm on the LLM's states and embeddings
     config.policy.restate = False  # not the paper's: ask before each step for what is left of the budget
-    config.policy.paced = False  # not the paper's: every episode ends on its budget (sol_jax/pacing.py)
 
     config.grpo = ConfigDict()
     config.grpo.batch_size = 8  # B, blocks of an update
@@ -68,7 +66,6 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.returns = "sum"  # or max, none
     config.grpo.level = "process"  # or outcome
     config.grpo.norm = "center"  # or zscore
-    config.grpo.baseline = "group"  # or spent or price (not the paper's): see update.py
     config.grpo.whiten = True
     config.grpo.temperature = 1.3
     config.grpo.clip = 0.2
@@ -181,17 +178,6 @@ def _fast(config: ConfigDict) -> None:
     config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 2, 8, 2
 
 
-def _paced(config: ConfigDict) -> None:
-    """Every episode ends on its budget, so that all that schedules differ in is where they spend.
-
-    What is spent now is missing later, in full: nothing is discounted.
-    """
-    config.policy.paced = True
-    config.grpo.penalty_gradient, config.grpo.gamma = "sampled", 1.0
-    config.grpo.baseline = "spent"
-    config.grpo.entropy_coef = 0.02  # towards even odds, which are not the pace's
-
-
 def _horizon(steps: int):
     def apply(config: ConfigDict) -> None:
         config.episode.horizon = steps
@@ -211,7 +197,6 @@ VARIANTS = {
     "smoke": _smoke,
     "cpu": _cpu,
     "fast": _fast,
-    "paced": _paced,
     "t4": _horizon(4),
     "t16": _horizon(16),
     "t64": _horizon(64),

@@ -38,7 +38,6 @@ CHOICES = {
     "grpo.returns": ("sum", "max", "none"),
     "grpo.level": ("process", "outcome"),
     "grpo.norm": ("center", "zscore"),
-    "grpo.baseline": ("group", "spent", "price"),
 }
 # Smallest value of each number; an open bound is a strict one.
 AT_LEAST = {
@@ -198,7 +197,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         )
     space = ActionSpace(tuple(_in_unit(axis, config, model) for axis in build_axes(config)))
     sizes = config.policy.to_dict()
-    factored, paced = sizes.pop("factored_head"), sizes.pop("paced")
+    factored = sizes.pop("factored_head")
     policy = PolicyConfig(
         model.hidden_size,
         space.num_actions,
@@ -206,7 +205,6 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         len(space.axes),
         **sizes,
         factors=tuple(len(axis.levels) for axis in space.axes) if factored else (),
-        paced_costs=tuple(tuple(a.cost(level) for level in a.levels) for a in space.axes) if paced else (),
     )
     grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
     return Setup(

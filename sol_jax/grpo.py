@@ -4,7 +4,6 @@ Array -> array functions.  `group_advantage` takes the K schedules of one sequen
 `whiten` a whole rollout batch, `clipped_loss` the N steps of a minibatch.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -34,20 +33,6 @@ def group_advantage(
     if norm == "zscore":
         advantage_KxT = advantage_KxT / _floored_rms(advantage_KxT, axis=0)
     return jnp.broadcast_to(advantage_KxT, x_KxT.shape)
-
-
-def unexplained(advantage_N: jax.Array, known_NxX: jax.Array) -> jax.Array:
-    """What linear regression of N advantages on what is known of them leaves (`update.advantages`).
-
-    Both are differences from means.
-    """
-    _check_rank(1, advantage_N=advantage_N)
-    _check_rank(2, known_NxX=known_NxX)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    # The floor is for what does not vary, such as what was spent before the first step.
-    floor_XxX = 1e-6 * len(known_NxX) * jnp.eye(known_NxX.shape[1])
-    slope_X = jnp.linalg.solve(product(known_NxX.T, known_NxX) + floor_XxX, product(known_NxX.T, advantage_N))
-    return advantage_N - product(known_NxX, slope_X)
 
 
 def whiten(advantage: jax.Array) -> jax.Array:

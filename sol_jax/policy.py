@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sol_jax.pacing import pacing_scores, restated
-
 # Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
 # tiny, so matrix products stay in true float32 on every device.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -42,27 +40,20 @@ class PolicyConfig:
     budget_embed_size: int = 32
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
     # Not the paper's: a head that scores the levels of each axis (so many of them) and adds up the scores,
-    # a LayerNorm on each of the two inputs from the LLM, targets restated before each step, and episodes that
-    # end on their budget, for which the policy must know what the levels of each axis cost (`pacing`).
+    # a LayerNorm on each of the two inputs from the LLM, and targets restated before each step (`restated`).
     factors: tuple[int, ...] = ()
     normalize_inputs: bool = False
     restate: bool = False
-    paced_costs: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
         if self.factors and math.prod(self.factors) != self.num_actions:
             raise ValueError(f"factors {self.factors} do not multiply to num_actions {self.num_actions}")
-        levels = tuple(len(costs) for costs in self.paced_costs)
-        if levels and math.prod(levels) != self.num_actions:
-            raise ValueError(f"paced_costs of {levels} levels are not those of {self.num_actions} actions")
 
     @property
     def num_scores(self) -> int:
-        """What the heads score: joint actions, the levels of every axis, or the axes (see `pacing`)."""
-        if self.paced_costs:
-            return self.num_axes
+        """What the heads score: joint actions, or the levels of every axis."""
         return sum(self.factors) if self.factors else self.num_actions
 
     @property
@@ -119,6 +110,18 @@ def observation_scalars(step, horizon, controllable, budget_X, cost_sum_X, num_c
     progress = (jnp.asarray(step, jnp.float32) + 1.0) / horizon
     head_2 = jnp.stack([progress, jnp.asarray(controllable, jnp.float32)])
     return jnp.concatenate([head_2, budget_X, gap_X])
+
+
+def restated(scalars_N: jax.Array, num_axes: int, horizon: int) -> jax.Array:
+    """The scalars of an observation as if the episode began there, to make budgets hold (not the paper's).
+
+    Targets are what is left of the budget per step, and differences from them 0.  Steps that may not be
+    controlled count as if they had met the target, which only prompts of a few tokens have.
+    """
+    progress, target_X, gap_X = scalars_N[0], scalars_N[2 : 2 + num_axes], scalars_N[2 + num_axes :]
+    steps_left = horizon * (1.0 - progress) + 1.0
+    left_X = steps_left * target_X - (horizon - steps_left) * gap_X
+    return jnp.concatenate([scalars_N[:2], jnp.clip(left_X / steps_left, 0.0, 1.0), jnp.zeros(num_axes)])
 
 
 class Block(nn.Module):
@@ -183,13 +186,10 @@ class Policy(nn.Module):
         self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
         self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
-        # The authors start the action head without a bias; its weights are as in every other layer.  A paced
-        # policy starts by spending evenly.
-        zeros = nn.initializers.zeros
-        start = zeros if cfg.paced_costs else None
-        self.head = _linear(cfg.d_model, cfg.num_scores, kernel_init=start, bias_init=zeros)
+        # The authors start the action head without a bias; its weights are as in every other layer.
+        self.head = _linear(cfg.d_model, cfg.num_scores, bias_init=nn.initializers.zeros)
         self.budget_in = _linear(cfg.num_axes, cfg.budget_embed_size)
-        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores, kernel_init=start, bias_init=start)
+        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores)
 
     def __call__(self, obs_T: Observation) -> jax.Array:
         """`logits_TxA` of a whole episode; step t sees the observations up to t."""
@@ -246,14 +246,7 @@ class Policy(nn.Module):
         """The head on the features, plus the direct head on the targets."""
         target_NxX = self._scalars(obs_N)[:, 2 : 2 + self.config.num_axes]
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
-        costs, factors = self.config.paced_costs, self.config.factors
-        if costs:
-            factors = tuple(len(levels) for levels in costs)
-            paced = jax.vmap(
-                lambda extra_X, seen_N: pacing_scores(extra_X, seen_N, costs, self.config.horizon)
-            )
-            scores = paced(scores, obs_N.scalars_N)
-        return join_scores(scores, factors) if factors else scores
+        return join_scores(scores, self.config.factors) if self.config.factors else scores
 
 
 def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:
@@ -289,7 +282,7 @@ def _gelu(x):
     return nn.gelu(x, approximate=False)
 
 
-def _linear(fan_in: int, size: int, *, bias: bool = True, kernel_init=None, bias_init=None) -> nn.Dense:
+def _linear(fan_in: int, size: int, *, bias: bool = True, bias_init=None) -> nn.Dense:
     """A linear layer that starts as the authors' do: weight and bias uniform in ±1/sqrt(fan_in)."""
     bound = fan_in**-0.5
 
@@ -299,7 +292,7 @@ def _linear(fan_in: int, size: int, *, bias: bool = True, kernel_init=None, bias
     return nn.Dense(
         size,
         use_bias=bias,
-        kernel_init=kernel_init or uniform,
+        kernel_init=uniform,
         bias_init=bias_init or uniform,
         precision=_PRECISION,
     )

@@ -45,9 +45,6 @@ class GrpoConfig:
     returns: Literal["sum", "max", "none"] = "sum"
     level: Literal["process", "outcome"] = "process"
     norm: Literal["center", "zscore"] = "center"
-    # What a step is compared with: its group, or (not the paper's) what a regression makes one expect of one
-    # before which as much was spent, or which itself costs as much: see `_baseline`.
-    baseline: Literal["group", "spent", "price"] = "group"
     whiten: bool = True
     temperature: float = 1.3  # of the policy in rollouts and in the loss
     clip: float = 0.2  # epsilon
@@ -263,33 +260,7 @@ def advantages(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Advantages [B, W, K, T], and the budget penalties and mean costs [B, W, K, X] behind them."""
     adv, penalty, mean = _compare(reward_BxWxKxT, rollout, budget_BxWxX, setup)
-    adv = _baseline(adv, rollout, setup)
     return grpo.whiten(adv) if setup.grpo.whiten else adv, penalty, mean
-
-
-def _baseline(adv_BxWxKxT: jax.Array, rollout: Rollout, setup: Setup) -> jax.Array:
-    """Advantages beside `grpo.baseline`, for schedules that must end on the same budget.
-
-    - "spent": those that have less left fare worse, whatever they do next.  What was spent before a step is
-      known when it acts, so taking out its effect (of each step, over the batch) only takes out noise.
-    - "price": spending helps the step that does it, at the others' expense.  The effect of a step's cost over
-      its whole group is what a unit is worth there on average; beside that price a step that gains more
-      should spend.  Returns then need not look to the episode's end to see what spending costs.
-    """
-    (B, W, _, T), X = adv_BxWxKxT.shape, len(setup.space.axes)
-
-    def from_group(known: jax.Array) -> jax.Array:
-        return known - known.mean(2, keepdims=True)
-
-    if setup.grpo.baseline == "spent":
-        spent = from_group(rollout.observation.scalars_N[..., -X:]).reshape(-1, T, X)
-        left = jax.vmap(grpo.unexplained, in_axes=1, out_axes=1)(adv_BxWxKxT.reshape(-1, T), spent)
-    elif setup.grpo.baseline == "price":
-        cost = from_group(rollout.cost_TxX).reshape(B * W, -1, X)
-        left = jax.vmap(grpo.unexplained)(adv_BxWxKxT.reshape(B * W, -1), cost)
-    else:
-        return adv_BxWxKxT
-    return left.reshape(adv_BxWxKxT.shape)
 
 
 def prices(

@@ -72,7 +72,6 @@ IMPOSSIBLE = {
     "grpo.penalty_gradient": ("exact",),
     "grpo.max_price": (0.0, -1.0, NAN),
     "grpo.norm": ("none",),
-    "grpo.baseline": ("none",),
     "grpo.temperature": (0.0, -1.0, NAN, INF),
     "grpo.clip": (0.0, NAN),
     "grpo.entropy_coef": (-0.1, NAN),
@@ -122,7 +121,7 @@ def test_every_number_has_bounds():
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
-    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.paced", "policy.restate"}
+    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.restate"}
     assert set(flatten(tiny.config_for(ROOT))) - set(IMPOSSIBLE) == unbounded
 
 

@@ -21,6 +21,7 @@ from sol_jax.policy import (
     initial_carry,
     join_scores,
     observation_scalars,
+    restated,
 )
 
 SMALL = PolicyConfig(
@@ -259,7 +260,6 @@ OTHER = {
     "factors": (1, 5),
     "normalize_inputs": True,
     "restate": True,
-    "paced_costs": ((0.1, 0.3, 0.5, 0.7, 1.0), (1.0,), (1.0,)),
 }
 
 
@@ -332,3 +332,39 @@ def test_scalars_fill_the_config(num_axes, step):
     scalars = observation_scalars(step, 10, True, budget_X, step * budget_X, step)
     assert scalars.shape == (dataclasses.replace(SMALL, num_axes=num_axes).num_scalars,)
     np.testing.assert_allclose(scalars[-num_axes:], 0.0, atol=1e-6)
+
+
+def test_a_restated_target_is_what_is_left_per_step():
+    """After two steps of four that cost 0.9 and 0.3 on average, 0.5 asked of both axes."""
+    scalars_N = observation_scalars(2, 4, True, jnp.array([0.5, 0.5]), jnp.array([1.8, 0.6]), 2)
+    seen = restated(scalars_N, 2, 4)
+    np.testing.assert_allclose(seen, [*scalars_N[:2], (2.0 - 1.8) / 2, (2.0 - 0.6) / 2, 0, 0], atol=1e-6)
+    # Before the first step nothing changes, and no more than all or less than nothing is asked for.
+    first = observation_scalars(0, 4, True, jnp.array([0.5, 0.7]), jnp.zeros(2), 0)
+    np.testing.assert_allclose(restated(first, 2, 4), first, atol=1e-6)
+    late = observation_scalars(3, 4, True, jnp.array([0.2, 0.9]), jnp.array([1.8, 1.2]), 3)
+    np.testing.assert_allclose(restated(late, 2, 4)[2:4], [0.0, 1.0])
+
+
+def test_the_two_faces_of_a_policy_agree_when_targets_are_restated():
+    config = PolicyConfig(hidden_size=6, num_actions=4, horizon=4, num_axes=2, d_model=16, num_heads=2)
+    plain, asked = Policy(config), Policy(dataclasses.replace(config, restate=True))
+    rng = np.random.default_rng(0)
+    spent = np.cumsum(rng.uniform(size=(4, 2)), 0) - 0.3
+    scalars = [observation_scalars(t, 4, True, jnp.full(2, 0.5), jnp.asarray(spent[t]), t) for t in range(4)]
+
+    def seen(scalars_TxN):
+        states = jnp.asarray(rng.normal(size=(4, 6)))
+        return Observation(states, states, jnp.stack(scalars_TxN), jnp.zeros(4, jnp.int32))
+
+    episode = seen(scalars)
+    carry = initial_carry(config)
+    first = jax.tree.map(lambda x: x[0], episode)
+    params = plain.init(jax.random.key(0), first, carry, method="step")
+    whole_TxA = asked.apply(params, episode)
+    for t in range(4):
+        step_A, carry = asked.apply(params, jax.tree.map(lambda x, t=t: x[t], episode), carry, method="step")
+        np.testing.assert_allclose(step_A, whole_TxA[t], atol=1e-5)
+    told = episode._replace(scalars_N=jnp.stack([restated(x, 2, 4) for x in scalars]))
+    np.testing.assert_allclose(plain.apply(params, told), whole_TxA, atol=1e-5)
+    assert jnp.abs(plain.apply(params, episode) - whole_TxA).max() > 1e-3
