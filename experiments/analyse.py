@@ -1,16 +1,17 @@
 """Statistics the paper lacks, from CSVs and scores of evaluations.
 
     python -m experiments.analyse wins --results experiments/results/smollm2-135m/sol-j-*.csv --output F.csv
+    python -m experiments.analyse misses --results experiments/results/smollm2-135m/grid/*.csv --output F.csv
     python -m experiments.analyse updates --workdirs runs/fl-s0 runs/fl-s1 --output F.csv
     python -m experiments.analyse spending --scores runs/fl-s0/results.scores/* --output F.csv
     python -m experiments.analyse effect --scores CLEAN --others STALE --label stale_prefill --output F.csv
 
 `wins`: at how many budgets of the front, and in how many runs, the policy beats each other controller.
-`updates`: how the gain over the fixed schedule grows while training.  `spending`: what the cost of a step
-goes with: word starts, digits, punctuation, the dense model's entropy, the step in the episode.  `effect`:
-what a change to the evaluation (the authors' stale prefill; protected sinks and window) does to scores and
-gains on the same text.  Folders of scores are those that `sol_jax.evaluate` leaves beside its CSV; intervals
-are over documents.
+`misses`: how far its realised costs are from the requested ones.  `updates`: how the gain over the fixed
+schedule grows while training.  `spending`: what the cost of a step goes with: word starts, digits,
+punctuation, the dense model's entropy, the step in the episode.  `effect`: what a change to the evaluation
+(the authors' stale prefill; protected sinks and window) does to scores and gains on the same text.  Folders
+of scores are those that `sol_jax.evaluate` leaves beside its CSV; intervals are over documents.
 """
 
 import argparse
@@ -73,6 +74,44 @@ def _share(rows: Sequence[plots.Row]) -> Record:
         "clearly_worse": float(np.mean([row.gain_high < 0 for row in rows])),
         "mean_gain": float(gains.mean()),
         "smallest_gain": float(gains.min()),
+    }
+
+
+# --- misses ------------------------------------------------------------------------------------------
+
+
+def misses(rows: Sequence[plots.Row], bound: float = 0.03) -> list[Record]:
+    """Per run and axis how far realised costs are from requested ones, over all budgets of the policy."""
+    by_run = defaultdict(list)
+    for row in rows:
+        if row.controller == POLICY and not row.held:
+            by_run[row.run].append(row)
+    found = []
+    for run, same in sorted(by_run.items()):
+        for name, miss_N in _misses(same).items():
+            worst = same[int(np.abs(miss_N).argmax())].per_axis("requested")
+            found.append(
+                {
+                    "run": run,
+                    "axis": name,
+                    "budgets": len(same),
+                    f"within_{bound:g}": float((np.abs(miss_N) <= bound).mean()),
+                    "mean": float(np.abs(miss_N).mean()),
+                    "mean_signed": float(miss_N.mean()),
+                    "largest": float(np.abs(miss_N).max()),
+                    "largest_at": "/".join(f"{cost:g}" for cost in worst),
+                }
+            )
+    return found
+
+
+def _misses(rows: Sequence[plots.Row]) -> dict[str, np.ndarray]:
+    """Realised less requested cost of each row, by axis; `any` is that of the axis that misses by most."""
+    miss_NxX = np.array([np.subtract(row.per_axis("cost"), row.per_axis("requested")) for row in rows])
+    names = [key.removeprefix("cost_") for key in rows[0].fields if key.startswith("cost_")]
+    largest_N = np.abs(miss_NxX).argmax(1)[:, None]
+    return dict(zip(names, miss_NxX.T, strict=True)) | {
+        "any": np.take_along_axis(miss_NxX, largest_N, 1)[:, 0]
     }
 
 
@@ -250,7 +289,7 @@ def _one_folder(paths: Sequence[pathlib.Path]) -> Scored:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("wins", "updates", "spending", "effect"))
+    parser.add_argument("what", choices=("wins", "misses", "updates", "spending", "effect"))
     parser.add_argument("--results", type=pathlib.Path, nargs="+", default=[], help="CSVs of evaluations")
     parser.add_argument("--workdirs", type=pathlib.Path, nargs="+", default=[], help="training runs")
     parser.add_argument("--scores", type=pathlib.Path, nargs="+", default=[], help="a folder of scores")
@@ -258,9 +297,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", default="", help="of an effect, for the CSV")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
     args = parser.parse_args(argv)
-    if args.what == "wins":
+    if args.what in ("wins", "misses"):
         paths = [path for path in args.results if not path.stem.endswith("-draws")]
-        found = wins([row for path in paths for row in plots.read(path)])
+        found = {"wins": wins, "misses": misses}[args.what](
+            [row for path in paths for row in plots.read(path)]
+        )
     elif args.what == "updates":
         found = updates(args.workdirs)
     elif args.what == "spending":

@@ -65,6 +65,28 @@ def test_wins_by_hand(tmp_path):
     assert together["smallest_gain"] == -0.2
 
 
+def test_misses_by_hand(tmp_path):
+    """Kappa is 0.1 over at one budget, rho 0.02 under and eta 0.04 over at the other; held rows do not count."""
+    made_up_results.write(tmp_path, "x", sol_j_2l.get_config())
+    policy = plots.read(tmp_path / "smollm2-135m" / "x-s0.csv")[0]
+    asked = {"requested_kappa": 0.5, "requested_rho": 0.6, "requested_eta": 0.7}
+
+    def row(kappa, rho, eta, **other):
+        realised = {"cost_kappa": kappa, "cost_rho": rho, "cost_eta": eta}
+        return plots.Row("x", "0", policy.fields | asked | realised | {"controller": "policy"} | other)
+
+    ignored = [row(0, 0, 0, held="rho"), row(0, 0, 0, controller="fixed")]
+    found = analyse.misses([row(0.6, 0.6, 0.7), row(0.5, 0.58, 0.74), *ignored])
+    by_axis = {record["axis"]: record for record in found}
+    assert list(by_axis) == ["kappa", "rho", "eta", "any"]
+    assert [by_axis[axis]["within_0.03"] for axis in by_axis] == [0.5, 1.0, 0.5, 0.0]
+    assert [by_axis[axis]["largest"] for axis in by_axis] == pytest.approx([0.1, 0.02, 0.04, 0.1])
+    assert [by_axis[axis]["mean_signed"] for axis in by_axis] == pytest.approx([0.05, -0.01, 0.02, 0.07])
+    assert by_axis["any"]["mean"] == pytest.approx(0.07)
+    assert {record["budgets"] for record in found} == {2}
+    assert by_axis["kappa"]["largest_at"] == "0.5/0.6/0.7"
+
+
 def test_wins_as_a_program(tmp_path, capsys):
     for seed in (0, 1):
         made_up_results.write(tmp_path, "sol-j-2l", sol_j_2l.get_config(), seed, num_random=5)
