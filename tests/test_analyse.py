@@ -66,7 +66,7 @@ def test_wins_by_hand(tmp_path):
 
 
 def test_misses_by_hand(tmp_path):
-    """Kappa is 0.1 over at one budget, rho 0.02 under and eta 0.04 over at the other; held rows do not count."""
+    """Kappa is 0.1 over at one budget, rho 0.02 under and eta 0.04 over at the other."""
     made_up_results.write(tmp_path, "x", sol_j_2l.get_config())
     policy = plots.read(tmp_path / "smollm2-135m" / "x-s0.csv")[0]
     asked = {"requested_kappa": 0.5, "requested_rho": 0.6, "requested_eta": 0.7}
