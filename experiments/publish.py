@@ -45,8 +45,12 @@ def publish(
     command: str,
     evaluations: Sequence[pathlib.Path],
     step: int | None = None,
+    trained_by: str = "",
 ) -> pathlib.Path:
-    """Writes the policy and returns its folder; `UserError` if the run has no checkpoint."""
+    """Writes the policy and returns its folder; `UserError` if the run has no checkpoint.
+
+    `trained_by` is the commit that trained it; default: the one that runs now.
+    """
     config, checkpoints = open_run(workdir)
     session = open_session(config)
     subject = policy_of_run(checkpoints, config, session.setup, name, step)
@@ -56,7 +60,7 @@ def publish(
         "command": command,
         "updates": subject.updates,
         "seed": config.seed,
-        "commit": commit(),
+        "commit": trained_by or commit(),
         "documents": training_documents(config, session),
         "results": [line for path in evaluations for line in card_rows(path)],
     }
@@ -72,11 +76,12 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl-t16")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
+    parser.add_argument("--commit", default="", help="that trained it; default: the one that runs now")
     parser.add_argument("--results", type=pathlib.Path, nargs="*", default=[], help="CSVs of its evaluations")
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")
-    folder = publish(args.workdir, args.name, args.command, args.results, args.step)
+    folder = publish(args.workdir, args.name, args.command, args.results, args.step, args.commit)
     print(f"wrote {folder}")
 
 

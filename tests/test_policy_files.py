@@ -186,12 +186,14 @@ def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch):
     session = subject.open_text(config, "", "")
     rows = evaluate.report(session, states[1], tmp_path / "run")
     monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "policies")
-    publish.publish(tmp_path / "run", "tiny/best", "make it", [tmp_path / "run" / "results.csv"])
+    publish.publish(
+        tmp_path / "run", "tiny/best", "make it", [tmp_path / "run" / "results.csv"], trained_by="c0ffee"
+    )
     params, _, about = policy_files.load_policy("tiny/best")
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), states[1].params)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert about["updates"] == 2
+    assert (about["updates"], about["commit"]) == (2, "c0ffee")
     assert about["documents"] == policy_files.document_names(session.blocks["train"].documents)
     fixed = next(row for row in rows if row.controller == "fixed")
     assert (
