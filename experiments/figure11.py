@@ -22,7 +22,7 @@ def draw(folder: pathlib.Path) -> Figure:
     by_axis = {axis: [name for name in runs if LEVELS[name][0] == axis] for axis in plots.AXIS_COLORS}
     by_axis = {axis: names for axis, names in by_axis.items() if names}
     shape = len(by_axis), 2 * max(map(len, by_axis.values()))
-    size = (2.6 * shape[1], 2.6 * shape[0] + 0.6)
+    size = plots.wide(shape[1], 2.6 * shape[0] + 0.6)
     figure, grid = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     everything: list[plots.Row] = []
     for line, (axis, names) in zip(grid, by_axis.items(), strict=True):
