@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from experiments import plots
 from experiments.figure2 import RUNS
 
+SPAN = 0.05  # of net keep rates that a panel shows, at least
+
 
 def draw(folder: pathlib.Path) -> Figure:
     runs = plots.drawn(folder, RUNS)
@@ -34,6 +36,9 @@ def draw(folder: pathlib.Path) -> Figure:
         plots.draw(axes, rows, ("policy", "fixed"), "perplexity")
         plots.draw(axes, rows, ("random_best",), "perplexity", linestyle="none")
         axes.set(title=title, xlabel=plots.NET, yscale="log")
+        # At one budget all costs are the same but for rounding, which must not fill the panel.
+        left, right = axes.get_xlim()
+        axes.set_xlim(min(left, (left + right - SPAN) / 2), max(right, (left + right + SPAN) / 2))
         axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.6)))
     line[0, 0].set_ylabel("perplexity")

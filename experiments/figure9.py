@@ -38,7 +38,7 @@ def draw(folder: pathlib.Path) -> Figure:
             parts = axes.violinplot(gains, [net], widths=0.06, showmedians=True)
             for part in (*parts.pop("bodies"), *parts.values()):
                 part.set_color("0.45")
-            axes.text(net, gains.max(), f"{(gains > 0).mean():.0%}", ha="center", va="bottom", fontsize=7)
+            axes.text(net, gains.max(), f"{(gains > 0).mean():.1%}", ha="center", va="bottom", fontsize=7)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=title, xlabel=plots.NET)
     line[0, 0].set_ylabel("gain of the policy over each draw, nats per token")
