@@ -32,6 +32,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "fixed": {"color": "#1f5f8b", "marker": "s", "label": "fixed"},
     "fixed_official": {"color": "#6aa5cf", "marker": "D", "label": "fixed, the authors' rule"},
     "front": {"color": "#d98a1f", "marker": "<", "label": "fixed, higher levels first"},
+    "clock": {"color": "#c7a03c", "marker": ">", "label": "the policy's mean costs at each step"},
+    "swapped": {"color": "#7a5c1e", "marker": "p", "label": "the policy's schedules of other text"},
     "random": {"color": "#9a9a9a", "marker": "^", "label": "random, mean of draws"},
     "random_best": {"color": "#3f3f3f", "marker": "v", "label": "random, best draw (chosen on this text)"},
     "entropy": {"color": "#2e7d4f", "marker": "P", "label": "entropy heuristic"},

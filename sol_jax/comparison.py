@@ -18,8 +18,9 @@ from sol_jax.statistics import document_bootstrap
 from sol_jax.sweep import Job, Sweep
 from sol_jax.update import Setup
 
-# Besides `dense`, which is always there.
-BASELINES = ("fixed", "fixed_official", "front", "random", *HEURISTICS)
+# Besides `dense`, which is always there.  Two show what a policy makes of the text: `clock` has its mean
+# costs at each step of the episode, `swapped` plays its own schedules, each to another text.
+BASELINES = ("fixed", "fixed_official", "front", "clock", "swapped", "random", *HEURISTICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +121,8 @@ def run(
     own = scored([Job(POLICY, asked, Kind(POLICY, held), plan.budgets) for held in plan.holds], "policy")
     jobs = [_dense(len(document_N), setup)]
     for g, held in enumerate(plan.holds):
-        target_JxX = own[POLICY, held].costs(setup).mean((0, 1))
         seeds = [(plan.seed, g, j) for j in range(len(plan.budgets))]
-        jobs += _jobs(plan, held, target_JxX, setup, len(document_N), len(batches[0].tokens_BxN), seeds)
+        jobs += _jobs(plan, held, own[POLICY, held], setup, len(batches[0].tokens_BxN), seeds)
     return _rows(plan, own | scored(jobs, "baselines"), document_N, setup)
 
 
@@ -143,17 +143,16 @@ def _dense(N: int, setup: Setup) -> Job:
 def _jobs(
     plan: Plan,
     held: str,
-    target_JxX: np.ndarray,
+    policy: Scores,
     setup: Setup,
-    N: int,
     batch_size: int,
     seeds: Sequence[tuple[int, ...]],
 ) -> list[Job]:
-    """Everything that is matched to `target_JxX`, budget by budget."""
+    """Everything that is matched to what the policy spent, budget by budget."""
     shape, space = setup.episode, setup.space
-    W, T = shape.episodes_per_prefix, shape.horizon
+    N, W, _, T = policy.action_NxWxJxT.shape
     may_control = schedules.controllable(shape, N)
-    rows = batch_size * W
+    rows, target_JxX = batch_size * W, policy.costs(setup).mean((0, 1))
     static = {
         "fixed": lambda target_X: schedules.fixed(space, target_X, may_control),
         "front": lambda target_X: schedules.front(space, target_X, may_control),
@@ -164,6 +163,14 @@ def _jobs(
         if name in static:
             action = np.stack([static[name](target_X) for target_X in target_JxX], 1)
             jobs.append(Job(name, action.reshape(N, W, -1, T), Kind(held=held), plan.budgets))
+        elif name == "clock":
+            steps_JxTxX = policy.step_costs(setup)
+            action = np.stack([schedules.clock(space, target, may_control) for target in steps_JxTxX], 1)
+            jobs.append(Job(name, action.reshape(N, W, -1, T), Kind(held=held), plan.budgets))
+        elif name == "swapped":
+            # From half the text away, since neighbouring blocks are often of one document.
+            action = np.roll(policy.action_NxWxJxT, N // 2, 0)
+            jobs.append(Job(name, action, Kind(held=held), plan.budgets))
         elif name == "random":
             for j in plan.drawn:  # a generator for each, so that a budget's draws do not depend on the others
                 rng = np.random.default_rng(seeds[j])

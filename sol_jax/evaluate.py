@@ -247,6 +247,8 @@ def evaluate(options: Options) -> list[Row]:
     blocks = session.split(options.split)
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
     output = pathlib.Path(options.output) if options.output else workdir / RESULTS
+    if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
+        raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
     store = Store(output.with_suffix(".scores"), decides(session, batches, options.stale_prefill))
     parallel = options.parallel or config.grpo.num_schedules
     sweep = Sweep(

@@ -81,6 +81,21 @@ def front(space: ActionSpace, target_X: np.ndarray, controllable_NxT: np.ndarray
     return _actions(space, target_X, high_NxTxX, controllable_NxT)
 
 
+def clock(space: ActionSpace, target_TxX: np.ndarray, controllable_NxT: np.ndarray) -> np.ndarray:
+    """A target for every step of the episode, whatever the text: actions [N, T].
+
+    In each step the sequences take the two levels around its target, the higher one spread evenly over them.
+    At the mean costs that a policy has at each step this is what it does without a look at the text.
+    """
+    actions = []
+    for t in range(controllable_NxT.shape[1]):
+        # The golden ratio, so that no sequence has the higher level again and again.
+        phase, may_Nx1 = 0.618034 * t, controllable_NxT[:, t : t + 1]
+        high = [_spread_steps(space, x, float(c), may_Nx1, phase) for x, c in enumerate(target_TxX[t])]
+        actions.append(_actions(space, target_TxX[t], np.stack(high, -1), may_Nx1))
+    return np.concatenate(actions, 1)
+
+
 def random(
     space: ActionSpace,
     target_X: np.ndarray,
@@ -158,11 +173,13 @@ def _join(space: ActionSpace, level: np.ndarray) -> np.ndarray:
     return np.ravel_multi_index(tuple(np.moveaxis(level, -1, 0)), sizes).astype(np.int32)
 
 
-def _spread_steps(space: ActionSpace, x: int, target: float, controllable_NxT: np.ndarray) -> np.ndarray:
+def _spread_steps(
+    space: ActionSpace, x: int, target: float, controllable_NxT: np.ndarray, phase: float = 0.0
+) -> np.ndarray:
     """Which steps take the higher level of axis `x`: evenly spread over the controllable ones, [N, T]."""
     high_NxT = np.zeros(controllable_NxT.shape, bool)
     # Axes are out of phase, so that no step is dear on all of them at once.
-    offset = x / len(space.axes)
+    offset = (x / len(space.axes) + phase) % 1.0
     high_NxT[controllable_NxT] = _spread(mix(space.axes[x], target).share, controllable_NxT.sum(), offset)
     return high_NxT
 

@@ -46,6 +46,13 @@ class Scores(NamedTuple):
         cost = setup.space.costs_AxX[self.action_NxWxJxT] * counted
         return cost.sum(-2) / np.maximum(counted.sum(-2), 1)
 
+    def step_costs(self, setup: Setup) -> np.ndarray:
+        """Mean cost of each axis at each step over the episodes in which it is controllable, [J, T, X]."""
+        N, W, _, T = self.action_NxWxJxT.shape
+        counted = schedules.controllable(setup.episode, N).reshape(N, W, 1, T, 1)
+        cost = setup.space.costs_AxX[self.action_NxWxJxT] * counted
+        return cost.sum((0, 1), dtype=np.float64) / np.maximum(counted.sum((0, 1)), 1)
+
     def work(self, setup: Setup, with_policy: bool) -> Work:
         """Bytes read and operations of all steps together, as shares of decoding them densely.
 

@@ -14,7 +14,8 @@ from sol_jax.statistics import wilson
 
 AXES = ("kappa", "rho", "eta")
 # Nats that a controller is behind the policy.
-BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "front": 0.09, "random": 0.25,
+BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "front": 0.09, "clock": 0.02, "swapped": 0.03,
+          "random": 0.25,
           "random_best": 0.15, "entropy": 0.12, "drift": 0.2, "drift_official": 0.22,
           "dense": -0.3}  # fmt: skip
 
@@ -52,7 +53,7 @@ def write(
 
 
 def write_downstream(
-    folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0, run: str = "sol-j-fl-t16"
+    folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0, run: str = "sol-j-fl-t16-askleft"
 ) -> pathlib.Path:
     """`downstream-RUN-sSEED.csv`: tasks at three budgets; compute helps, and the policy is ahead."""
     rng, lines = np.random.default_rng(seed), []

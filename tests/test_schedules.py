@@ -77,6 +77,32 @@ def test_front_has_the_counts_of_fixed_in_descending_order(problem, uncontrolled
     np.testing.assert_array_equal(cost, -np.sort(-same, 1))
 
 
+@given(problems(), st.randoms(use_true_random=False), st.integers(0, 3))
+@settings(deadline=None)
+def test_clock_meets_the_target_of_every_step(problem, rng, uncontrolled):
+    """To one of the sequences, at the two levels around it; dense where steps may not be controlled."""
+    space, target_X, N, T = problem
+    target_TxX = np.stack([target_X * rng.uniform(0.5, 1.0) for _ in range(T)])
+    may_NxT = np.tile(np.arange(T) >= uncontrolled, (N, 1))
+    action_NxT = schedules.clock(space, target_TxX, may_NxT)
+    assert action_NxT.shape == (N, T)
+    assert np.all(action_NxT[:, :uncontrolled] == space.dense)
+    for t in range(uncontrolled, T):
+        for x, (axis, target) in enumerate(zip(space.axes, target_TxX[t], strict=True)):
+            low, high, share = schedules.mix(axis, target)
+            taken_N = space.values_AxX[action_NxT[:, t], x]
+            assert set(taken_N) <= {np.float32(axis.levels[low]), np.float32(axis.levels[high])}
+            if low != high:
+                assert abs(np.mean(taken_N == np.float32(axis.levels[high])) - share) <= 1 / N + 1e-6
+
+
+def test_clock_gives_no_sequence_all_the_high_levels():
+    space, N, T = space_of(kappa=(0.0, 1.0)), 4, 64
+    target_TxX = np.tile([0.5, 1.0, 1.0], (T, 1))
+    cost_NxT = space.costs_AxX[schedules.clock(space, target_TxX, every(N, T))][..., 0]
+    assert np.all(np.abs(cost_NxT.mean(1) - 0.5) < 0.1)
+
+
 @given(problems(), st.integers(1, 4))
 @settings(deadline=None)
 def test_random_has_the_counts_of_fixed(problem, num_draws):

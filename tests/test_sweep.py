@@ -303,7 +303,8 @@ def test_a_stale_prefill_needs_quest_and_one_episode(make, tiny_session):
 
 def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
     """All controllers at once, also with an axis held dense."""
-    controllers = ("fixed", "fixed_official", "front", "random", "entropy", "drift", "drift_official")
+    heuristics = ("entropy", "drift", "drift_official")
+    controllers = ("fixed", "fixed_official", "front", "clock", "swapped", "random", *heuristics)
     plan = Plan(BUDGETS, controllers, num_random=3, random_at=(1,), hold=("kappa",))
     labels = []
 
@@ -312,11 +313,11 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
         return lambda columns: None
 
     rows, draws = run(make(), plan, progress)
-    assert labels == [(12, 0, "policy"), (3 * (1 + 6 * 4 + 2 * 3), 0, "baselines")]
-    always = ["policy", "fixed", "fixed_official", "front", "entropy", "drift", "drift_official"]
+    assert labels == [(12, 0, "policy"), (3 * (1 + 8 * 4 + 2 * 3), 0, "baselines")]
+    always = ["policy", "fixed", "fixed_official", "front", "clock", "swapped", *heuristics]
     names = [[*always, "dense"], [*always, "random", "random_best", "dense"]] * 2
     assert [row.controller for row in rows] == [name for block in names for name in block]
-    assert [row.held for row in rows] == [""] * 18 + ["kappa"] * 18
+    assert [row.held for row in rows] == [""] * 22 + ["kappa"] * 22
     own = {}
     for row in rows:
         if row.controller == "policy":
@@ -325,6 +326,10 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
         assert row.tokens == 20
         if row.controller in ("fixed", "front", "random", "random_best"):
             np.testing.assert_allclose(row.cost, own.cost, atol=0.9 / 20 + 1e-6)
+        if row.controller == "clock":  # matched step by step, in each to one of the sequences
+            np.testing.assert_allclose(row.cost, own.cost, atol=0.9 / 5 + 1e-6)
+        if row.controller == "swapped":
+            assert (row.cost, row.levels) == (own.cost, own.levels)
         if row.held and row.controller != "dense":
             assert row.cost[0] == 1.0
             assert row.levels[0] == "1:1"
@@ -336,6 +341,21 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
     assert next(row.nats for row in rows if row.controller == "random_best") == pytest.approx(best)
     mean = np.mean([draw.nats for draw in draws[:3]])
     assert next(row.nats for row in rows if row.controller == "random") == pytest.approx(mean)
+
+
+def test_blind_controllers_see_the_policys_costs_and_not_its_text(make, batches, tiny_session, tmp_path):
+    """`swapped` plays the schedules of other blocks; `clock` has the mean costs of each step."""
+    sweep = make(store=Store(tmp_path, {"blocks": [""] * len(batches)}))
+    run(sweep, Plan(BUDGETS, ("clock", "swapped")))
+    jobs = score_files.read_folder(sweep.store.folder).jobs
+    own, clock, swapped = (jobs[name, ""][1] for name in ("policy", "clock", "swapped"))
+    N, W = own.action_NxWxJxT.shape[:2]
+    assert N > 1
+    np.testing.assert_array_equal(swapped.action_NxWxJxT, np.roll(own.action_NxWxJxT, N // 2, 0))
+    setup = tiny_session.setup
+    by_hand = setup.space.costs_AxX[own.action_NxWxJxT].mean((0, 1))
+    np.testing.assert_allclose(own.step_costs(setup), by_hand, atol=1e-6)
+    np.testing.assert_allclose(clock.step_costs(setup), by_hand, atol=0.9 / (N * W) + 1e-6)
 
 
 def test_level_shares_by_hand(policy, tiny_session):
