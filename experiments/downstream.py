@@ -1,8 +1,8 @@
 """Downstream tasks under a policy, beside dense decoding and schedules of the same cost (figure 6).
 
-    python -m experiments.downstream --policy smollm2-135m/sol-j-fl-t16 --data FOLDER --limit 200 \\
+    python -m experiments.downstream --policy smollm2-135m/sol-j-fl-t16-askleft --data FOLDER --limit 200 \\
         --budgets '0.3,0.55,0.5;0.5,0.7,0.65' --random 4 \\
-        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-s0.csv
+        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-askleft-s0.csv
 
 writes a row per task, controller and requested budget: accuracy with its 95 % interval (Wilson), McNemar's
 exact test of the policy against that controller on the same items, nats per token of the right answer, and
@@ -32,7 +32,7 @@ from sol_jax.session import commit
 from sol_jax.statistics import document_bootstrap, mcnemar, wilson
 
 # Rows that differ in one of these never share a file.
-IDENTITY = ("run", "model", "limit", "seed", "horizon")
+IDENTITY = ("run", "model", "dtype", "limit", "seed", "horizon")
 
 
 def row(
@@ -134,7 +134,7 @@ def downstream(args: argparse.Namespace) -> None:
 
     policy = open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
     model = pathlib.PurePath(args.model.removeprefix("hub:")).name
-    about = {"run": args.policy, "model": model, "limit": args.limit, "seed": args.seed}
+    about = {"run": args.policy, "model": model, "dtype": args.dtype, "limit": args.limit, "seed": args.seed}
     about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}
     kept = others(args.output, about, names)
     under, folder = engines(policy), args.output.with_name(f"{args.output.stem}-items")

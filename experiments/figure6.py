@@ -2,10 +2,10 @@
 
     python -m experiments.figure6
 
-Reads `downstream-sol-j-fl-t16-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as `experiments.downstream`
-wrote them.  Above, the paper's three panels: the mean accuracy of three tasks, that of three MMLU subjects,
-and GSM8K with token sparsity alone, by the likelihood of its reference solutions (right answers are rare from
-a model so small); below, tasks one by one.
+Reads `downstream-sol-j-fl-t16-askleft-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as
+`experiments.downstream` wrote them.  Above, the paper's three panels: the mean accuracy of three tasks, that
+of three MMLU subjects, and GSM8K with token sparsity alone, by the likelihood of its reference solutions
+(right answers are rare from a model so small); below, tasks one by one.
 Bars are 95 % intervals: Wilson's of a task, for a mean of tasks their root mean square over their number,
 and for nats the bootstrap of what the policy gains over that controller.
 """
@@ -23,7 +23,7 @@ from experiments import plots
 from experiments.tasks import SUBJECTS
 from sol_jax.errors import UserError
 
-JOINT, REASONING = "downstream-sol-j-fl-t16", "downstream-reasoning"
+JOINT, REASONING = "downstream-sol-j-fl-t16-askleft", "downstream-reasoning"
 CONTROLLERS = ("policy", "fixed", "random_best")
 COMMON = ("arc_easy", "piqa", "winogrande")
 MMLU = tuple(f"mmlu_{subject}" for subject in SUBJECTS)
