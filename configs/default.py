@@ -36,6 +36,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.episode.prefix_len = 1024  # S
     config.episode.horizon = 16  # T
     config.episode.episodes_per_prefix = 1  # W
+    config.episode.jitter = 0  # not the paper's: start up to so many tokens earlier, at random
     config.episode.sinks = 4  # Ts
     config.episode.window = 2  # Tw; steps with up to Ts + Tw + 1 keys are not controlled
 
@@ -57,6 +58,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.policy.mlp_ratio = 4.0
     config.policy.factored_head = False  # not the paper's: score the levels of each axis, add up the scores
     config.policy.normalize_inputs = False  # not the paper's: LayerNorm on the LLM's states and embeddings
+    config.policy.page_input = False  # not the paper's: see how many keys the newest page holds
     config.policy.restate = False  # not the paper's: ask before each step for what is left of the budget
 
     config.grpo = ConfigDict()

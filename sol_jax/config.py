@@ -43,7 +43,7 @@ CHOICES = {
 AT_LEAST = {
     "seed": 0,
     "episode.prefix_len": 1, "episode.horizon": 1, "episode.episodes_per_prefix": 1,
-    "episode.sinks": 0, "episode.window": 0, "axes.kappa.page_size": 1,
+    "episode.sinks": 0, "episode.window": 0, "episode.jitter": 0, "axes.kappa.page_size": 1,
     "axes.kappa.penalty": 0, "axes.rho.penalty": 0, "axes.eta.penalty": 0,
     "policy.d_model": 1, "policy.num_heads": 1, "policy.num_layers": 1,
     "grpo.batch_size": 1, "grpo.num_schedules": 2, "grpo.entropy_coef": 0, "grpo.dead_zone": 0,
@@ -184,7 +184,7 @@ def _common(axis: ConfigDict, kernels: str) -> dict[str, Any]:
 def build_episode(config: ConfigDict) -> EpisodeConfig:
     """The shape of an episode."""
     e = config.episode
-    return EpisodeConfig(e.prefix_len, e.horizon, e.episodes_per_prefix, e.sinks + e.window + 1)
+    return EpisodeConfig(e.prefix_len, e.horizon, e.episodes_per_prefix, e.sinks + e.window + 1, e.jitter)
 
 
 def build(config: ConfigDict, model: LlamaConfig) -> Setup:
@@ -195,9 +195,13 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
             f"config.episode: prefix_len + episodes_per_prefix * horizon = {episode.block_length - 1} tokens "
             f"exceed the model's context of {model.max_position}"
         )
+    if episode.jitter >= episode.prefix_len:
+        raise UserError(
+            f"config.episode.jitter = {episode.jitter} must be less than prefix_len, {episode.prefix_len}"
+        )
     space = ActionSpace(tuple(_in_unit(axis, config, model) for axis in build_axes(config)))
     sizes = config.policy.to_dict()
-    factored = sizes.pop("factored_head")
+    factored, page_input = sizes.pop("factored_head"), sizes.pop("page_input")
     policy = PolicyConfig(
         model.hidden_size,
         space.num_actions,
@@ -205,6 +209,7 @@ def build(config: ConfigDict, model: LlamaConfig) -> Setup:
         len(space.axes),
         **sizes,
         factors=tuple(len(axis.levels) for axis in space.axes) if factored else (),
+        page_size=config.axes.kappa.page_size if page_input else 0,
     )
     grpo = {name: value for name, value in config.grpo.items() if name != "batch_size"}
     return Setup(

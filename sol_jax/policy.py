@@ -44,6 +44,7 @@ class PolicyConfig:
     factors: tuple[int, ...] = ()
     normalize_inputs: bool = False
     restate: bool = False
+    page_size: int = 0  # not the paper's: also told how many keys the newest page of so many holds; 0: not
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
@@ -72,6 +73,7 @@ class Observation(NamedTuple):
     embed_D: jax.Array  # the LLM's embedding of the current token
     scalars_N: jax.Array  # see `observation_scalars`
     prev_action: jax.Array  # int32; num_actions where there is none yet
+    num_keys: jax.Array  # int32, in the step's reach; the paper's policy does not look at it
 
 
 class PolicyCarry(NamedTuple):
@@ -94,6 +96,7 @@ def example_observation(config: PolicyConfig) -> Observation:
         jnp.zeros(config.embed_size),
         jnp.zeros(config.num_scalars),
         jnp.full((), config.num_actions, jnp.int32),
+        jnp.zeros((), jnp.int32),
     )
 
 
@@ -184,6 +187,8 @@ class Policy(nn.Module):
         if cfg.normalize_inputs:
             self.hidden_norm, self.embed_norm = _layer_norm(), _layer_norm()
         self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
+        if cfg.page_size:
+            self.page_embed = nn.Embed(cfg.page_size, cfg.d_model, embedding_init=nn.initializers.normal(1.0))
         self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.
@@ -233,6 +238,8 @@ class Policy(nn.Module):
         position_N = start + jnp.arange(x_NxF.shape[0])
         # Clamping would reuse the last position without a word; a step past the horizon must show.
         position_NxE = jnp.take(self.position_TxE, position_N, axis=0, mode="fill", fill_value=jnp.nan)
+        if self.config.page_size:
+            position_NxE += self.page_embed(obs_N.num_keys % self.config.page_size)
         return self.observation_in(x_NxF) + position_NxE
 
     def _scalars(self, obs_N: Observation) -> jax.Array:
@@ -267,7 +274,7 @@ def _empty_carry(config: PolicyConfig, num_steps: int) -> PolicyCarry:
 def _check_observation(config: PolicyConfig, obs_N: Observation) -> None:
     num_steps = obs_N.prev_action.shape[0]
     sizes = (config.hidden_size, config.embed_size, config.num_scalars)
-    wanted = [(num_steps, size) for size in sizes] + [(num_steps,)]
+    wanted = [(num_steps, size) for size in sizes] + [(num_steps,)] * 2
     for name, field, shape in zip(Observation._fields, obs_N, wanted, strict=True):
         if field.shape != shape:
             raise ValueError(f"{name} has shape {field.shape}; the config asks for {shape}")

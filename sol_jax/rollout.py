@@ -30,6 +30,10 @@ class EpisodeConfig:
     horizon: int  # T, decode steps of an episode
     episodes_per_prefix: int = 1  # W, episodes of one block, `horizon` tokens apart
     uncontrolled: int = 7  # steps with at most this many keys take the dense action (sinks + window + 1)
+    # In training, tokens by which the episodes of a block start earlier at most, drawn for each block.
+    jitter: int = dataclasses.field(
+        default=0, repr=False
+    )  # scores, which know their shape by it, are as before
 
     @property
     def block_length(self) -> int:
@@ -94,17 +98,20 @@ def cut_episodes(
     cfg: LlamaConfig,
     shape: EpisodeConfig,
     with_reference: bool = False,
+    early: jax.Array | int = 0,
 ) -> tuple[Episode, jax.Array | None]:
     """The W episodes of one block of `shape.block_length` tokens, all from a single dense prefill.
+
+    They start `early` tokens before the prefix' end, so that they begin anywhere in a page.
 
     Returns the episodes, with a leading W where `EPISODE_AXES` says 0 (the cache is one, and each episode
     sees its own past only), and, `with_reference`, the dense model's hidden states at the decoded
     positions [W, T, D], for which the same prefill runs on to the end of the block.
     """
     S, T, W = shape.prefix_len, shape.horizon, shape.episodes_per_prefix
-    start_W = S + T * np.arange(W)
+    start_W = S + T * np.arange(W) - early
     step_WxT = start_W[:, None] + np.arange(T)
-    prefilled = start_W[-1] + (T if with_reference else 0)
+    prefilled = S + T * (W - 1) + (T if with_reference else 0)
     hidden_MxD, cache = llama.prefill(weights, tokens_N[:prefilled], cfg)
     prefix = llama.make_prefix(cache, jnp.asarray(start_W, jnp.int32), space.axes)
     episode_W = Episode(prefix, hidden_MxD[start_W - 1], tokens_N[step_WxT], tokens_N[step_WxT + 1])
@@ -151,9 +158,10 @@ def controlled_step(
     horizon: int,
 ) -> tuple[Carry, Rollout]:
     """Step `t` of an episode of `horizon`, as `rollout` says; what it did is without the T of `Rollout`."""
-    controllable = prefix.length + t + 1 > uncontrolled
+    num_keys = jnp.int32(prefix.length + t + 1)
+    controllable = num_keys > uncontrolled
     scalars = observation_scalars(t, horizon, controllable, budget_X, carry.cost_sum_X, carry.counted)
-    seen = Observation(carry.hidden_D, llama.embed(weights, token), scalars, carry.prev_action)
+    seen = Observation(carry.hidden_D, llama.embed(weights, token), scalars, carry.prev_action, num_keys)
     with jax.named_scope("controller"):
         chosen, logp, memory = act(key, seen, carry.memory)
         action = jnp.where(controllable, chosen, space.dense)

@@ -162,15 +162,24 @@ def draw_budgets(key: jax.Array, shape: tuple[int, ...], space: ActionSpace) -> 
 
 
 def prefill_blocks(
-    weights: Weights, tokens_BxN: jax.Array, setup: Setup, with_reference: bool = False
+    weights: Weights,
+    tokens_BxN: jax.Array,
+    setup: Setup,
+    with_reference: bool = False,
+    early_B: jax.Array | None = None,
 ) -> tuple[Episode, jax.Array | None]:
     """`cut_episodes` of each block, `memory.prefill_batch` blocks at a time; leading axis B."""
+    space, model, shape = setup.space, setup.model, setup.episode
 
-    def cut(tokens_N: jax.Array) -> tuple[Episode, jax.Array | None]:
-        return cut_episodes(weights, tokens_N, setup.space, setup.model, setup.episode, with_reference)
+    def cut(block: tuple[jax.Array, jax.Array | int]) -> tuple[Episode, jax.Array | None]:
+        tokens_N, early = block
+        return cut_episodes(weights, tokens_N, space, model, shape, with_reference, early)
 
     with jax.named_scope("prefill"):
-        return lax.map(cut, tokens_BxN, batch_size=min(setup.memory.prefill_batch, len(tokens_BxN)))
+        batch = min(setup.memory.prefill_batch, len(tokens_BxN))
+        if early_B is None:  # starts are constants of the program
+            return lax.map(lambda tokens_N: cut((tokens_N, 0)), tokens_BxN, batch_size=batch)
+        return lax.map(cut, (tokens_BxN, early_B), batch_size=batch)
 
 
 def run_schedules(
@@ -232,10 +241,11 @@ def collect(
     key: jax.Array,
     budget_BxWxX: jax.Array,
     setup: Setup,
+    early_B: jax.Array | None = None,
 ) -> tuple[Rollout, jax.Array]:
     """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
     w, rows = setup.grpo.divergence_weight, setup.memory.head_rows
-    episode, dense_BxWxTxD = prefill_blocks(weights, tokens_BxN, setup, setup.grpo.needs_dense)
+    episode, dense_BxWxTxD = prefill_blocks(weights, tokens_BxN, setup, setup.grpo.needs_dense, early_B)
     K = setup.grpo.num_schedules
     shape = (*budget_BxWxX.shape[:2], K)
     budget_BxWxKxX = jnp.broadcast_to(budget_BxWxX[:, :, None], (*shape, budget_BxWxX.shape[-1]))
@@ -379,7 +389,10 @@ def train_step(
     budget_key, rollout_key, order_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
     budget_BxWxX = draw_budgets(budget_key, (B, W), setup.space)
     controller = policy_controller(setup.network, state.params, setup.grpo.temperature)
-    rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup)
+    early_B = None
+    if setup.episode.jitter:
+        early_B = jax.random.randint(jax.random.fold_in(budget_key, 1), (B,), 0, setup.episode.jitter + 1)
+    rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup, early_B)
     adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
     price = prices(reward, rollout, budget_BxWxX, setup)
     experience = Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv, price)

@@ -53,7 +53,8 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
             total = np.sum(costs, 0) if costs else np.zeros(len(cfg.space.axes))
             scalars = observation_scalars(t, cfg.horizon, controllable, budget, total, len(costs))
             embed_D = llama.embed(weights, jnp.int32(tokens[-1]))
-            seen.append(Observation(hidden_D, embed_D, scalars, jnp.int32(chosen)))
+            num_keys = jnp.int32(begin + t + 1)
+            seen.append(Observation(hidden_D, embed_D, scalars, jnp.int32(chosen), num_keys))
             chosen = int(choose(params, seen, cfg.policy)) if params is not None else plan(episode, t)
             action = chosen if controllable else cfg.space.dense
             if controllable:

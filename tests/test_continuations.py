@@ -100,6 +100,7 @@ def naively(engine, request, plan=None):
                 np.asarray(engine.weights["embed"])[text[begin + n]],
                 observed(t, cfg.horizon, controllable, BUDGET, total, len(spent)),
                 np.int32(chosen),
+                np.int32(begin + n + 1),
             )
         )
         chosen = int(naive.choose(engine.params, seen, cfg.policy)) if plan is None else int(plan[n])

@@ -59,7 +59,7 @@ def play(controller, hidden_TxD, embed_TxD, target_X, forced=0):
     for t in range(T):
         is_controllable = t >= forced
         scalars = observation_scalars(t, T, is_controllable, target_X, spent_X, counted)
-        seen = Observation(hidden_TxD[t], embed_TxD[t], scalars, jnp.int32(0))
+        seen = Observation(hidden_TxD[t], embed_TxD[t], scalars, jnp.int32(0), jnp.int32(t + 1))
         action, _, memory = controller.act(jax.random.key(0), seen, memory)
         actions.append(int(action) if is_controllable else SPACE.dense)
         spent_X, counted = spent_X + is_controllable * costs[actions[-1]], counted + is_controllable

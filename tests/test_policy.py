@@ -45,6 +45,7 @@ configs = st.builds(
     token_embed_size=st.none() | st.integers(1, 9),
     num_actions=st.integers(1, 7),
     normalize_inputs=st.booleans(),
+    page_size=st.sampled_from([0, 1, 3]),
     horizon=st.integers(1, 6),
     num_axes=st.integers(1, 4),
     num_layers=st.integers(1, 3),
@@ -113,7 +114,7 @@ def _episode(config, num_steps, seed=0) -> Observation:
     fields = (jnp.asarray(rng.normal(size=(num_steps, size)), jnp.float32) for size in sizes)
     action_T = rng.integers(0, config.num_actions, num_steps)
     action_T[0] = config.num_actions
-    return Observation(*fields, jnp.asarray(action_T, jnp.int32))
+    return Observation(*fields, jnp.asarray(action_T, jnp.int32), 100 + jnp.arange(num_steps))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -158,12 +159,24 @@ def test_a_step_sees_no_later_one():
 
 @pytest.mark.parametrize("field", Observation._fields)
 def test_every_input_matters_to_every_later_step(field):
-    params, obs_T = _params(SMALL), _episode(SMALL, 4)
+    config = dataclasses.replace(SMALL, page_size=3)
+    params, obs_T = _params(config), _episode(config, 4)
     value_T = getattr(obs_T, field)
-    change = (value_T[0] + 1) % SMALL.num_actions if field == "prev_action" else value_T[0] + 1.0
+    change = (value_T[0] + 1) % SMALL.num_actions if field == "prev_action" else value_T[0] + 1
     changed = obs_T._replace(**{field: value_T.at[0].set(change)})
-    difference_TxA = _apply(SMALL)(params, changed) - _apply(SMALL)(params, obs_T)
+    difference_TxA = _apply(config)(params, changed) - _apply(config)(params, obs_T)
     assert (jnp.abs(difference_TxA).max(axis=1) > 1e-5).all()
+
+
+def test_of_the_keys_a_policy_sees_how_full_the_newest_page_is_or_nothing():
+    config, obs_T = dataclasses.replace(SMALL, page_size=3), _episode(SMALL, 4)
+    params = _params(config)
+    logits = [_apply(config)(params, obs_T._replace(num_keys=obs_T.num_keys + n)) for n in (0, 1, 3)]
+    np.testing.assert_array_equal(logits[0], logits[2])
+    assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
+    blind, later = _params(SMALL), obs_T._replace(num_keys=obs_T.num_keys + 1)
+    np.testing.assert_array_equal(_apply(SMALL)(blind, obs_T), _apply(SMALL)(blind, later))
+    assert "page_embed" not in blind["params"]
 
 
 def test_past_the_horizon_shows():
@@ -260,6 +273,7 @@ OTHER = {
     "factors": (1, 5),
     "normalize_inputs": True,
     "restate": True,
+    "page_size": 3,
 }
 
 
@@ -355,7 +369,7 @@ def test_the_two_faces_of_a_policy_agree_when_targets_are_restated():
 
     def seen(scalars_TxN):
         states = jnp.asarray(rng.normal(size=(4, 6)))
-        return Observation(states, states, jnp.stack(scalars_TxN), jnp.zeros(4, jnp.int32))
+        return Observation(states, states, jnp.stack(scalars_TxN), *jnp.zeros((2, 4), jnp.int32))
 
     episode = seen(scalars)
     carry = initial_carry(config)

@@ -71,6 +71,27 @@ def test_episodes_of_one_prefill_equal_separate_ones(weights, tokens_N, actions_
     assert_close(jax.tree.map(lambda x: x[w], shared), jax.tree.map(lambda x: x[0], separate))
 
 
+@pytest.mark.parametrize("early", [0, 3])
+def test_episodes_that_start_early_are_those_of_a_shorter_prefix(weights, tokens_N, actions_WxKxT, early):
+    """Also where the start is known only when the program runs."""
+    shorter = dataclasses.replace(SHAPE, prefix_len=S - early)
+    each = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))
+
+    @jax.jit
+    def run(early):
+        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE, True, early)
+        return each(episode, actions_WxKxT), episode.label_T, reference
+
+    @jax.jit
+    def alone():
+        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, shorter, True)
+        return each(episode, actions_WxKxT), episode.label_T, reference
+
+    assert_close(run(early), alone())
+    seen_W = run(early)[0].observation.num_keys[:, 0, 0]
+    np.testing.assert_array_equal(seen_W, S - early + T * np.arange(W) + 1)
+
+
 def test_what_comes_later_in_the_block_does_not_matter(weights, tokens_N, actions_WxKxT, shared):
     """Tokens after the first episode change, and nothing of it."""
     changed_N = tokens_N.at[S + T + 1 :].set((tokens_N[S + T + 1 :] + 1) % MODEL.vocab_size)

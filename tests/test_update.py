@@ -100,6 +100,29 @@ def test_an_update_is_a_function_of_its_arguments_and_takes_its_state(weights, t
     assert int(one.step) == 1
 
 
+def test_jitter_starts_each_block_anew_and_only_when_it_is_asked_for(weights, tokens_BxN, monkeypatch):
+    """Drawn from 0 to its bound, other in other updates; without it starts are no input of the program."""
+    seen = []
+    real = update.collect
+
+    def spy(*args):
+        jax.debug.callback(seen.append, args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(update, "collect", spy)
+    shape = dataclasses.replace(SETUP.episode, jitter=3)
+    step = jax.jit(update.train_step, static_argnames="setup")
+    state = first_state()
+    for _ in range(20):
+        state, _ = step(state, weights, tokens_BxN, setup=dataclasses.replace(SETUP, episode=shape))
+    jax.effects_barrier()
+    assert set(np.concatenate(seen).tolist()) == {0, 1, 2, 3}
+    plain = jax.make_jaxpr(lambda s: update.train_step(s, weights, tokens_BxN, SETUP))
+    monkeypatch.setattr(update, "collect", lambda *args: (real(*args), seen.append(args[-1]))[0])
+    plain(first_state())
+    assert seen[-1] is None
+
+
 def test_it_learns_to_meet_budgets(weights, tokens_BxN):
     """Of a model that predicts the same whatever it reads, only the penalty is left to learn from."""
     blind = weights | {"embed": jnp.zeros_like(weights["embed"])}
@@ -228,6 +251,7 @@ def experience_of(num_schedules, key=5):
         jax.random.normal(keys[1], (N, T, D)),
         jax.random.uniform(keys[2], (N, T, 8)),
         jax.random.randint(keys[3], (N, T), 0, A + 1),
+        jnp.tile(jnp.arange(T), (N, 1)),
     )
     action_NxT = jax.random.randint(keys[4], (N, T), 0, A)
     return Experience(observation, action_NxT, jnp.full((N, T), -2.0), jax.random.normal(keys[5], (N, T)))

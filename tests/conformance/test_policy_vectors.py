@@ -23,7 +23,8 @@ def policy(vectors):
 def _observations(vectors) -> Observation:
     """[B, T, ...] from the authors' time-major arrays."""
     fields = (vectors[name] for name in ("h", "e", "scalars", "prev_actions"))
-    return Observation(*(jnp.asarray(np.swapaxes(field, 0, 1)) for field in fields))
+    given = [jnp.asarray(np.swapaxes(field, 0, 1)) for field in fields]
+    return Observation(*given, num_keys=jnp.zeros_like(given[-1]))  # which the authors' policy does not see
 
 
 def _temperatures(vectors):

@@ -177,7 +177,8 @@ def _policy(vectors) -> Policy:
 def _observations(vectors) -> Observation:
     """[N, T, ...]: one episode per schedule of the batch."""
     fields = (vectors[name] for name in ("h_seq", "e_seq", "scalars_seq", "prev_actions_seq"))
-    return Observation(*(jnp.asarray(np.swapaxes(field, 0, 1)) for field in fields))
+    given = [jnp.asarray(np.swapaxes(field, 0, 1)) for field in fields]
+    return Observation(*given, num_keys=jnp.zeros_like(given[-1]))  # which the authors' policy does not see
 
 
 def _budget_NxX(vectors):
