@@ -155,6 +155,7 @@ class Options:
     protect: bool | None = None
     kernels: str | None = None
     restate: bool | None = None
+    prefix_len: int | None = None
     stale_prefill: bool = False
     batch_size: int | None = None
     parallel: int | None = None
@@ -182,6 +183,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool(
         "restate", None, "Ask for what is left of the budget before each step; default: as the run."
     )
+    flags.DEFINE_integer("prefix_len", None, "Tokens before the first episode; default: as the run.", 1)
     flags.DEFINE_bool("stale_prefill", False, "Put in the authors' fault: prefill under left-over budgets.")
     flags.DEFINE_integer("batch_size", None, "Blocks at a time; default: the run's.", 1)
     flags.DEFINE_integer("parallel", None, "Schedules of an episode at a time; default: the run's.", 1)
@@ -231,12 +233,12 @@ def evaluate(options: Options) -> list[Row]:
         params, own, about = policy_files.load_policy(options.policy)
         config = read_config(workdir) if options.workdir else own
         restate = own.policy.restate if options.restate is None else options.restate
-        session = open_text(config, *text, restate)
+        session = open_text(config, *text, restate, options.prefix_len)
         policy_files.check_fits(options.policy, params, own, config, session.setup)
         subject, trained_on = Subject(params, own, options.policy, about["updates"]), about["documents"]
     else:
         config, checkpoints = open_run(workdir)  # before anything heavy
-        session = open_text(config, *text, options.restate)
+        session = open_text(config, *text, options.restate, options.prefix_len)
         subject = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
         trained_on = training_documents(config, session)
         of_run["run_updates"] = checkpoints.latest_step()  # the best policy may be an earlier one

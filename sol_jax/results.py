@@ -11,7 +11,7 @@ from sol_jax.comparison import Draw, Row
 from sol_jax.errors import UserError
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
-IDENTITY = ("config", "text", "protect", "restate", "stale_prefill")
+IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
 LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
 NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
 # A row with the same of these replaces an older one.

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from sol_jax import data, policy_files
-from sol_jax.config import flatten
+from sol_jax.config import build_episode, flatten
 from sol_jax.corpus import document_hashes, read_documents
 from sol_jax.data import Batch
 from sol_jax.errors import UserError
@@ -56,11 +56,12 @@ def open_text(
     protect: bool | None = None,
     kernels: str | None = None,
     restate: bool | None = None,
+    prefix_len: int | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
-    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run, and
-    `restate` how its policy is asked.
+    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
+    `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
     other = ConfigDict(config.to_dict())
     if source:
@@ -72,18 +73,22 @@ def open_text(
         other.kernels = kernels
     if restate is not None:
         other.policy.restate = restate
+    if prefix_len is not None:
+        other.episode.prefix_len = prefix_len
     return open_session(other)
 
 
 def training_documents(config: ConfigDict, session: Session) -> Collection[str]:
     """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
-    if session.config.data.source == config.data.source:
+    block_length = build_episode(config).block_length
+    same_blocks = session.setup.episode.block_length == block_length
+    if session.config.data.source == config.data.source and same_blocks:
         blocks = session.blocks
     else:
         blocks = data.prepare(
             config.data.source,
             session.tokenizer,
-            block_length=session.setup.episode.block_length,
+            block_length=block_length,
             validation_fraction=config.data.validation_fraction,
             test_fraction=config.data.test_fraction,
             document_start=config.data.document_start,

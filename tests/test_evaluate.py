@@ -174,15 +174,19 @@ def test_a_policy_by_folder(session, state, workdir, tmp_path):
     output = tmp_path / "other.csv"
     args = ("--policy", tmp_path / "policy", "--source", text, "--document_start", "^= .* =$")
     ended = run_program(
-        *args, "--output", output, "--controllers", "drift", "--grid", "1", "--hold", "rho", "--protect"
-    )
+        *args, "--output", output, "--controllers", "drift", "--grid", "1", "--hold", "rho", "--protect",
+        "--prefix_len", "29",
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     rows = results.read(output)
     assert [row["controller"] for row in rows[:3]] == ["policy", "drift", "dense"]
     assert [row["held"] for row in rows] == [""] * 21 + ["rho"] * 21  # 1 + 3 * 2 budgets
     said = {(row["updates"], row["text"], row["documents"], row["protect"], row["restate"]) for row in rows}
     assert said == {("7", "other.txt:test", "4", "True", "False")}
-    refused = run_program(*args, "--output", output, "--grid", "1", "--protect", "--restate")
+    assert {row["prefix"] for row in rows} == {"29"}
+    refused = run_program(
+        *args, "--output", output, "--grid", "1", "--protect", "--restate", "--prefix_len", "29"
+    )
     assert refused.returncode != 0
     assert "holds results of restate 'False', and these are of 'True'" in refused.stderr
 

@@ -81,6 +81,7 @@ def test_the_summary_and_what_the_best_checkpoint_has_most_of(tiny_session):
 ABOUT = {
     "config": "c0ffee",
     "text": "text.txt:test",
+    "prefix": 256,
     "protect": False,
     "restate": False,
     "stale_prefill": False,
@@ -114,6 +115,7 @@ def test_rows_are_replaced_or_added(tmp_path):
     [
         ("config", "beef"),
         ("text", "other.txt:test"),
+        ("prefix", 252),
         ("protect", True),
         ("restate", True),
         ("stale_prefill", True),
