@@ -7,7 +7,7 @@ import sys
 from experiments import plots
 from sol_jax.errors import UserError
 
-NAMES = (*(f"figure{number}" for number in range(2, 12)), "figure_generation")
+NAMES = (*(f"figure{number}" for number in range(2, 12)), "figure_blind", "figure_pages", "figure_generation")
 
 
 def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """CSVs of evaluations and of the pollution experiment with made-up numbers, for tests of what reads them."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -110,3 +111,16 @@ def write_pollution(folder: pathlib.Path) -> None:
     folder = folder / "smollm2-135m"
     results.write(folder / "pollution.csv", [row | results.texts(about) for row in rows])
     results.write(folder / "pollution-curves.csv", curves)
+
+
+def write_pages(folder: pathlib.Path) -> None:
+    """`pages.csv` of two runs at three budgets: losses where the newest page has two keys."""
+    rows: list[dict[str, Any]] = []
+    for run in ("sol-j-fl-t16-s0", "sol-j-fl-t64-s0"):
+        for budget in ("0.2/0.5/0.4", "0.5/0.7/0.6", "0.8/0.9/0.8"):
+            for keys in range(1, 9):
+                loss = 1.0 if keys == 2 else 0.1
+                row = {"run": run, "budget": budget, "keys": keys, "tokens": 100, "policy_kappa": loss}
+                row |= {"loss": loss, "loss_low": loss - 0.1, "loss_high": loss + 0.1}
+                rows.append(row | {"gain": loss / 2, "gain_low": 0.0, "gain_high": loss})
+    results.write(folder / "smollm2-135m" / "pages.csv", [results.texts(row) for row in rows])

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     made_up_results.write_pollution(folder)
     made_up_results.write_downstream(folder)
     made_up_results.write_transfer(folder)
+    made_up_results.write_pages(folder)
     return folder
 
 
@@ -43,7 +44,7 @@ def test_it_is_drawn_and_repeats(name, folder, tmp_path):
     assert images[0].startswith(b"\x89PNG")
     figure = module.draw(folder)
     texts = [text.get_text() for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
-    if name not in ("figure4", "figure7", "figure11"):
+    if name not in ("figure4", "figure7", "figure11", "figure_pages"):
         assert plots.NET in texts  # what the net keep rate is stands on the figure
     assert figure._suptitle.get_text().startswith("smollm2-135m")
     plots.plt.close(figure)
@@ -148,7 +149,7 @@ def test_what_is_missing_is_said(folder, tmp_path, capsys):
     assert list(missing) == list(figures.NAMES)
     for why in missing.values():
         assert "\n" not in why
-        assert re.search(r"evaluate|experiments\.(pollution|downstream|transfer)", why)
+        assert re.search(r"evaluate|experiments\.(pollution|downstream|transfer|pages)", why)
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
     assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NAMES)
