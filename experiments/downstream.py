@@ -1,8 +1,8 @@
 """Downstream tasks under a policy, beside dense decoding and schedules of the same cost (figure 6).
 
-    python -m experiments.downstream --policy smollm2-135m/sol-j-fl-t16-askleft --data FOLDER --limit 200 \\
+    python -m experiments.downstream --policy smollm2-135m/sol-j-fl-t16-page --data FOLDER --limit 200 \\
         --budgets '0.3,0.55,0.5;0.5,0.7,0.65' --random 4 \\
-        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-askleft-s0.csv
+        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-page-s0.csv
 
 writes a row per task, controller and requested budget: accuracy with its 95 % interval (Wilson), McNemar's
 exact test of the policy against that controller on the same items, nats per token of the right answer, and

@@ -2,7 +2,7 @@
 
     python -m experiments.figure6
 
-Reads `downstream-sol-j-fl-t16-askleft-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as
+Reads `downstream-sol-j-fl-t16-page-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as
 `experiments.downstream` wrote them.  Above, the paper's three panels: the mean accuracy of three tasks, that
 of three MMLU subjects, and GSM8K with token sparsity alone, by the likelihood of its reference solutions
 (right answers are rare from a model so small); below, tasks one by one.
@@ -23,7 +23,7 @@ from experiments import plots
 from experiments.tasks import SUBJECTS
 from sol_jax.errors import UserError
 
-JOINT, REASONING = "downstream-sol-j-fl-t16-askleft", "downstream-reasoning"
+JOINT, REASONING = "downstream-sol-j-fl-t16-page", "downstream-reasoning"
 CONTROLLERS = ("policy", "fixed", "random_best")
 COMMON = ("arc_easy", "piqa", "winogrande")
 MMLU = tuple(f"mmlu_{subject}" for subject in SUBJECTS)

@@ -54,7 +54,7 @@ def write(
 
 
 def write_downstream(
-    folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0, run: str = "sol-j-fl-t16-askleft"
+    folder: pathlib.Path, tasks=tuple(TASKS), seed: int = 0, run: str = "sol-j-fl-t16-page"
 ) -> pathlib.Path:
     """`downstream-RUN-sSEED.csv`: tasks at three budgets; compute helps, and the policy is ahead."""
     rng, lines = np.random.default_rng(seed), []

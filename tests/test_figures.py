@@ -109,7 +109,7 @@ def test_means_of_tasks(folder, tmp_path):
     """A point is the mean of three tasks; its bar is narrower than any one's by about the root of three."""
     from experiments import figure6
 
-    rows = plots.load(folder, "smollm2-135m/downstream-sol-j-fl-t16-askleft-s*")
+    rows = plots.load(folder, "smollm2-135m/downstream-sol-j-fl-t16-page-s*")
     first = figure6.points(rows, figure6.COMMON, "fixed")[0]
     mine = [r for r in rows if r.task in figure6.COMMON and r.controller == "fixed" and r.net == 0.4]
     assert first.x == pytest.approx(0.4)
@@ -119,7 +119,7 @@ def test_means_of_tasks(folder, tmp_path):
     nats = figure6.points(rows, ("gsm8k",), "fixed")[0]
     assert nats == pytest.approx((0.4, 2.7, 2.66, 2.75))
     made_up_results.write_downstream(tmp_path, tasks=("arc_easy",))
-    few = plots.load(tmp_path, "smollm2-135m/downstream-sol-j-fl-t16-askleft-s*")
+    few = plots.load(tmp_path, "smollm2-135m/downstream-sol-j-fl-t16-page-s*")
     assert figure6.points(few, figure6.COMMON, "fixed") == []
     figure = figure6.draw(tmp_path)
     assert [text.get_text() for text in figure.axes[1].texts] == ["not run"]
