@@ -17,6 +17,7 @@ from pallas_kernels.cost_model import CostModel
 from sol_jax import llama, update
 from sol_jax.config import build, build_axes, check, flatten, requested
 from sol_jax.costs import in_unit
+from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig, RopeScaling
 from sol_jax.session import read_config
 
@@ -140,6 +141,7 @@ OTHER = {
     "episode.prefix_len": 40,
     "episode.horizon": 5,
     "episode.episodes_per_prefix": 2,
+    "episode.jitter": 3,
     "kernels": "pallas",
     "episode.sinks": 3,
     "episode.window": 5,
@@ -167,6 +169,7 @@ OTHER = {
     "policy.mlp_ratio": 2.0,
     "policy.factored_head": True,
     "policy.normalize_inputs": True,
+    "policy.page_input": True,
     "policy.restate": True,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,
@@ -220,6 +223,13 @@ def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder
         config.update_from_flattened_dict({field: OTHER[field]})
     after = build(config, dataclasses.replace(model, dtype=config.model.dtype))
     assert lowered(after, 2) != lowered(before, 2)
+
+
+def test_a_jitter_that_leaves_no_prefix_is_refused(tiny_folder, tiny_session):
+    config = tiny.config_for(tiny_folder, **{"episode.jitter": 32})
+    check(config)
+    with pytest.raises(UserError, match=r"config\.episode\.jitter = 32 must be less than prefix_len, 32"):
+        build(config, tiny_session.setup.model)
 
 
 @pytest.mark.parametrize("unit", ["bytes", "time"])
