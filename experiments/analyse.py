@@ -187,28 +187,39 @@ def step_costs(scored: Scored, scores: Scores) -> dict[str, np.ndarray]:
 def spending(scored: Scored, tokenizer: Tokenizer) -> list[Record]:
     """Correlation of the policy's cost per step with each feature, per budget and over all of them.
 
-    Over all budgets ("all") costs count from the mean of their budget.  For kinds of tokens also the mean
-    cost of steps with and without.
+    Over all budgets ("all") costs count from the mean of their budget.  `within_step` is the correlation
+    once the mean of each step of the episode is taken off both: what is left when the policy's habits of
+    spending at certain steps are.  For kinds of tokens also the mean cost of steps with and without.
     """
     asked, scores = _job(scored, POLICY)
     N, W, J, T = scores.action_NxWxJxT.shape
     document = np.broadcast_to(scored.document_N[:, None, None], (N, W, T)).ravel()
-    known = {name: value.ravel() for name, value in features(scored, tokenizer).items()}
-    found = []
+    known, found = features(scored, tokenizer), []
     for axis, cost in step_costs(scored, scores).items():
-        columns = {"/".join(f"{c:g}" for c in asked[j]): cost[:, :, j].ravel() for j in range(J)}
-        centred = np.concatenate([column - column.mean() for column in columns.values()])
+        columns = {"/".join(f"{c:g}" for c in asked[j]): cost[:, :, j] for j in range(J)}
         for name, value in known.items():
+
+            def correlations(columns: Sequence[np.ndarray], value: np.ndarray = value) -> Record:
+                documents = np.tile(document, len(columns))
+                record: Record = {}
+                for measure, over in (("correlation", (0, 1, 2)), ("within_step", (0, 1))):
+                    y = np.concatenate([_centred(column, over) for column in columns])
+                    x = np.tile(_centred(value, over), len(columns))
+                    record |= interval(measure, document_correlation(x, y, documents))
+                return record
+
             for budget, column in columns.items():
-                record = interval("correlation", document_correlation(value, column, document))
-                found.append(
-                    {"axis": axis, "feature": name, "budget": budget, **record, **_split(value, column)}
-                )
-            record = interval(
-                "correlation", document_correlation(np.tile(value, J), centred, np.tile(document, J))
-            )
-            found.append({"axis": axis, "feature": name, "budget": "all", **record})
+                record = {"axis": axis, "feature": name, "budget": budget, **correlations([column])}
+                found.append(record | _split(value.ravel(), column.ravel()))
+            record = {"axis": axis, "feature": name, "budget": "all"}
+            found.append(record | correlations(list(columns.values())))
     return found
+
+
+def _centred(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
+    """`x` less its mean over some axes, flat; a constant leaves 0, and no rounding that would correlate."""
+    rest = (x - x.mean(over, keepdims=True)).ravel()
+    return np.where(np.abs(rest) < 1e-9, 0.0, rest)
 
 
 def _split(value: np.ndarray, cost: np.ndarray) -> Record:

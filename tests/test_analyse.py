@@ -144,13 +144,14 @@ def test_kinds_of_tokens():
 
 
 def test_spending_of_a_made_up_policy():
-    """It takes the high level of kappa when it reads a digit, at one of two budgets; else nothing varies."""
+    """High kappa where it reads a digit, at one of two budgets; high rho in the first step, at the other."""
     rng = np.random.default_rng(0)
     N, T, texts = 40, 8, len(Texts.texts)
     tokens = rng.integers(0, texts, (N, 5 + T + 1))
     digit = np.isin(tokens[:, 5:-1], (3, 4))
     action = np.zeros((N, 1, 2, T), int)
     action[:, 0, 0] = np.where(digit, 4, 0)  # kappa is the first of three axes of two levels
+    action[:, 0, 1, 0] = 2
     blank = np.zeros((N, 1, 2, T))
     costs = {"kappa": [0.1, 1.0], "rho": [0.4, 1.0], "eta": [0.3, 1.0]}
     dense = Scores(rng.normal(size=(N, 1, 1, T)), rng.random((N, 1, 1, T)), np.full((N, 1, 1, T), 7))
@@ -168,6 +169,13 @@ def test_spending_of_a_made_up_policy():
     assert found["net", "reads_digit", first]["cost_with"] == pytest.approx((1.0 + 0.4 + 0.3) / 3)
     assert np.isnan(found["kappa", "reads_digit", second]["correlation"])  # there it never varies
     assert np.isnan(found["rho", "reads_digit", first]["correlation"])
+    assert record["within_step"] == pytest.approx(1.0, abs=0.05)  # digits come at all steps alike
+    step = found["kappa", "step", first]
+    assert np.isnan(step["within_step"])  # nothing of it is left
+    habit = found["rho", "step", second]
+    assert habit["correlation"] < -0.5
+    assert np.isnan(habit["within_step"])
+    assert np.isnan(found["rho", "reads_digit", second]["within_step"])
     both = found["kappa", "reads_digit", "all"]
     assert both["correlation"] == pytest.approx(np.sqrt(0.5))  # half the variance of the digits is met
     other = found["kappa", "predicts_digit", first]
