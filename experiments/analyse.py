@@ -4,12 +4,14 @@
     python -m experiments.analyse misses --results experiments/results/smollm2-135m/grid/*.csv --output F.csv
     python -m experiments.analyse updates --workdirs runs/fl-s0 runs/fl-s1 --output F.csv
     python -m experiments.analyse spending --scores runs/fl-s0/results.scores/* --output F.csv
+    python -m experiments.analyse over_fixed --scores runs/fl-s0/results.scores/* --output F.csv
     python -m experiments.analyse effect --scores CLEAN --others STALE --label stale_prefill --output F.csv
 
 `wins`: at how many budgets of the front, and in how many runs, the policy beats each other controller.
 `misses`: how far its realised costs are from the requested ones.  `updates`: how the gain over the fixed
 schedule grows while training.  `spending`: what the cost of a step goes with: word starts, digits,
-punctuation, the dense model's entropy, the step in the episode.  `effect`: what a change to the evaluation
+punctuation, the dense model's entropy, the step in the episode.  `over_fixed`: what each controller, not
+the policy alone, gains over the fixed schedule.  `effect`: what a change to the evaluation
 (the authors' stale prefill; protected sinks and window) does to scores and gains on the same text.  Folders
 of scores are those that `sol_jax.evaluate` leaves beside its CSV; intervals are over documents.
 """
@@ -236,6 +238,27 @@ def _job(scored: Scored, controller: str) -> tuple[list[tuple[float, ...]], Scor
     return scored.jobs[controller, ""]
 
 
+# --- over_fixed --------------------------------------------------------------------------------------
+
+
+def over_fixed(scored: Scored, run: str) -> list[Record]:
+    """What the policy and whatever plays one schedule of its costs gain over `fixed`, budget by budget."""
+    asked, fixed = _by_budget(scored, "fixed")
+    found = []
+    for controller, held in sorted(scored.jobs):
+        if held or controller in ("fixed", "dense") or controller.startswith("random"):
+            continue
+        for budget, logp_N in zip(*_by_budget(scored, controller), strict=True):
+            record: Record = {
+                "run": run,
+                "controller": controller,
+                "budget": "/".join(f"{c:g}" for c in budget),
+            }
+            gain_N = logp_N - fixed[asked.index(budget)]
+            found.append(record | interval("gain", document_bootstrap(gain_N, scored.document_N)))
+    return found
+
+
 # --- effect ------------------------------------------------------------------------------------------
 
 
@@ -300,10 +323,10 @@ def _one_folder(paths: Sequence[pathlib.Path]) -> Scored:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("wins", "misses", "updates", "spending", "effect"))
+    parser.add_argument("what", choices=("wins", "misses", "updates", "spending", "over_fixed", "effect"))
     parser.add_argument("--results", type=pathlib.Path, nargs="+", default=[], help="CSVs of evaluations")
     parser.add_argument("--workdirs", type=pathlib.Path, nargs="+", default=[], help="training runs")
-    parser.add_argument("--scores", type=pathlib.Path, nargs="+", default=[], help="a folder of scores")
+    parser.add_argument("--scores", type=pathlib.Path, nargs="+", default=[], help="folders of scores")
     parser.add_argument("--others", type=pathlib.Path, nargs="+", default=[], help="another, to compare with")
     parser.add_argument("--label", default="", help="of an effect, for the CSV")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
@@ -318,6 +341,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.what == "spending":
         scored = _one_folder(args.scores)
         found = spending(scored, load_tokenizer(scored.about["model"]))
+    elif args.what == "over_fixed":
+        runs = [(path.absolute().parent.name.removesuffix(".scores"), path) for path in args.scores]
+        found = [row for run, path in runs for row in over_fixed(read_folder(path), run)]
     else:
         found = effect(_one_folder(args.scores), _one_folder(args.others), args.label)
     if not found:

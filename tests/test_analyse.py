@@ -186,6 +186,28 @@ def test_spending_of_a_made_up_policy():
     }  # fmt: skip
 
 
+def test_over_fixed_by_hand():
+    """`clock` is 0.5 ahead of `fixed` at one budget and 0.25 behind at the other, whose order differs."""
+
+    def job(*logp):
+        columns = np.broadcast_to(np.array(logp)[None, None, :, None], (6, 1, len(logp), 3))
+        return Scores(columns, columns[..., :0], np.zeros(columns.shape, int))
+
+    one, two = (0.5, 0.7), (0.2, 0.4)
+    jobs = {("fixed", ""): ([one, two], job(-2.0, -3.0)), ("clock", ""): ([two, one], job(-3.25, -1.5))}
+    jobs |= {
+        ("dense", ""): ([], job(-1.0)),
+        ("random0", ""): ([one], job(-4.0)),
+        ("clock", "rho"): ([one], job(0)),
+    }
+    found = analyse.over_fixed(Scored({}, np.zeros((6, 9), int), np.arange(6), jobs), "x")
+    assert {(r["run"], r["controller"], r["budget"]): r["gain"] for r in found} == {
+        ("x", "clock", "0.2/0.4"): -0.25,
+        ("x", "clock", "0.5/0.7"): 0.5,
+    }
+    assert found[1]["gain_low"] == 0.5
+
+
 def test_scores_are_read_back(folders, tiny_session):
     scored = read_folder(folders[0])
     assert scored.tokens_NxM.shape == (5, tiny_session.setup.episode.block_length)
