@@ -54,8 +54,9 @@ def draw(folder: pathlib.Path) -> Figure:
         plots.draw(axes, rows, CONTROLLERS, "gain")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=9)
-    for axes in grid[-1]:
+    for axes in grid.flat[max(0, len(panels) - COLUMNS) : len(panels)]:  # the lowest of every column
         axes.set_xlabel(plots.NET)
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("gain of the policy,\nnats per token")
     return plots.finish(figure, grid[0, 0], [row for rows in panels.values() for row in rows])
