@@ -8,6 +8,7 @@ The other files override a few fields.  All take variants after a colon, joined 
     cpu     prefix of 256 tokens: a training of hours, not days, on two CPU cores
     t4, t16, t64       decode steps of an episode
     fast               learns more in a few hundred updates than the paper's settings
+    anywhere           works after prompts of any length, and keeps budgets better
     1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, in bfloat16
 """
 
@@ -180,6 +181,12 @@ def _fast(config: ConfigDict) -> None:
     config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 2, 8, 2
 
 
+def _anywhere(config: ConfigDict) -> None:
+    """Trained on prefixes of whole pages, a policy knows a place in them by the number of the step alone."""
+    config.policy.restate = config.policy.page_input = True
+    config.episode.jitter = config.axes.kappa.page_size - 1
+
+
 def _horizon(steps: int):
     def apply(config: ConfigDict) -> None:
         config.episode.horizon = steps
@@ -199,6 +206,7 @@ VARIANTS = {
     "smoke": _smoke,
     "cpu": _cpu,
     "fast": _fast,
+    "anywhere": _anywhere,
     "t4": _horizon(4),
     "t16": _horizon(16),
     "t64": _horizon(64),

@@ -48,10 +48,10 @@ RUNS = [
     ("demo", "", 8),
     *(("sol_j_2l", v, 8) for v in ("", "smoke", "cpu", "1b")),
     *(("sol_j_3l", v, 27) for v in ("", "cpu")),
-    *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast", "1b", "3b", "8b")),
+    *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast,anywhere", "1b", "3b", "8b")),
     *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
     *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
-    ("reasoning", "", 11),
+    *(("reasoning", v, 11) for v in ("", "anywhere")),
 ]
 RUN_IDS = [f"{name}:{variants}" for name, variants, _ in RUNS]
 
@@ -91,6 +91,12 @@ def test_every_config_lowers_its_train_step(name, variants, num_actions):
     assert "callback" not in text
     wanted = {"float32": "f32", "bfloat16": "bf16"}[config.model.dtype]
     assert f"{setup.model.vocab_size}x{setup.model.hidden_size}x{wanted}" in text
+
+
+def test_anywhere_means_any_place_in_a_page():
+    setup = setup_of(reasoning.get_config("anywhere"))
+    assert (setup.policy.page_size, setup.episode.jitter, setup.policy.restate) == (16, 15, True)
+    assert setup_of(reasoning.get_config()).policy.page_size == 0
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
