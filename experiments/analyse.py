@@ -314,6 +314,16 @@ def _by_budget(scored: Scored, controller: str) -> tuple[list[tuple[float, ...]]
 # --- the program -------------------------------------------------------------------------------------
 
 
+def _evaluations(paths: Sequence[pathlib.Path]) -> list[plots.Row]:
+    found = []
+    for path in paths:
+        rows = plots.read(path)
+        if not rows or "held" not in rows[0].fields:
+            raise UserError(f"{path} is not a CSV of sol_jax.evaluate; leave it out of --results")
+        found += rows
+    return found
+
+
 def _one_folder(paths: Sequence[pathlib.Path]) -> Scored:
     if len(paths) != 1:
         raise UserError(f"give one folder of scores, not {len(paths)}: {', '.join(map(str, paths))}")
@@ -333,9 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what in ("wins", "misses"):
         paths = [path for path in args.results if not path.stem.endswith("-draws")]
-        found = {"wins": wins, "misses": misses}[args.what](
-            [row for path in paths for row in plots.read(path)]
-        )
+        found = {"wins": wins, "misses": misses}[args.what](_evaluations(paths))
     elif args.what == "updates":
         found = updates(args.workdirs)
     elif args.what == "spending":

@@ -31,14 +31,15 @@ def largest_miss(rows: Sequence[plots.Row]) -> tuple[float, str]:
 
 
 def line(name: str, rows: Sequence[plots.Row], against: str) -> str:
-    """One run's line."""
+    """One run's line, of the seeds that were compared with that controller."""
+    seeds = {row.seed for row in rows if row.controller == against}
+    rows = [row for row in rows if row.seed in seeds]
     cells = [
         f"{p.y:+.3f} [{p.low:+.3f}, {p.high:+.3f}] at {p.x:.2f}"
         for p in plots.points(plots.front(rows), against, "gain")
     ]
     miss, axis = largest_miss(rows)
-    seeds = len({row.seed for row in rows})
-    return f"| `{name}` | {seeds} | {' | '.join(cells)} | {miss:.3f} ({axis}) |"
+    return f"| `{name}` | {len(seeds)} | {' | '.join(cells)} | {miss:.3f} ({axis}) |"
 
 
 def table(folder: pathlib.Path, model: str, against: str) -> str:

@@ -99,6 +99,14 @@ def test_wins_as_a_program(tmp_path, capsys):
     assert "wrote 30 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["wins", "misses"])
+def test_a_csv_of_something_else_is_refused(what, tmp_path, capsys):
+    path = made_up_results.write_downstream(tmp_path)
+    with pytest.raises(SystemExit):
+        analyse.main([what, "--results", str(path), "--output", str(tmp_path / "x.csv")])
+    assert f"{path} is not a CSV of sol_jax.evaluate" in capsys.readouterr().err
+
+
 # --- updates -----------------------------------------------------------------------------------------
 
 
