@@ -254,6 +254,8 @@ def over_fixed(scored: Scored, run: str) -> list[Record]:
                 "controller": controller,
                 "budget": "/".join(f"{c:g}" for c in budget),
             }
+            if budget not in asked:
+                continue
             gain_N = logp_N - fixed[asked.index(budget)]
             found.append(record | interval("gain", document_bootstrap(gain_N, scored.document_N)))
     return found

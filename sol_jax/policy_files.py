@@ -24,7 +24,9 @@ from sol_jax.update import Setup, init_state
 POLICIES = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "policies"
 MAX_BYTES = 15_000_000
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
-BOUND = ("axes.kappa.levels", "axes.rho.levels", "axes.eta.levels", "episode.horizon")
+BOUND = (
+    "axes.kappa.levels", "axes.rho.levels", "axes.eta.levels", "episode.horizon", "policy.page_input",
+)  # fmt: skip
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 

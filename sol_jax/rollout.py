@@ -30,10 +30,9 @@ class EpisodeConfig:
     horizon: int  # T, decode steps of an episode
     episodes_per_prefix: int = 1  # W, episodes of one block, `horizon` tokens apart
     uncontrolled: int = 7  # steps with at most this many keys take the dense action (sinks + window + 1)
-    # In training, tokens by which the episodes of a block start earlier at most, drawn for each block.
-    jitter: int = dataclasses.field(
-        default=0, repr=False
-    )  # scores, which know their shape by it, are as before
+    # In training, tokens by which the episodes of a block start earlier at most, drawn for each block.  It is
+    # not in the repr, by which stored scores know the shape they are of.
+    jitter: int = dataclasses.field(default=0, repr=False)
 
     @property
     def block_length(self) -> int:

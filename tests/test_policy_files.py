@@ -124,7 +124,10 @@ def test_a_policy_for_another_model(tiny_folder, params, tiny_session):
     assert message == "the policy P is for the model model, not for Llama-3.2-1B"
 
 
-@pytest.mark.parametrize(("field", "value"), [("axes.kappa.levels", (0.1, 0.5, 1.0)), ("episode.horizon", 8)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("axes.kappa.levels", (0.1, 0.5, 1.0)), ("episode.horizon", 8), ("policy.page_input", True)],
+)
 def test_a_policy_for_other_actions(tiny_folder, params, tiny_session, field, value):
     message = refused(tiny_folder, params, tiny_session, **{field: value})
     assert message.startswith(f"the policy P has config.{field} = ")
