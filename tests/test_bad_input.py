@@ -40,6 +40,7 @@ IMPOSSIBLE = {
     "episode.prefix_len": (0, -5),
     "episode.horizon": (0,),
     "episode.episodes_per_prefix": (0,),
+    "episode.jitter": (-1,),
     "episode.sinks": (-1,),
     "episode.window": (-1,),
     "axes.kappa.rule": ("oracle", ""),
@@ -121,7 +122,7 @@ def test_every_number_has_bounds():
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
-    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.restate"}
+    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input", "policy.restate"}
     assert set(flatten(tiny.config_for(ROOT))) - set(IMPOSSIBLE) == unbounded
 
 
