@@ -136,8 +136,8 @@ def test_tokens_for_a_dense_steps_bytes(folder):
     from experiments import figure_generation
 
     figure = figure_generation.draw(folder)
-    quality, kept, speed = figure.axes
-    assert len(quality.containers) == 2 * 2 * 2
+    refreshed, left, kept, speed = figure.axes
+    assert len(refreshed.containers) == len(left.containers) == 2 * 2
     assert len(kept.containers) == len(speed.containers) == 2 * 2
     row = {"bytes": 0.5, "bytes_low": 0.4, "bytes_high": 0.8}
     assert figure_generation.inverse(row) == {"tokens": 2.0, "tokens_low": 1.25, "tokens_high": 2.5}
