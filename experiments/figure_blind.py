@@ -28,6 +28,7 @@ RUNS = {
     "sol-j-fl-t64-page": "FL, T = 64, sees the newest page",
     "kappa-0.2": "kappa alone",
     "rho-0.4": "rho alone",
+    "reasoning": "kappa alone, T = 64, pages of 16",
 }
 COLUMNS = 4
 

@@ -245,7 +245,14 @@ def test_spending_as_a_program(folders, tiny_folder, tmp_path):
     output = tmp_path / "spending.csv"
     analyse.main(["spending", "--scores", str(folders[0]), "--output", str(output)])
     head, *lines = output.read_text().splitlines()
-    assert head.startswith("axis,feature,budget,correlation,correlation_low,correlation_high,cost_with")
+    ends = ("", "_low", "_high")
+    columns = [
+        "axis",
+        "feature",
+        "budget",
+        *(f"{m}{e}" for m in ("correlation", "within_step") for e in ends),
+    ]
+    assert head.split(",") == [*columns, "cost_with", "cost_without"]
     assert len(lines) == 4 * 11 * 3
     assert any(line.startswith("net,reads_word_start,0.3/0.6/0.5,") for line in lines)
 
