@@ -249,13 +249,10 @@ def over_fixed(scored: Scored, run: str) -> list[Record]:
         if held or controller in ("fixed", "dense") or controller.startswith("random"):
             continue
         for budget, logp_N in zip(*_by_budget(scored, controller), strict=True):
-            record: Record = {
-                "run": run,
-                "controller": controller,
-                "budget": "/".join(f"{c:g}" for c in budget),
-            }
             if budget not in asked:
                 continue
+            record: Record = {"run": run, "controller": controller}
+            record["budget"] = "/".join(f"{c:g}" for c in budget)
             gain_N = logp_N - fixed[asked.index(budget)]
             found.append(record | interval("gain", document_bootstrap(gain_N, scored.document_N)))
     return found
