@@ -136,11 +136,11 @@ def play_translated(
 def room(prompt: int) -> int:
     """Entries of the engine's cache for a text with such a prompt.
 
-    As `engine.length_bucket`, which takes packages that a machine for `make gpu-check` may lack.
+    As `engine.text_bucket`, which takes packages that a machine for `make gpu-check` may lack.
     """
     tokens = prompt + MAX_TOKENS + HORIZON
-    power = 1 << (tokens - 1).bit_length()
-    return power * 3 // 4 if power * 3 // 4 >= tokens else power
+    eighth = max(1 << (tokens - 1).bit_length() >> 4, 32)
+    return -(-tokens // eighth) * eighth
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg"))

@@ -119,6 +119,16 @@ def length_bucket(length: int) -> int:
     return power * 3 // 4 if power * 3 // 4 >= max(length, SMALLEST_LENGTH) else power
 
 
+def text_bucket(length: int) -> int:
+    """The smallest multiple of `SMALLEST_LENGTH` and an eighth of a power of two that is at least `length`.
+
+    Finer than `length_bucket`, since every step reads the whole cache, masked or not: at most an eighth
+    of what it reads is room.
+    """
+    eighth = max(1 << (length - 1).bit_length() >> 4, SMALLEST_LENGTH)
+    return -(-length // eighth) * eighth
+
+
 def batch_bucket(size: int) -> int:
     """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
@@ -187,7 +197,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     S = length_bucket(max(lengths))
     # The last episode of a row may begin one token before its end.  Rows that have ended go on writing, past
     # the end of the cache in the end, where XLA moves the write back into their own cache: nobody reads it.
-    capacity = length_bucket(max(len(r.prompt) + r.max_tokens + T for r in requests))
+    capacity = max(S, text_bucket(max(len(r.prompt) + r.max_tokens + T for r in requests)))
     if (cfg, B, S, capacity) not in engine.compiled:
         logging.info("bucket: batch %d, prompts up to %d, texts up to %d tokens", B, S, capacity)
         engine.compiled.add((cfg, B, S, capacity))

@@ -22,6 +22,7 @@ from sol_jax.engine import (
     length_bucket,
     plan,
     stream,
+    text_bucket,
 )
 from sol_jax.errors import UserError
 from sol_jax.load import load_model
@@ -265,6 +266,20 @@ def test_drift_is_how_far_what_a_controller_sees_is_from_the_dense_model(tiny_mo
 )
 def test_length_buckets(length, bucket):
     assert length_bucket(length) == bucket
+
+
+@pytest.mark.parametrize(
+    ("length", "bucket"), [(1, 32), (33, 64), (272, 288), (512, 512), (513, 576), (1025, 1152), (2144, 2304)]
+)
+def test_text_buckets(length, bucket):
+    assert text_bucket(length) == bucket
+
+
+def test_the_room_of_text_buckets_is_at_most_an_eighth():
+    lengths = np.arange(256, 9000)
+    buckets = np.array([text_bucket(int(n)) for n in lengths])
+    assert (buckets >= lengths).all() and (buckets - lengths < lengths / 8).all()
+    assert (np.diff(buckets) >= 0).all()
 
 
 def test_batch_buckets():
