@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from sol_jax import policy_files, results
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.session import commit, open_session
+from sol_jax.session import open_session
 from sol_jax.subject import open_run, policy_of_run, training_documents
 
 
@@ -49,7 +49,7 @@ def publish(
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint.
 
-    `trained_by` is the commit that trained it; default: the one that runs now.
+    `trained_by` is the commit that trained it, where the checkpoint does not say.
     """
     config, checkpoints = open_run(workdir)
     session = open_session(config)
@@ -60,7 +60,7 @@ def publish(
         "command": command,
         "updates": subject.updates,
         "seed": config.seed,
-        "commit": trained_by or commit(),
+        "commit": checkpoints.commit_of(subject.updates) or trained_by,
         "documents": training_documents(config, session),
         "results": [line for path in evaluations for line in card_rows(path)],
     }
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl-t16")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
-    parser.add_argument("--commit", default="", help="that trained it; default: the one that runs now")
+    parser.add_argument("--commit", default="", help="that trained it, of a checkpoint that does not say")
     parser.add_argument("--results", type=pathlib.Path, nargs="*", default=[], help="CSVs of its evaluations")
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):

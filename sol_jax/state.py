@@ -38,17 +38,23 @@ class Checkpoints:
       config: dotted path -> value, of the run to start or to continue; also written to `config.json`.
       keep: how many of the latest to keep.
       read_only: for evaluation: nothing is made, moved or cleaned up, as a run may be writing there.
+      commit: of the code that trains, for `commit_of`.
 
     Raises `UserError` if the workdir cannot be used.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, config: Mapping[str, Any], keep: int, read_only: bool = False
+        self,
+        workdir: str | os.PathLike,
+        config: Mapping[str, Any],
+        keep: int,
+        read_only: bool = False,
+        commit: str = "",
     ):
         self._workdir = pathlib.Path(workdir).absolute()
         self._directory = self._workdir / "checkpoints"
         self._config = json.loads(json.dumps(dict(config)))  # as a checkpoint will give it back
-        self._read_only = read_only
+        self._read_only, self._commit = read_only, commit
         self._saving = -1  # the step of the last write
         if not complete_steps(self._directory):  # else once `restore` has found that the config is theirs
             self._write_config()
@@ -65,6 +71,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The complete step with the highest score, the later of equals; None if none has a score."""
         return self._store.best(self.steps())
+
+    def commit_of(self, step: int) -> str:
+        """The commit of the code that wrote a checkpoint; empty if it does not say, or is damaged."""
+        return self._read(step)[2].get("commit", "")
 
     def save(self, step: int, state: Any, iterator: Mapping[str, Any], score: float | None = None) -> None:
         """Copies `state` and writes it in the background; skips a step that exists.
@@ -87,6 +97,7 @@ class Checkpoints:
             "config": self._config,
             "leaves": kinds(state),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "commit": self._commit,
         }
         self._saving = step
         with self._save_errors():

@@ -21,7 +21,7 @@ from sol_jax import evaluate, flops, metrics
 from sol_jax.config import check, flatten, requested
 from sol_jax.data import BlockIterator, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags, reason
-from sol_jax.session import Session, open_session
+from sol_jax.session import Session, commit, open_session
 from sol_jax.state import Checkpoints
 from sol_jax.update import TrainState, init_state, jit_train_step
 
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         raise UserError(
             f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
         )
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep)
+    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, commit=commit())
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):

@@ -278,7 +278,8 @@ def test_text_buckets(length, bucket):
 def test_the_room_of_text_buckets_is_at_most_an_eighth():
     lengths = np.arange(256, 9000)
     buckets = np.array([text_bucket(int(n)) for n in lengths])
-    assert (buckets >= lengths).all() and (buckets - lengths < lengths / 8).all()
+    assert (buckets >= lengths).all()
+    assert (buckets - lengths < lengths / 8).all()
     assert (np.diff(buckets) >= 0).all()
 
 

@@ -174,14 +174,15 @@ def test_committed_policies_can_be_loaded():
         assert config.data.source
 
 
-def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch):
-    """The best checkpoint, its training documents, and the results of an evaluation in the card."""
+@pytest.mark.parametrize(("recorded", "shown"), [("", "c0ffee"), ("ab1e+", "ab1e+")])
+def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch, recorded, shown):
+    """The best checkpoint, who trained it, its documents, and the results of an evaluation in the card."""
     from experiments import publish
     from sol_jax import evaluate, subject
     from sol_jax.state import Checkpoints
 
     config = tiny.config_for(tiny_folder, **{"eval.num_test_blocks": 2, "eval.num_random": 0})
-    checkpoints = Checkpoints(tmp_path / "run", flatten(config), keep=1)
+    checkpoints = Checkpoints(tmp_path / "run", flatten(config), keep=1, commit=recorded)
     states = [init_state(jax.random.key(seed), tiny_session.setup) for seed in range(3)]
     for step, (state, score) in enumerate(zip(states, (1.0, 3.0, 2.0), strict=True), start=1):
         checkpoints.save(step, state, {"position": 0}, score)
@@ -196,7 +197,7 @@ def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch):
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), states[1].params)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert (about["updates"], about["commit"]) == (2, "c0ffee")
+    assert (about["updates"], about["commit"]) == (2, shown)
     assert about["documents"] == policy_files.document_names(session.blocks["train"].documents)
     fixed = next(row for row in rows if row.controller == "fixed")
     assert (

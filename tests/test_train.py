@@ -21,6 +21,7 @@ from configs import sol_j_2l
 from sol_jax import evaluate, metrics, results
 from sol_jax.config import flatten
 from sol_jax.errors import UserError
+from sol_jax.session import commit
 from sol_jax.state import Checkpoints
 from sol_jax.train import Interrupted, require_finite, train
 from sol_jax.update import init_state
@@ -128,6 +129,11 @@ def test_an_uninterrupted_run(tiny_folder, tiny_session, whole):
     assert all("eval/score" in scalars for scalars in logged.values())
     best = max(logged, key=lambda s: (logged[s]["eval/score"], s))
     assert best in steps_in(whole)
+
+
+def test_checkpoints_name_the_commit_that_trained(tiny_folder, whole):
+    checkpoints = Checkpoints(whole, flatten(config_of(tiny_folder)), keep=1, read_only=True)
+    assert checkpoints.commit_of(UPDATES).rstrip("+") == commit().rstrip("+")
 
 
 def test_what_is_logged(whole):
