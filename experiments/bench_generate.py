@@ -76,7 +76,7 @@ class Bench:
     @functools.cached_property
     def decoders(self) -> dict[str, Decoder]:
         """Who generates: see above."""
-        batch = 32 if current_platform() == "gpu" else 1
+        batch = decoding.usual_prefill_batch()
         space = ActionSpace(held_full(SPACE.axes))
         dense = Decoder(self.model, space, HORIZON, refresh=False, prefill_batch=batch)
         policy = dataclasses.replace(dense, policy=policy_config(self.model))
@@ -134,13 +134,14 @@ def play_translated(
 
 
 def room(prompt: int) -> int:
-    """Entries of the engine's cache for a text with such a prompt.
+    """Entries of the engine's cache for a text with such a prompt."""
+    return _bucket(_bucket(prompt, 4) + MAX_TOKENS + HORIZON, 8)
 
-    As `engine.text_bucket`, which takes packages that a machine for `make gpu-check` may lack.
-    """
-    tokens = prompt + MAX_TOKENS + HORIZON
-    eighth = max(1 << (tokens - 1).bit_length() >> 4, 32)
-    return -(-tokens // eighth) * eighth
+
+def _bucket(length: int, parts: int) -> int:
+    """`engine.length_bucket`, whose module takes packages that a machine for `make gpu-check` may lack."""
+    step = max((1 << (length - 1).bit_length()) // (2 * parts), 32)
+    return -(-length // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg"))
@@ -243,25 +244,27 @@ def generation(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> R
 def first_tokens(bench: Bench, batch: int, prompt: int) -> Rows:
     """Seconds from prompts to their first tokens, with compilation and without, through the engine.
 
-    The later prompts are of other lengths of the bucket, and must compile nothing.
+    The second prompts are the shortest of the bucket, and must compile nothing.
     """
     # Not above: a machine for `make gpu-check` need not have what these take.
     import tokenizers
 
-    from sol_jax.engine import Engine, Request, stream
+    from sol_jax.engine import Engine, Request, length_bucket, stream
     from sol_jax.tokenizer import Tokenizer
 
     silent = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_id=-1)  # texts have no characters
     engine, compiled = Engine(bench.weights, silent, bench.decoders["dense"]), decoding.start
     before, seconds = _programs(compiled), []
-    for length in (prompt, prompt - 1 if prompt > 1 else 2, prompt):
+    shortest = next(n for n in range(1, prompt + 1) if length_bucket(n) == length_bucket(prompt))
+    for length in (prompt, shortest, prompt):
         ids = np.random.default_rng(length).integers(bench.model.vocab_size, size=length).tolist()
         start = time.perf_counter()
         next(stream(engine, [Request(ids, max_tokens=MAX_TOKENS)] * batch))
         seconds.append(time.perf_counter() - start)
     row: dict[str, Any] = {"what": "first token", "dtype": bench.model.dtype}
     row |= {"batch_size": batch, "prompt": prompt, "seconds": min(seconds[1:])}
-    row |= {"first_seconds": seconds[0], "buckets": len(engine.compiled)}
+    buckets = {(batch_size, length) for _, batch_size, length, _ in engine.compiled}
+    row |= {"first_seconds": seconds[0], "buckets": len(buckets)}
     return [row | {"compiled": _programs(compiled) - before}]
 
 

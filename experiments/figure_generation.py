@@ -2,10 +2,10 @@
 
     python -m experiments.figure_generation
 
-Reads `transfer*.csv` of SmolLM2-135M (of `experiments.transfer`).  First and second: the dense model's
-log-probability of the text, with and without the dense refresh of the cache after each episode.  Third: the
-share of drafted tokens that the dense model accepts in lossless mode.  Last: tokens accepted for the bytes of
-one dense step, where 1 is what dense decoding gives.
+Reads `transfer.csv` of SmolLM2-135M (of `experiments.transfer`), one policy per horizon.  First and second:
+the dense model's log-probability of the text, with and without the dense refresh of the cache after each
+episode.  Third: the share of drafted tokens that the dense model accepts in lossless mode.  Last: tokens
+accepted for the bytes of one dense step, where 1 is what dense decoding gives.
 """
 
 import csv
@@ -26,12 +26,11 @@ Line = tuple[str, str]  # horizon, controller
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of all CSVs, numbers as numbers; `UserError` if there are none."""
-    paths = sorted((folder / plots.MODEL).glob("transfer*.csv"))
-    paths = [path for path in paths if not path.stem.endswith(("-prompts", "-paired"))]
-    if not paths:
-        raise UserError(f"{folder / plots.MODEL} has no CSV named transfer*; run experiments.transfer first")
-    rows = [row for path in paths for row in csv.DictReader(path.read_text().splitlines())]
+    """The rows of the CSV, numbers as numbers; `UserError` if there is none."""
+    path = folder / plots.MODEL / "transfer.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run experiments.transfer first")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     return [{name: plots.value(text) for name, text in row.items()} for row in rows]
 
 

@@ -45,15 +45,19 @@ def _tuple(value: Any) -> Any:
 
 
 def add(path: pathlib.Path, records: Sequence[Record]) -> None:
-    """Appends records; what a killed process began to write is cut off first."""
-    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records]
+    """Appends records."""
+    append(path, [json.dumps(record._asdict(), ensure_ascii=False) for record in records])
+
+
+def append(path: pathlib.Path, lines: Sequence[str]) -> None:
+    """Appends lines; what a killed process began to write is cut off first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.read_bytes() if path.is_file() else b""
         with open(path, "r+b" if whole else "wb") as file:
             file.seek(whole.rfind(b"\n") + 1)
             file.truncate()
-            file.write("".join(lines).encode())
+            file.write("".join(line + "\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
 

@@ -16,6 +16,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from experiments.item_files import append
 from sol_jax.corpus import read_documents
 from sol_jax.engine import Engine, Request, generate
 from sol_jax.errors import UserError, exits_on_user_error
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--budget={args.budget} or --temperature: {error}") from None
     engine = open_engine(args.model, args.policy, dtype=args.dtype, sampling=sampling)
     try:
-        done = len(args.output.read_text().splitlines()) if args.output.exists() else 0
+        done = args.output.read_text().count("\n") if args.output.exists() else 0
         args.output.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--output={args.output} cannot be used ({error})") from None
@@ -88,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = progress(len(requests), done, args.output.name)
     for start in range(done, len(requests), args.batch_size):
         batch = requests[start : start + args.batch_size]
-        written = lines(engine, batch)
-        with args.output.open("a") as file:
-            file.writelines(line + "\n" for line in written)
+        append(args.output, lines(engine, batch))
         bar.update(start + len(batch))
     bar.close()
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots
+from experiments import plots, tasks
 from sol_jax import results
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.statistics import document_correlation
 
-CHOICE = "multiple_choice"  # the mean over the tasks that have an accuracy
+CHOICE = "multiple_choice"  # the mean over the tasks with choices
 Place = tuple[str, str, tuple[float, ...]]  # run, controller, requested budget
 
 
@@ -49,7 +49,8 @@ def task_scores(rows: Sequence[plots.Row]) -> dict[tuple[str, str], dict[Place, 
             found[row.task, "logp"][place(row)] = -row.nats
         if isinstance(row.fields.get("accuracy"), float):
             found[row.task, "accuracy"][place(row)] = row.accuracy
-            accuracies[place(row)].append(row.accuracy)
+            if row.task in tasks.TASKS and not tasks.TASKS[row.task].free:
+                accuracies[place(row)].append(row.accuracy)
     most = max(map(len, accuracies.values()), default=0)
     found[CHOICE, "accuracy"] = {at: float(np.mean(a)) for at, a in accuracies.items() if len(a) == most}
     return found

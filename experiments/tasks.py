@@ -136,15 +136,18 @@ def _read(path: pathlib.Path, task: Task) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} cannot be read ({why.lower()}); --data must be a folder of task folders"
         ) from None
-    items = []
+    items, ids = [], set()
     for n, line in enumerate(lines, 1):
         if line.strip():
             try:
                 item = json.loads(line)
                 _check(item, task)
+                if item["id"] in ids:
+                    raise ValueError(f"the id {item['id']!r} is that of an earlier item")
             except ValueError as error:
                 raise UserError(f"{path}, line {n}: {error}") from None
             items.append(item)
+            ids.add(item["id"])
     return items
 
 
@@ -159,7 +162,7 @@ def _check(item: Any, task: Task) -> None:
     if not isinstance(item, dict):
         raise ValueError("an item must be a JSON object")
     for name, kind in fields.items():
-        if not isinstance(item.get(name), kind):
+        if not isinstance(item.get(name), kind) or isinstance(item[name], bool):
             raise ValueError(f"the item's {name!r} is {item.get(name)!r}, not of its kind")
     if task.shots:
         return
@@ -175,8 +178,11 @@ def _check(item: Any, task: Task) -> None:
 
 
 def encode(tokenizer: Tokenizer, context: str, continuation: str, max_position: int) -> Continuation:
-    """Tokens of a pair: split as one text, spaces at the context's end counted to the continuation."""
+    """Tokens of a pair: split as one text, spaces at the context's end counted to the continuation.
+
+    With the special tokens that the tokenizer begins texts with, as the lm-evaluation-harness has it.
+    """
     kept = context.rstrip()
-    whole = tokenizer.encode(context + continuation)
-    before = tokenizer.encode(kept)
+    whole = tokenizer.encode(context + continuation, add_special_tokens=True)
+    before = tokenizer.encode(kept, add_special_tokens=True)
     return truncated(before, whole[len(before) :], max_position)

@@ -8,7 +8,9 @@ import datetime
 import json
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sol_jax.errors import UserError
@@ -16,12 +18,39 @@ from sol_jax.tokenizer import Tokenizer
 
 Message = dict[str, str]  # "role": system, user or assistant; "content": its text
 
+# Where an answer that was begun is to be cut off; a template that trims its messages takes the space away.
+CUT = "END OF WHAT WAS BEGUN "
 
-def render(template: str, messages: list[Message], bos: str = "", eos: str = "") -> str:
+
+class Generation(Extension):
+    """`{% generation %}`, by which templates mark what is trained on: here its content just stands."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(template: str, messages: list[Message], bos: str = "", eos: str = "", begun: bool = False) -> str:
     """The prompt at whose end the assistant answers; `bos` and `eos` are spellings of those tokens.
+
+    `begun`: the last message is the beginning of the answer, and the prompt ends with it.
 
     Raises `UserError` if the template does not compile, or refuses the messages.
     """
+    if begun:
+        messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + CUT}]
+    text = _run(template, messages, bos, eos, not begun)
+    if not begun:
+        return text
+    end = text.rfind(CUT.rstrip())
+    if end < 0:
+        raise UserError("the model's chat template leaves out the beginning of the answer")
+    return text[:end] if text.startswith(CUT, end) else text[:end].rstrip()
+
+
+def _run(template: str, messages: list[Message], bos: str, eos: str, add_generation_prompt: bool) -> str:
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -29,7 +58,8 @@ def render(template: str, messages: list[Message], bos: str = "", eos: str = "")
     def tojson(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {
         "raise_exception": refuse,
@@ -37,10 +67,10 @@ def render(template: str, messages: list[Message], bos: str = "", eos: str = "")
     }
     try:
         return sandbox.from_string(template).render(
-            messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
+            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos
         )
-    except (TemplateError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # a program of somebody else's can fail in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"the model's chat template refuses this conversation: {reason}") from None
 
 

@@ -58,7 +58,7 @@ def mean_cost(scores: Sequence[Score], costs_AxX: np.ndarray) -> np.ndarray:
     """Mean cost per axis of all controllable steps; of none, that of dense ones."""
     none = np.zeros(0, int)
     action_N = np.concatenate([none, *(score.action_N[score.controllable_N] for score in scores)])
-    return costs_AxX[action_N].mean(0) if len(action_N) else costs_AxX[-1]
+    return costs_AxX[action_N].mean(0, dtype=np.float64) if len(action_N) else costs_AxX[-1]
 
 
 def work(requests: Sequence[Continuation], scores: Sequence[Score], cfg: Decoder) -> tuple[Work, Work]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.dispatch import current_platform
 from sol_jax import llama
 from sol_jax.axis import ActionSpace
 from sol_jax.llama import KVCache, LlamaConfig, Suffix, Weights
@@ -44,7 +45,7 @@ class Decoder:
     sampling: Sampling = GREEDY
     refresh: bool = True
     lossless: bool = False
-    prefill_batch: int = 1  # prompts prefilled at a time: 1 suits a CPU's caches, more fill a GPU
+    prefill_batch: int = 1  # prompts prefilled at a time, see `usual_prefill_batch`
 
     def __post_init__(self):
         if self.policy and self.horizon > self.policy.horizon:
@@ -53,6 +54,11 @@ class Decoder:
             )
         if self.lossless and not self.refresh:
             raise ValueError("lossless generation is checked by the refresh pass, so refresh cannot be off")
+
+
+def usual_prefill_batch() -> int:
+    """Prompts to prefill at a time: one suits a CPU's caches, more fill an accelerator."""
+    return 1 if current_platform() == "cpu" else 32
 
 
 class Row(NamedTuple):

@@ -35,7 +35,8 @@ class Request:
     """One text to be continued."""
 
     prompt: Sequence[int]  # token ids
-    budget: tuple[float, ...] = ()  # mean cost per axis, requested of the policy or met by a schedule
+    # Mean cost per axis, requested of the policy or met by a schedule; dense decoding does not look at it.
+    budget: tuple[float, ...] = ()
     max_tokens: int = 128
     stops: tuple[str, ...] = ()
     seed: int = 0
@@ -71,6 +72,7 @@ class Episode(NamedTuple):
     tokens: int  # that it added to the text
     steps: int  # that count: to the end of the text, or, in lossless mode, all (it takes some back)
     seen_TxD: np.ndarray  # the hidden state that each step's controller saw
+    replaced: bool = False  # the last token is that of the dense check (lossless mode), not of a step
 
 
 @dataclasses.dataclass
@@ -84,15 +86,14 @@ class Output:
     def token_actions(self, dense: int) -> tuple[np.ndarray, np.ndarray]:
         """For each token the action of the step that drew it, and whether that was the controller's choice.
 
-        The first token comes of the dense prefill, and so may the last of a lossless episode.
+        The first token comes of the dense prefill, and the last of a lossless episode of the dense check.
         """
         action, chosen = [dense], [False]
         for episode in self.episodes:
-            for n in range(episode.tokens):
-                drafted = n < len(episode.action_T)
-                action.append(int(episode.action_T[n]) if drafted else dense)
-                chosen.append(bool(drafted and episode.controllable_T[n]))
-        return np.array(action), np.array(chosen)
+            drafted = episode.tokens - episode.replaced
+            action += [*episode.action_T[:drafted].tolist(), *[dense] * episode.replaced]
+            chosen += [*episode.controllable_T[:drafted].tolist(), *[False] * episode.replaced]
+        return np.array(action), np.array(chosen, bool)
 
     def steps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every step that counts: its action, the keys in its reach, and whether it was controllable."""
@@ -110,23 +111,19 @@ class Output:
         """Realised budget per axis: the mean cost of the controllable steps; of none, that of dense ones."""
         action, _, controllable = self.steps()
         chosen = action[controllable.astype(bool)]
-        return costs_AxX[chosen].mean(0) if len(chosen) else costs_AxX[-1]
+        # In float64: a long text at the lowest level must not come out below it.
+        return costs_AxX[chosen].mean(0, dtype=np.float64) if len(chosen) else costs_AxX[-1]
 
 
-def length_bucket(length: int) -> int:
-    """The smallest 2**n or 3 * 2**n that is at least `length` and `SMALLEST_LENGTH`."""
-    power = 1 << (max(length, SMALLEST_LENGTH) - 1).bit_length()
-    return power * 3 // 4 if power * 3 // 4 >= max(length, SMALLEST_LENGTH) else power
+def length_bucket(length: int, parts: int = 4) -> int:
+    """The smallest multiple of 1 / `parts` of a power of two, below its double, that is at least `length`.
 
-
-def text_bucket(length: int) -> int:
-    """The smallest multiple of `SMALLEST_LENGTH` and an eighth of a power of two that is at least `length`.
-
-    Finer than `length_bucket`, since every step reads the whole cache, masked or not: at most an eighth
-    of what it reads is room.
+    It is a multiple of `SMALLEST_LENGTH` too, and at least that.
     """
-    eighth = max(1 << (length - 1).bit_length() >> 4, SMALLEST_LENGTH)
-    return -(-length // eighth) * eighth
+    length = max(length, SMALLEST_LENGTH)
+    power = 1 << (length - 1).bit_length()
+    step = max(power // (2 * parts), SMALLEST_LENGTH)
+    return -(-length // step) * step
 
 
 def batch_bucket(size: int) -> int:
@@ -156,8 +153,7 @@ def check_request(request: Request, cfg: Decoder, controller: str) -> None:
         names = ", ".join(axis.name for axis in axes)
         raise UserError(f"budget: {len(request.budget)} numbers were given; the axes are {names}")
     for axis, cost in zip(axes, request.budget, strict=True):
-        if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
-            check_budgets(axis, (cost,), "budget")
+        check_budgets(axis, (cost,), "budget")
 
 
 def plan(engine: Engine, request: Request) -> np.ndarray:
@@ -197,7 +193,9 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     S = length_bucket(max(lengths))
     # The last episode of a row may begin one token before its end.  Rows that have ended go on writing, past
     # the end of the cache in the end, where XLA moves the write back into their own cache: nobody reads it.
-    capacity = max(S, text_bucket(max(len(r.prompt) + r.max_tokens + T for r in requests)))
+    # Of the prompts' bucket, not of the prompts: one program for all of them.  In finer steps, since
+    # every decode step reads the whole cache, room or not.
+    capacity = length_bucket(S + max(request.max_tokens for request in requests) + T, parts=8)
     if (cfg, B, S, capacity) not in engine.compiled:
         logging.info("bucket: batch %d, prompts up to %d, texts up to %d tokens", B, S, capacity)
         engine.compiled.add((cfg, B, S, capacity))
@@ -205,7 +203,8 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     for tokens_S, request in zip(tokens_BxS, requests, strict=True):
         tokens_S[: len(request.prompt)] = request.prompt
     key_B = jax.vmap(jax.random.key)(np.array([request.seed for request in requests], np.uint32))
-    budget = [request.budget or (1.0,) * len(cfg.space.axes) for request in requests]
+    dense = (1.0,) * len(cfg.space.axes)
+    budget = [dense if engine.controller == "dense" else request.budget for request in requests]
     budget_BxX = jnp.array(budget, jnp.float32)
     plan_BxE = [plan(engine, request) for request in requests]
     row_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
@@ -234,8 +233,9 @@ def _take(output: Output, begin: int, played: decoding.Played, cfg: Decoder) -> 
             break
     tokens = len(output.transcript.ids) - before
     steps = cfg.horizon if cfg.lossless else tokens
+    replaced = cfg.lossless and tokens == int(played.num_new)  # unless the text ended before
     actions = np.asarray(played.action_T), np.asarray(played.controllable_T)
-    output.episodes.append(Episode(begin, *actions, tokens, steps, np.asarray(played.seen_TxD)))
+    output.episodes.append(Episode(begin, *actions, tokens, steps, np.asarray(played.seen_TxD), replaced))
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[Output]:

@@ -134,6 +134,8 @@ def _define_flags() -> None:
 def _budget(text: str | None, controller: str) -> tuple[float, ...]:
     if text is None and controller != "dense":
         raise UserError(f"the controller {controller} needs a --budget, one number per axis: 0.5,0.7,0.5")
+    if text is not None and controller == "dense":
+        raise UserError("--budget is for a policy or a schedule; dense decoding spends everything")
     try:
         return tuple(float(part) for part in (text or "").split(",") if text)
     except ValueError:
@@ -147,7 +149,9 @@ def _prompt(args: Any, tokenizer: Tokenizer) -> list[int]:
         raise UserError("--prompt is empty; give at least one character to continue")
     if args["chat"].value:
         return chat_prompt(tokenizer, args["prompt"].value, args["system"].value)
-    return tokenizer.encode(args["prompt"].value)
+    if args["system"].value:
+        raise UserError("--system is part of a conversation; it needs --chat")
+    return tokenizer.encode(args["prompt"].value, add_special_tokens=True)
 
 
 def open_engine(args: Any) -> tuple[Engine, Request]:

@@ -93,6 +93,8 @@ class SolJax(TemplateLM):
 
         def check(engine: Engine) -> None:
             check_request(Request((0,), self._budget, max_tokens=1), engine.cfg, engine.controller)
+            if self._budget and engine.controller == "dense":
+                raise UserError("budget is for a policy or a schedule; dense decoding spends everything")
 
         self._engine = open_engine(path, policy, controller, dtype, kernels, check)
         self.tokenizer = self._engine.tokenizer
@@ -128,7 +130,8 @@ class SolJax(TemplateLM):
             raise UserError("this model has no chat template; leave --apply_chat_template away")
         bos = "" if self.tokenizer.bos_id is None else self.tokenizer.token(self.tokenizer.bos_id)
         eos = self.tokenizer.token(self.tokenizer.eos_id)
-        return render(self.tokenizer.chat_template, chat_history, bos, eos)
+        # Without a prompt for the answer the last message is its beginning (`gen_prefix` of a task).
+        return render(self.tokenizer.chat_template, chat_history, bos, eos, begun=not add_generation_prompt)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._asked = requests
@@ -180,7 +183,7 @@ class SolJax(TemplateLM):
         by_rule: dict[Sampling, list[tuple[int, Request]]] = {}
         for r, request in enumerate(requests):
             context, given = request.args
-            rule, asked = self._request(context, given)
+            rule, asked = self._request(context, given, seed=r)
             by_rule.setdefault(rule, []).append((r, asked))
         answers, bar, done = [""] * len(requests), progress(len(requests), 0, "answers"), 0
         for rule, mine in by_rule.items():
@@ -200,11 +203,15 @@ class SolJax(TemplateLM):
         bar.close()
         return answers
 
-    def _request(self, context: str, given: dict[str, Any]) -> tuple[Sampling, Request]:
-        """A request for the engine, and how its tokens are drawn."""
+    def _request(self, context: str, given: dict[str, Any], seed: int) -> tuple[Sampling, Request]:
+        """A request for the engine, and how its tokens are drawn.
+
+        Seeds differ, since the harness asks for samples by repeating a request.
+        """
         kwargs = normalize_gen_kwargs(given, MAX_NEW_TOKENS)
         until, longest = kwargs.pop("until"), int(kwargs.pop("max_gen_toks"))
-        drawn, temperature = kwargs.pop("do_sample"), float(kwargs.pop("temperature", 0.0))
+        drawn = kwargs.pop("do_sample")
+        temperature = float(kwargs.pop("temperature", 1.0 if drawn else 0.0))
         try:
             rule = Sampling(
                 temperature if drawn else 0.0, int(kwargs.pop("top_k", 0)), float(kwargs.pop("top_p", 1.0))
@@ -219,7 +226,7 @@ class SolJax(TemplateLM):
                 f"gen_kwargs: {longest} tokens to generate leave nothing of the context of {self.max_length}"
             )
         stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-        return rule, Request(self.tok_encode(context)[-room:], self._budget, longest, stops)
+        return rule, Request(self.tok_encode(context)[-room:], self._budget, longest, stops, seed)
 
     def _spent(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """What scoring one request took."""

@@ -14,7 +14,7 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax import config as config_lib
 from sol_jax import load, policy_files
 from sol_jax.axis import ActionSpace, held_full
-from sol_jax.decoding import Decoder
+from sol_jax.decoding import Decoder, usual_prefill_batch
 from sol_jax.engine import Engine
 from sol_jax.errors import UserError
 from sol_jax.llama import LlamaConfig
@@ -104,6 +104,7 @@ def open_engine(
         params, network = None, None
     if controller == "dense" and not options.get("lossless"):
         options["refresh"] = False  # without compression there is nothing to refresh
+    options.setdefault("prefill_batch", usual_prefill_batch())
     try:
         decoder = Decoder(cfg, space, episode.horizon, episode.uncontrolled, network, **options)
         engine = Engine({}, tokenizer, decoder, controller, params)

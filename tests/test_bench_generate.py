@@ -16,7 +16,7 @@ from experiments import bench_generate, timing
 from experiments.bench_generate import HORIZON, MAX_TOKENS, SPACE, episodes, play_translated, random_rows
 from experiments.kernel_steps import MODELS
 from sol_jax import decoding
-from sol_jax.engine import text_bucket
+from sol_jax.engine import length_bucket
 
 BATCH, PROMPT = 8, 40
 
@@ -89,7 +89,8 @@ def test_limits_by_hand():
 
 def test_caches_are_as_long_as_the_engines():
     for prompt in (*range(1, 3000, 7), 256, 2000):
-        assert bench_generate.room(prompt) == text_bucket(prompt + MAX_TOKENS + HORIZON)
+        tokens = length_bucket(prompt) + MAX_TOKENS + HORIZON
+        assert bench_generate.room(prompt) == length_bucket(tokens, parts=8)
 
 
 def test_verdicts_by_hand():

@@ -222,6 +222,8 @@ def test_rows_by_hand():
             "is 2, and its choices are 0 to 1",
         ),
         ('{"id": "x", "choices": ["a", "b"], "answer": 1}', "'question' is None"),
+        ('{"id": "x", "question": "q", "choices": ["a", "b"], "answer": true}', "'answer' is True"),
+        (json.dumps(FILES["arc_easy/test.jsonl"][0]), "is that of an earlier item"),
     ],
 )
 def test_malformed_items_name_file_and_line(tmp_path, line, told):

@@ -22,7 +22,6 @@ from sol_jax.engine import (
     length_bucket,
     plan,
     stream,
-    text_bucket,
 )
 from sol_jax.errors import UserError
 from sol_jax.load import load_model
@@ -262,24 +261,22 @@ def test_drift_is_how_far_what_a_controller_sees_is_from_the_dense_model(tiny_mo
 
 
 @pytest.mark.parametrize(
-    ("length", "bucket"), [(1, 32), (32, 32), (33, 48), (48, 48), (49, 64), (1500, 1536)]
-)
-def test_length_buckets(length, bucket):
-    assert length_bucket(length) == bucket
+    ("length", "parts", "bucket"),
+    [
+        (0, 4, 32), (1, 4, 32), (32, 4, 32), (33, 4, 64), (257, 4, 320), (1500, 4, 1536), (2000, 4, 2048),
+        (2049, 4, 2560), (257, 8, 288), (512, 8, 512), (513, 8, 576), (1025, 8, 1152), (2192, 8, 2304),
+    ],
+)  # fmt: skip
+def test_length_buckets(length, parts, bucket):
+    assert length_bucket(length, parts) == bucket
 
 
-@pytest.mark.parametrize(
-    ("length", "bucket"), [(1, 32), (33, 64), (272, 288), (512, 512), (513, 576), (1025, 1152), (2144, 2304)]
-)
-def test_text_buckets(length, bucket):
-    assert text_bucket(length) == bucket
-
-
-def test_the_room_of_text_buckets_is_at_most_an_eighth():
+@pytest.mark.parametrize("parts", [4, 8])
+def test_how_much_of_a_bucket_can_be_room(parts):
     lengths = np.arange(256, 9000)
-    buckets = np.array([text_bucket(int(n)) for n in lengths])
+    buckets = np.array([length_bucket(int(n), parts) for n in lengths])
     assert (buckets >= lengths).all()
-    assert (buckets - lengths < lengths / 8).all()
+    assert (buckets - lengths < lengths / parts).all()
     assert (np.diff(buckets) >= 0).all()
 
 
@@ -288,7 +285,7 @@ def test_batch_buckets():
 
 
 def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
-    """New texts of the same bucket compile nothing."""
+    """New texts of the same bucket, its shortest and its longest, compile nothing."""
     from sol_jax import decoding
 
     told = []
@@ -296,12 +293,17 @@ def test_a_bucket_compiles_once_and_says_so(tiny_model, monkeypatch):
     engine = tiny_model.engine("policy", sampling=SAMPLED)
     generate(engine, tiny_model.requests(PROMPTS[:3], max_tokens=8))
     sizes = decoding.start._cache_size(), decoding.play._cache_size()
-    assert told == ["bucket: batch 4, prompts up to 48, texts up to 64 tokens"]
+    assert told == ["bucket: batch 4, prompts up to 64, texts up to 96 tokens"]
     generate(engine, tiny_model.requests(PROMPTS[::-1], max_tokens=9))
     assert (decoding.start._cache_size(), decoding.play._cache_size()) == sizes
     assert len(told) == 1
+    shortest, longest = ([1] * length for length in (33, 64))
+    requests = tiny_model.requests(PROMPTS[:3], max_tokens=8)
+    generate(engine, [dataclasses.replace(requests[0], prompt=shortest)] * 4)
+    generate(engine, [dataclasses.replace(requests[0], prompt=longest)] * 3)
+    assert (decoding.start._cache_size(), decoding.play._cache_size()) == sizes
     generate(engine, tiny_model.requests(PROMPTS[:1], max_tokens=8))
-    assert told[1:] == ["bucket: batch 1, prompts up to 32, texts up to 32 tokens"]
+    assert told[1:] == ["bucket: batch 1, prompts up to 32, texts up to 64 tokens"]
     greedy = dataclasses.replace(engine, cfg=dataclasses.replace(engine.cfg, sampling=GREEDY))
     before = decoding.start._cache_size()
     generate(greedy, tiny_model.requests(PROMPTS[:1], max_tokens=1))  # another decoder has its own programs

@@ -39,6 +39,8 @@ def test_smollm2():
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{{ tools is defined }}", "False"),
+        ("{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}c", "aHi <b>c"),
     ],
 )  # fmt: skip
 def test_what_templates_rely_on(template, text):
@@ -53,6 +55,7 @@ def test_what_templates_rely_on(template, text):
         ("{{ messages[0].content + 1 }}", "refuses"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
 def test_templates_that_fail_say_so_in_one_sentence(template, reason):
@@ -60,6 +63,27 @@ def test_templates_that_fail_say_so_in_one_sentence(template, reason):
         render(template, USER)
     assert str(mistake.value).startswith("the model's chat template refuses this conversation: ")
     assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "text"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ add_generation_prompt }}",
+         "The answer is ", "<user>Hi <b></><assistant>The answer is "),
+        # A template that trims what is said has trimmed the end of what was begun too.
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}",
+         "The answer is ", "<user>Hi <b></><assistant>The answer is"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_begun_is_not_closed(template, said, text):
+    messages = [*USER, {"role": "assistant", "content": said}]
+    assert render(template, messages, begun=True) == text
+    assert messages[-1]["content"] == said
+
+
+def test_a_template_that_drops_what_was_begun():
+    with pytest.raises(UserError, match="leaves out the beginning of the answer"):
+        render("{{ messages[0].content }}", [*USER, {"role": "assistant", "content": "x"}], begun=True)
 
 
 def test_a_model_without_a_template(tiny_folder):

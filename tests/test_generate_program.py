@@ -98,6 +98,8 @@ MISTAKES = {
     "unknown policy": ({"policy": "no-such", "budget": "1,1,1"}, "there is no policy 'no-such'"),
     "no budget": ({"controller": "fixed"}, "the controller fixed needs a --budget, one number per axis"),
     "odd budget": ({"controller": "fixed", "budget": "half"}, "--budget=half: it must be numbers"),
+    "budget of dense": ({"budget": "0.5,1,1"}, "--budget is for a policy or a schedule"),
+    "system without chat": ({"system": "Be brief."}, "--system is part of a conversation; it needs --chat"),
     "short budget": ({"controller": "fixed", "budget": "1,1"}, "budget: 2 numbers were given; the axes are"),
     "low budget": ({"controller": "fixed", "budget": "0.01,1,1"}, "kappa = 0.01 cannot be met"),
     "temperature": ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),

@@ -32,6 +32,9 @@ def test_a_run_goes_on_where_it_stopped(tiny_folder, tmp_path):
     own_text.main(arguments(tiny_folder, halted, num_prompts=4))
     own_text.main(arguments(tiny_folder, halted))
     assert whole.read_text() == halted.read_text()
+    halted.write_text(whole.read_text()[:-20])  # killed while it wrote the last line
+    own_text.main(arguments(tiny_folder, halted))
+    assert whole.read_text() == halted.read_text()
     documents = read_documents(str(whole))
     assert len({document.text for document in documents}) == 5
     engine = own_text.open_engine(str(tiny_folder / "model"))
@@ -43,7 +46,7 @@ def test_a_run_goes_on_where_it_stopped(tiny_folder, tmp_path):
 def test_shapes_that_compile_are_logged(tiny_folder, tmp_path, caplog):
     own_text.main(arguments(tiny_folder, tmp_path / "x.jsonl", num_prompts=2))
     buckets = [message for message in caplog.messages if message.startswith("bucket: ")]
-    assert buckets == ["bucket: batch 2, prompts up to 32, texts up to 32 tokens"]
+    assert buckets == ["bucket: batch 2, prompts up to 32, texts up to 64 tokens"]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_greedy_texts_are_the_dense_model_s_own(tiny_folder, controller):
     assert min(added) < 6
     assert max(added) > 1
     assert sum(added) / len(added) > 1.5
+    # Where the dense check has replaced a draft, it spent everything on the token.
+    assert any(output.token_actions(SPACE.dense)[1].any() for output in outputs)
+    for output in outputs:
+        taken, chosen = output.token_actions(SPACE.dense)
+        last = np.cumsum([1, *(episode.tokens for episode in output.episodes)])[1:-1] - 1
+        assert (taken[last] == SPACE.dense).all()
+        assert not chosen[last].any()
     for output in outputs:
         starts = [episode.start for episode in output.episodes]
         prompt = len(output.request.prompt)

@@ -216,10 +216,9 @@ def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
 
     from sol_jax.lm_eval_adapter import SolJax
 
-    budget, output = (0.5, 0.7, 0.6), tmp_path / "costs.jsonl"
-    model = SolJax(
-        str(tiny_folder / "model"), policy, controller, ":".join(map(str, budget)), output=str(output)
-    )
+    budget, output = (0.5, 0.7, 0.6) if controller == "policy" else (), tmp_path / "costs.jsonl"
+    asked = ":".join(map(str, budget)) or None
+    model = SolJax(str(tiny_folder / "model"), policy, controller, asked, output=str(output))
     own, pair = model._engine, ("the cat sat", " on a mat and saw")
 
     def ask(kind: str, *args: Any) -> list[Any]:
@@ -243,6 +242,49 @@ def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
             assert (line[name] == 1) == (controller == "dense")
     assert [line["tokens"] for line in (scored, written, rolled)] == [len(pair[1]), 12, len(pair[1])]
     np.testing.assert_allclose(list(written["realised"].values()), text.mean_cost(own.cfg.space.costs_AxX))
+
+
+def test_repeated_requests_are_samples(tiny_folder):
+    """As a task with `repeats` asks; the same again in another run, and the same where nothing is drawn."""
+    from lm_eval.api.instance import Instance
+
+    from sol_jax.lm_eval_adapter import SolJax
+
+    model = SolJax(str(tiny_folder / "model"))
+
+    def ask(**drawn: Any) -> list[str]:
+        kwargs = {"until": [], "max_gen_toks": 12, **drawn}
+        requests = [Instance("generate_until", {}, ("the cat", kwargs), n, ("task", 0, 4)) for n in range(4)]
+        return model.generate_until(requests)
+
+    sampled = ask(do_sample=True)  # at temperature 1, as transformers has it
+    assert len(set(sampled)) == 4
+    assert ask(do_sample=True) == sampled
+    assert len(set(ask(do_sample=False))) == 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_conversations_are_spelled_as_the_harness_spells_them(begun):
+    """With an answer to come, and with one that was begun (`gen_prefix`)."""
+    from lm_eval.models.huggingface import HFLM
+
+    from sol_jax.lm_eval_adapter import SolJax
+
+    ours = SolJax.__new__(SolJax)
+    ours.tokenizer = load_tokenizer(resolve("smollm2-135m"))
+    theirs = HFLM.__new__(HFLM)
+    theirs.chat_template_args = {}
+    theirs.tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ours.tokenizer._backend,
+        chat_template=ours.tokenizer.chat_template,
+        bos_token=ours.tokenizer.token(ours.tokenizer.bos_id),
+        eos_token=ours.tokenizer.token(ours.tokenizer.eos_id),
+    )
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    history += [{"role": "assistant", "content": "The answer is"}] * begun
+    wanted = theirs.apply_chat_template(history, add_generation_prompt=not begun)
+    assert ours.apply_chat_template(history, add_generation_prompt=not begun) == wanted
+    assert wanted.endswith("The answer is") == begun
 
 
 def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
@@ -274,6 +316,7 @@ def test_the_command_line_exports_realised_budgets(tmp_path, tasks):
         f"path={folder},controller=fixed,budget=0.5:x:0.6": "budget=0.5:x:0.6",
         f"path={folder},controller=fixed,budget=0.5:0.7:1.6": "1.6",
         f"path={folder},controller=policy": "needs a",
+        f"path={folder},budget=0.5:0.7:0.6": "budget is for a policy or a schedule",
         "path=nowhere": "nowhere",
     }.items():
         ended = run(args)
