@@ -169,7 +169,7 @@ def _done(sweep: Sweep, asked: budgets.Budgets) -> int:
 
 def table(lines: Sequence[Mapping[str, str]]) -> str:
     """The main columns, for people."""
-    head = f"{'task':24} {'controller':12} {'net':>6} {'bytes':>6} {'acc':>6}    [95 %]     "
+    head = f"{'task':24} {'controller':12} {'net':>6} {'bytes':>6} {'FLOPs':>6} {'acc':>6}    [95 %]     "
     head += f"{'norm':>6} {'p':>6} {'nats':>7}"
     told = [head, "-" * len(head)]
     for line in lines:
@@ -180,8 +180,8 @@ def table(lines: Sequence[Mapping[str, str]]) -> str:
         span = f"{value('accuracy_low')} {value('accuracy_high')}"
         told.append(
             f"{line['task']:24} {line['controller']:12} {value('net'):>6} {value('bytes'):>6} "
-            f"{value('accuracy'):>6} {span:^15} {value('accuracy_norm'):>6} {value('accuracy_p'):>6} "
-            f"{value('nats', 4):>7}"
+            f"{value('flops'):>6} {value('accuracy'):>6} {span:^15} {value('accuracy_norm'):>6} "
+            f"{value('accuracy_p'):>6} {value('nats', 4):>7}"
         )
     return "\n".join(told)
 

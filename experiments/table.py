@@ -5,8 +5,9 @@
 
 A line per run that has CSVs under `experiments/results`, seeds together.  A cell is the mean gain over seeds
 in nats per token, the interval of `plots.points` (95 % over documents; of several seeds, from the lowest to
-the highest end), and the net keep rate.  The last column is the largest miss of a requested budget on any
-axis by any seed, sweeps along one axis included.
+the highest end), the net keep rate, and the bytes that the policy's steps read and their operations, its own
+network included, as shares of dense decoding.  The last column is the largest miss of a requested budget on
+any axis by any seed, sweeps along one axis included.
 """
 
 import argparse
@@ -34,9 +35,12 @@ def line(name: str, rows: Sequence[plots.Row], against: str) -> str:
     """One run's line, of the seeds that were compared with that controller."""
     seeds = {row.seed for row in rows if row.controller == against}
     rows = [row for row in rows if row.seed in seeds]
+    front = plots.front(rows)
+    gains = plots.points(front, against, "gain")
+    work = [plots.points(front, POLICY, name) for name in ("bytes", "flops")]
     cells = [
-        f"{p.y:+.3f} [{p.low:+.3f}, {p.high:+.3f}] at {p.x:.2f}"
-        for p in plots.points(plots.front(rows), against, "gain")
+        f"{gain.y:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] at {gain.x:.2f} ({read.y:.2f}, {flops.y:.2f})"
+        for gain, read, flops in zip(gains, *work, strict=True)
     ]
     miss, axis = largest_miss(rows)
     return f"| `{name}` | {len(seeds)} | {' | '.join(cells)} | {miss:.3f} ({axis}) |"
@@ -58,7 +62,7 @@ def table(folder: pathlib.Path, model: str, against: str) -> str:
     if not lines:
         raise UserError(f"{folder / model} has no CSV with the controller {against!r}")
     columns = max(text.count(" at ") for text in lines)
-    heads = [f"gain over {against}", *[""] * (columns - 1)]
+    heads = [f"gain over {against} at net keep rate (bytes, FLOPs)", *[""] * (columns - 1)]
     return "\n".join(
         [f"| run | seeds | {' | '.join(heads)} | largest miss |", "|---" * (columns + 3) + "|", *lines]
     )

@@ -203,6 +203,9 @@ def test_the_table_of_the_readme(folder):
     gains = [r.gain for r in same if r.per_axis("requested") == lowest]
     low, high = min(gains) - 0.05, max(gains) + 0.05
     assert cells[0].startswith(f"{np.mean(gains):+.3f} [{low:+.3f}, {high:+.3f}] at 0.")
+    policy = [r for r in plots.front(rows) if r.controller == "policy" and r.per_axis("requested") == lowest]
+    work = (np.mean([getattr(r, name) for r in policy]) for name in ("bytes", "flops"))
+    assert cells[0].endswith(" ({:.2f}, {:.2f})".format(*work))
     off = [
         abs(cost - asked)
         for r in rows
