@@ -194,9 +194,11 @@ def _horizon(steps: int):
     return apply
 
 
-def _model(path: str):
+def _model(path: str, prefix_len: int = 0):
     def apply(config: ConfigDict) -> None:
         config.model.path, config.model.dtype = path, "bfloat16"
+        if prefix_len:  # of the paper's runs with this model
+            config.episode.prefix_len = prefix_len
         config.memory.prefill_batch = config.grpo.batch_size
 
     return apply
@@ -211,6 +213,6 @@ VARIANTS = {
     "t16": _horizon(16),
     "t64": _horizon(64),
     "1b": _model("hub:meta-llama/Llama-3.2-1B"),
-    "3b": _model("hub:meta-llama/Llama-3.2-3B"),
+    "3b": _model("hub:meta-llama/Llama-3.2-3B", prefix_len=512),
     "8b": _model("hub:meta-llama/Llama-3.1-8B-Instruct"),
 }

@@ -36,13 +36,17 @@ def pages(scored: Scored, run: str, page_size: int) -> list[Record]:
     for name in (POLICY, "fixed", "dense"):
         if (name, "") not in scored.jobs:
             raise UserError(f"the scores of {run} lack {name!r}; evaluate with --controllers fixed")
-    (asked, policy), (_, fixed) = scored.jobs[POLICY, ""], scored.jobs["fixed", ""]
+    (asked, policy), (matched, fixed) = scored.jobs[POLICY, ""], scored.jobs["fixed", ""]
+    if missing := set(asked) - set(matched):
+        raise UserError(f"the scores of {run} have no fixed schedule at {', '.join(map(str, missing))}")
     dense_NxWxT = scored.jobs["dense", ""][1].logp_NxWxJxT[:, :, 0]
     newest_WxT, found = newest_page(scored, page_size), []
     costs = {"policy": step_costs(scored, policy), "fixed": step_costs(scored, fixed)}
-    for j, budget in enumerate(asked):
-        loss = dense_NxWxT - fixed.logp_NxWxJxT[:, :, j]
-        gain = policy.logp_NxWxJxT[:, :, j] - fixed.logp_NxWxJxT[:, :, j]
+    for budget in asked:
+        column = {"policy": asked.index(budget), "fixed": matched.index(budget)}
+        fixed_NxWxT = fixed.logp_NxWxJxT[:, :, column["fixed"]]
+        loss = dense_NxWxT - fixed_NxWxT
+        gain = policy.logp_NxWxJxT[:, :, column["policy"]] - fixed_NxWxT
         for keys in range(1, page_size + 1):
             here_WxT = newest_WxT == keys
             if not here_WxT.any():
@@ -54,7 +58,8 @@ def pages(scored: Scored, run: str, page_size: int) -> list[Record]:
                 record |= interval(name, document_bootstrap(mean_N, scored.document_N))
             for controller, by_axis in costs.items():
                 for axis, cost in by_axis.items():
-                    record[f"{controller}_{axis}"] = float(cost[:, :, j][:, here_WxT].mean())
+                    mean = cost[:, :, column[controller]][:, here_WxT].mean()
+                    record[f"{controller}_{axis}"] = float(mean)
             found.append(record)
     return found
 

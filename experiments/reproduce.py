@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import front, plots
@@ -22,6 +22,7 @@ from sol_jax.data import Blocks
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.evaluate import Options, plan_of
 from sol_jax.session import open_session
+from sol_jax.subject import open_text
 from sol_jax.update import GrpoConfig, Setup
 
 # Of the rate of a large matrix product: what updates and evaluations of SmolLM2-135M reach on a CPU.  On an
@@ -87,6 +88,7 @@ def reproduce(config: ConfigDict, workdir: pathlib.Path, options: Options, secon
     if seconds_only:
         return
     del session
+    open_text(config, options.source, options.document_start).split("test")  # before the training, not after
     config.eval.num_test_blocks = 0  # the evaluation below tests, on the best checkpoint and in more detail
     train.train(config, workdir)
     evaluate.evaluate(options)
@@ -113,7 +115,10 @@ def main(argv: Sequence[str]) -> None:
         random_budgets=args.random_budgets,
         num_blocks=args.num_blocks,
     )
-    reproduce(args.config, workdir, options, args.seconds_only)
+    try:
+        reproduce(args.config, workdir, options, args.seconds_only)
+    except train.Interrupted as stopped:
+        logging.info("%s", stopped)
 
 
 def _define_flags() -> None:

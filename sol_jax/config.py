@@ -86,6 +86,8 @@ def check(config: ConfigDict) -> None:
         raise _wrong(config, "policy.d_model", f"a multiple of policy.num_heads = {config.policy.num_heads}")
     if 0 < config.optim.decay_steps <= config.optim.warmup:
         raise _wrong(config, "optim.decay_steps", f"0, or above optim.warmup = {config.optim.warmup}")
+    if config.grpo.penalty_gradient == "expected" and config.grpo.norm != "center":
+        raise _wrong(config, "grpo.norm", "center where grpo.penalty_gradient is expected")
     if config.axes.budget_unit == "time":
         _prices(config)
     _check_axes(config)
@@ -240,9 +242,18 @@ def _prices(config: ConfigDict) -> cost_model.CostModel:
 
 
 def requested(config: ConfigDict, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
-    """The keep rates of `config.eval.budgets` as mean costs, in the unit of the axes."""
-    rates = config.eval.budgets
-    return tuple(tuple(float(a.budget_for(r)) for a, r in zip(space.axes, of, strict=True)) for of in rates)
+    """The keep rates of `config.eval.budgets` as mean costs, in the unit of the axes.
+
+    Of an axis with a single level it is that level's cost, as in training.
+    """
+
+    def cost(axis: Axis, rate: float) -> float:
+        return float(axis.budget_for(rate) if len(axis.levels) > 1 else axis.cost(axis.levels[0]))
+
+    return tuple(
+        tuple(cost(axis, rate) for axis, rate in zip(space.axes, rates, strict=True))
+        for rates in config.eval.budgets
+    )
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

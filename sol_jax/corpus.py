@@ -33,6 +33,7 @@ from sol_jax.errors import UserError
 WIKIPEDIA = "wikipedia"
 TFDS_PREFIX = "tfds:"
 WIKIPEDIA_DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+JSON_SUFFIXES = (".jsonl", ".json")  # C4 and Dolma call their JSON lines .json.gz
 TEXT_SUFFIXES = ("", ".txt", ".raw", ".tokens")  # "" only under .gz
 
 
@@ -151,9 +152,9 @@ def _suffix(path: str) -> str:
     """`.jsonl` for JSON lines and `.txt` for text, compressed or not."""
     name = os.path.basename(path)
     suffix = pathlib.PurePath(name.removesuffix(".gz")).suffix
-    if suffix == ".jsonl":
+    if suffix in JSON_SUFFIXES:
         return ".jsonl"
-    if name.endswith(".gz") or (suffix and suffix in TEXT_SUFFIXES):
+    if suffix in TEXT_SUFFIXES and (suffix or name.endswith(".gz")):
         return ".txt"
     raise UserError(f"data.source: {path} is neither .txt nor .jsonl (nor .gz of them); rename or convert it")
 

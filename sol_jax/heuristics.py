@@ -65,14 +65,16 @@ def choose_level(
 ) -> jax.Array:
     """The level of one axis for one step, by index.
 
-    `cost_L` ascends.  The average cost `required` of the steps that remain (this one included) picks two
-    levels and the share of the higher one; the signal shifts that share; a half decides.  The result stays
-    among the levels from which the sum `due` of these steps can still be met.
+    `cost_L` ascends; of levels that cost the same the highest is taken.  The average cost `required` of the
+    steps that remain (this one included) picks two levels and the share of the higher one; the signal shifts
+    that share; a half decides.  The result stays among the levels from which the sum `due` of these steps
+    can still be met.
     """
     low_cost, high_cost, last = cost_L[0], cost_L[-1], cost_L.shape[0] - 1
     required = jnp.clip(required, low_cost, high_cost)
-    high = jnp.clip(jnp.searchsorted(cost_L, required, side="left"), 0, last)
-    low = jnp.maximum(high - 1, 0)
+    first = jnp.clip(jnp.searchsorted(cost_L, required, side="left"), 0, last)
+    high = jnp.searchsorted(cost_L, cost_L[first], side="right") - 1
+    low = jnp.where(first > 0, first - 1, high)
     span = cost_L[high] - cost_L[low]
     share = jnp.where(span > 1e-8, (required - cost_L[low]) / jnp.maximum(span, 1e-8), 1.0)
     share = jnp.clip(share + gain * (signal - 0.5), 0.0, 1.0)

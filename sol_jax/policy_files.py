@@ -8,6 +8,7 @@ Named policies are committed under `experiments/results/policies`.
 
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,9 +25,7 @@ from sol_jax.update import Setup, init_state
 POLICIES = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "policies"
 MAX_BYTES = 15_000_000
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
-BOUND = (
-    "axes.kappa.levels", "axes.rho.levels", "axes.eta.levels", "episode.horizon", "policy.page_input",
-)  # fmt: skip
+BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.page_input"
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 
@@ -93,10 +92,11 @@ def check_fits(name: str, params: Any, config: ConfigDict, run: ConfigDict, setu
     theirs, ours = flatten(config), flatten(run)
     if model_name(config) != model_name(run):
         raise UserError(f"the policy {name} is for the model {model_name(config)}, not for {model_name(run)}")
-    for field in BOUND:
-        if theirs[field] != ours[field]:
+    for field in filter(re.compile(BOUND).fullmatch, sorted({*theirs, *ours})):
+        its, here = theirs.get(field), ours.get(field)
+        if its != here:
             raise UserError(
-                f"the policy {name} has config.{field} = {theirs[field]}, and here it is {ours[field]}; "
+                f"the policy {name} has config.{field} = {its}, and here it is {here}; "
                 "a policy works with its own only"
             )
     expected = jax.eval_shape(lambda: init_state(jax.random.key(0), setup).params)

@@ -88,15 +88,26 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
 
 
 def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Adds rows to the CSV at `path`; one for the same controller and budget is replaced."""
+    """Adds rows to the CSV at `path`; one for the same controller and budget is replaced.
+
+    So are those that stand beside another checkpoint at that budget, or are of more or less text: what the
+    policy gains over them is not what it gains now.
+    """
+
+    def budget(row: Mapping[str, str]) -> tuple[str, ...]:
+        names = sorted(name for name in row if name.startswith("requested_") or name in ("held", "along"))
+        return tuple(row[name] for name in names)
 
     def key(row: Mapping[str, str]) -> tuple[str, ...]:
-        asked = sorted(name for name in row if name.startswith("requested_") or name in (*KEY, "draw"))
-        return tuple(row[name] for name in asked)
+        return row.get("controller", ""), row.get("draw", ""), *budget(row)
+
+    def subject(row: Mapping[str, str]) -> tuple[str, ...]:
+        return row.get("updates") or "", row.get("blocks") or ""
 
     old = read(path) if os.path.exists(path) else []
-    new = {key(row) for row in rows}
-    write(path, [*(row for row in old if key(row) not in new), *rows])
+    new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
+    kept = [row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)]
+    write(path, [*kept, *rows])
 
 
 def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:

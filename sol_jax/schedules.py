@@ -27,10 +27,14 @@ class Mix(NamedTuple):
 
 
 def mix(axis: Axis, target: float) -> Mix:
-    """The nearest levels below and above `target`; beyond the axis' ends, the end level alone."""
+    """The nearest levels below and above `target`; beyond the axis' ends, the end level alone.
+
+    Of levels that cost the same (in bytes or time) it is the highest.
+    """
     costs = np.array([axis.cost(level) for level in axis.levels])
     high = min(int(np.searchsorted(costs, target)), len(costs) - 1)
     low = high if costs[high] <= target or high == 0 else high - 1
+    low, high = (int(np.searchsorted(costs, costs[i], "right")) - 1 for i in (low, high))
     span = costs[high] - costs[low]
     return Mix(low, high, float((target - costs[low]) / span) if span else 0.0)
 

@@ -81,7 +81,7 @@ def open_text(
 def training_documents(config: ConfigDict, session: Session) -> Collection[str]:
     """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
     block_length = build_episode(config).block_length
-    same_blocks = session.setup.episode.block_length == block_length
+    same_blocks = session.setup.episode.block_length == block_length and "train" in session.blocks
     if session.config.data.source == config.data.source and same_blocks:
         blocks = session.blocks
     else:

@@ -7,6 +7,7 @@ Unicode that nobody assigned); the library drops what it cannot spell, and so do
 Sources: the splitting rules of SmolLM2's, Llama 3's and GPT-2's own tokenizer.json.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -74,7 +75,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.chat_template = chat_template
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1

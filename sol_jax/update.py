@@ -295,6 +295,8 @@ def prices(
     slope_BxWxKxX = jax.vmap(jax.vmap(over_schedules))(mean_BxWxKxX, budget_BxWxX)
     counted = rollout.controllable_T[..., None].astype(jnp.float32)
     price = slope_BxWxKxX[..., None, :] * counted / jnp.maximum(counted.sum(-2, keepdims=True), 1.0)
+    if cfg.level == "outcome":  # every step's advantage is then a sum over all of them
+        price *= counted.shape[-2]
     if not cfg.whiten:
         return price
     # Budgets far off are worth no more than this: the policy would go to its ends before it learns anything.

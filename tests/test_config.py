@@ -238,6 +238,17 @@ def test_a_jitter_that_leaves_no_prefix_is_refused(tiny_folder, tiny_session):
         build(config, tiny_session.setup.model)
 
 
+def test_an_axis_of_one_level_is_asked_for_that_level(tiny_folder, tiny_session):
+    """Whatever the config's budgets say of it, in evaluations as in training."""
+    config = tiny.config_for(
+        tiny_folder, **{"axes.kappa.levels": (0.5,), "eval.budgets": ((0.25, 0.6, 0.7),)}
+    )
+    check(config)
+    space = build(config, tiny_session.setup.model).space
+    assert requested(config, space) == ((0.5, 0.6, 0.7),)
+    assert space.axes[0].budget == (0.5, 0.5)
+
+
 @pytest.mark.parametrize("unit", ["bytes", "time"])
 def test_budgets_in_another_unit(unit, tiny_folder, tiny_session, tmp_path):
     """The axes of the run are those of `costs.in_unit`, and keep rates are translated for evaluation."""

@@ -124,6 +124,8 @@ def test_fingerprint_follows_content_not_names(tmp_path):
     ("name", "content", "start", "message"),
     [
         ("x.txt", None, "", r"no file matches '.*x\.txt'.*'tfds:NAME'"),
+        ("x.csv.gz", packed(b"a,b"), "", r"x\.csv\.gz is neither \.txt nor \.jsonl"),
+        ("x.json.gz", packed(b'{"text": "a"}\n[]'), "", r"x\.json\.gz, line 2 has no text"),
         ("x.parquet", b"PAR1", "", r"x\.parquet is neither \.txt nor \.jsonl"),
         ("x.txt", b"caf\xe9", "", r"x\.txt is not UTF-8 text \(byte 3\)"),
         ("x.txt.gz", packed(b"text" * 99)[:-9], "", r"x\.txt\.gz is not a whole gzip file"),

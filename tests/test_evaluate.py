@@ -88,6 +88,11 @@ def test_training_text_is_refused_by_name(tiny_folder, session, tmp_path):
     with pytest.raises(UserError) as mistake:
         subject.refuse_training_text(other, "test", documents)
     assert "holds documents that the policy was trained on: 'Grey Birds' (sha256 " in str(mistake.value)
+    # The very text that it was trained on, by the name that the run has for it.
+    whole = subject.open_text(config, config.data.source, config.data.document_start)
+    assert set(subject.training_documents(config, whole)) == set(documents)
+    with pytest.raises(UserError, match="documents that the policy was trained on"):
+        subject.refuse_training_text(whole, "test", documents)
     text.write_text(fresh + "\n")
     subject.refuse_training_text(subject.open_text(config, str(text), ""), "test", documents)
     subject.refuse_training_text(session, "test", documents)

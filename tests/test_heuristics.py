@@ -40,6 +40,8 @@ def test_the_choice_by_hand():
     assert choose(levels, 0.1) == 0
     assert choose(levels, 1.0) == 2
     assert choose((1.0,), 0.3) == 0
+    tied = (0.5, 0.5, 1.0, 1.0)  # of levels that cost the same the highest
+    assert [choose(tied, cost) for cost in (0.2, 0.5, 0.7, 0.8, 1.0)] == [1, 1, 1, 3, 3]
 
 
 def test_the_last_step_takes_what_is_due():

@@ -44,6 +44,26 @@ def test_places_by_hand(scored):
     assert found[0]["budget"] == "0.5/0.5"
 
 
+def test_budgets_are_paired_by_value(scored):
+    """However the two controllers' columns lie."""
+    (asked, policy), (_, fixed) = scored.jobs["policy", ""], scored.jobs["fixed", ""]
+
+    def beside(scores, other):
+        return Scores(*(np.concatenate([part, other(part)], 2) for part in scores))
+
+    cheap = [(0.2, 0.5)]
+    scored.jobs["policy", ""] = (asked + cheap, beside(policy, lambda part: part))
+    scored.jobs["fixed", ""] = (cheap + asked, beside(fixed, lambda part: part))
+    lossy = scored.jobs["fixed", ""][1]
+    lossy.logp_NxWxJxT[:, :, 0] = -9.0
+    found = pages.pages(scored, "made-up", 4)
+    assert [r["loss"] for r in found if r["budget"] == "0.5/0.5"] == [0, 1, 0, 0]
+    assert [r["loss"] for r in found if r["budget"] == "0.2/0.5"] == [7, 7, 7, 7]
+    scored.jobs["fixed", ""] = (asked, fixed)
+    with pytest.raises(UserError, match=r"no fixed schedule at \(0\.2, 0\.5\)"):
+        pages.pages(scored, "made-up", 4)
+
+
 def test_pages_longer_than_the_text_leave_places_out(scored):
     assert [record["keys"] for record in pages.pages(scored, "made-up", 64)] == list(range(14, 14 + W * T))
 

@@ -105,6 +105,18 @@ def test_rows_are_replaced_or_added(tmp_path):
         ("fixed", "", "0.3", "2.25", "def"),
         ("fixed", "", "0.5", "3", "def"),
     ]
+    # Another checkpoint, or more text: at that budget what is not scored anew goes.
+    for change in ({"updates": "100"}, {"blocks": "99"}):
+        results.merge(path, results.records([row_of(), row_of("fixed", nats=1.0)], AXES, ABOUT | change))
+        shown = [(row["controller"], row["held"], row["requested_kappa"]) for row in results.read(path)]
+        assert shown == [
+            ("fixed", "rho", "0.3"),
+            ("fixed", "", "0.5"),
+            ("policy", "", "0.3"),
+            ("fixed", "", "0.3"),
+        ]
+        results.merge(path, results.records([row_of("front")], AXES, ABOUT | change))
+        assert len(results.read(path)) == 5
     draws = [Draw("", (0.5, 0.5, 0.5), d, 0.5, 2.0 + d) for d in range(3)]
     results.merge(tmp_path / "draws.csv", results.records(draws, AXES, ABOUT))
     assert [row["draw"] for row in results.read(tmp_path / "draws.csv")] == ["0", "1", "2"]

@@ -1,5 +1,7 @@
 """Fixed and random schedules meet their targets, whatever the targets, levels and sizes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,6 +126,15 @@ def test_mix_by_hand():
     low, high, share = schedules.mix(axis, 0.85)
     assert (low, high) == (1, 2)
     assert share == pytest.approx(0.75)
+
+
+def test_of_levels_that_cost_the_same_the_highest_is_played():
+    """In bytes all bits cost the same, and of the cache all that is read in whole lines."""
+    tied = dataclasses.replace(space_of(kappa=(0.1, 0.2, 0.4, 1.0)).axes[0], level_costs=(0.5, 0.5, 1.0, 1.0))
+    assert schedules.mix(tied, 1.0) == (3, 3, 0.0)
+    assert schedules.mix(tied, 0.5) == (1, 1, 0.0)
+    assert schedules.mix(tied, 0.2) == (1, 1, 0.0)
+    assert schedules.mix(tied, 0.75) == (1, 3, 0.5)
 
 
 @pytest.mark.parametrize(("target", "level"), [(0.05, 0.1), (-3.0, 0.1), (1.2, 1.0)])

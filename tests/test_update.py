@@ -355,6 +355,10 @@ def test_prices_are_the_slope_of_the_penalty_spread_over_the_steps_that_count():
     np.testing.assert_allclose(price[0, 0, 0, 1], 2 * weight_X * (0.3 - dead) / 2, rtol=1e-5)
     np.testing.assert_array_equal(price[0, 0, 0, 0], np.zeros(X))
     np.testing.assert_array_equal(price[0, 0, 1], np.zeros((T_, X)))
+    # Where every step has the advantage of the whole episode, it has the price of the whole episode too.
+    outcome = priced(penalty_gradient="expected", whiten=False, level="outcome")
+    np.testing.assert_allclose(outcome[0][0, 0, :, 0], [T_, -T_], rtol=1e-6)
+    np.testing.assert_allclose(outcome[1], T_ * price, rtol=1e-6)
     # Beside likelihoods this close a unit of cost is worth the most it may be; whitened, it is worth half as
     # much beside those that are twice as far apart.
     for most in (2.0, 5.0):
