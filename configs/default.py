@@ -75,7 +75,9 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.entropy_coef = 0.05
     config.grpo.dead_zone = 0.02
     config.grpo.penalty_gradient = "sampled"  # or expected (not the paper's): of expected costs
-    config.grpo.max_price = 2.0  # of a unit of expected cost, in standard deviations of the advantages
+    # Of a unit of expected cost, in standard deviations of the advantages.  Rewards for acceptance have less
+    # noise, so that more compute is worth more of these: with 4 budgets hold better there.
+    config.grpo.max_price = 2.0
     config.grpo.quality_weight = 1.0  # of the returns; 0: an ablation, only budgets are rewarded
     config.grpo.reward = "likelihood"  # or acceptance (not the paper's): what lossless generation keeps
     config.grpo.divergence_weight = 0.0  # w, share of KL(dense || sparse) in the reward

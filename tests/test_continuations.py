@@ -187,7 +187,7 @@ def test_batches_share_contexts():
     requests = [Continuation(c, (1,) * n) for n in (5, 20) for c in (short, long, short[1:])]
     found = list(batches(requests, 16, batch_size=4))
     assert [sorted(batch) for batch, _ in found] == [[1, 2, 4, 5], [0, 3]]
-    assert found[0][1] == (4, 2, 48, 32)
+    assert found[0][1] == (4, 2, 64, 32)
     assert found[1][1] == (2, 1, 32, 32)
     assert [steps_bucket(n, 16) for n in (1, 5, 16, 17, 33, 65)] == [4, 8, 16, 32, 48, 96]
     assert [steps_bucket(n, 5) for n in (1, 5, 6)] == [4, 5, 10]
@@ -253,7 +253,7 @@ def test_compiled_shapes_are_reused(tiny_model, monkeypatch):
     engine = dataclasses.replace(tiny_model.engines["policy"], compiled=set())
     score(engine, tiny_model.requests, BUDGET)
     before = forced.prefill._cache_size(), forced.score_controlled._cache_size()
-    assert told == ["bucket: rows 8, contexts 4, prefix 48, steps 30"]
+    assert told == ["bucket: rows 8, contexts 4, prefix 64, steps 30"]
     score(engine, [*tiny_model.requests[1:], tiny_model.requests[1]], (0.5, 0.5, 0.5))
     assert (forced.prefill._cache_size(), forced.score_controlled._cache_size()) == before
     assert len(told) == 1
