@@ -25,7 +25,7 @@ from sol_jax import results
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.statistics import document_correlation
 
-CHOICE = "multiple_choice"  # the mean over the tasks with choices
+CHOICE = "multiple_choice"  # the mean over the tasks with choices that all runs have
 Place = tuple[str, str, tuple[float, ...]]  # run, controller, requested budget
 
 
@@ -41,18 +41,21 @@ def text_scores(rows: Sequence[plots.Row]) -> dict[Place, float]:
 
 
 def task_scores(rows: Sequence[plots.Row]) -> dict[tuple[str, str], dict[Place, float]]:
-    """(task, measure) -> place -> score, higher is better; accuracies also as their mean over tasks."""
+    """(task, measure) -> place -> score, higher is better; accuracies also as a mean over tasks."""
     found: dict[tuple[str, str], dict[Place, float]] = defaultdict(dict)
-    accuracies: dict[Place, list[float]] = defaultdict(list)
+    accuracies: dict[Place, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if isinstance(row.fields.get("nats"), float):
             found[row.task, "logp"][place(row)] = -row.nats
         if isinstance(row.fields.get("accuracy"), float):
             found[row.task, "accuracy"][place(row)] = row.accuracy
             if row.task in tasks.TASKS and not tasks.TASKS[row.task].free:
-                accuracies[place(row)].append(row.accuracy)
-    most = max(map(len, accuracies.values()), default=0)
-    found[CHOICE, "accuracy"] = {at: float(np.mean(a)) for at, a in accuracies.items() if len(a) == most}
+                accuracies[place(row)][row.task] = row.accuracy
+    common = set[str]().union(*accuracies.values()).intersection(*accuracies.values())
+    if common:
+        found[CHOICE, "accuracy"] = {
+            at: float(np.mean([of[task] for task in common])) for at, of in accuracies.items()
+        }
     return found
 
 

@@ -30,6 +30,10 @@ def test_points_are_joined_by_run_controller_and_budget():
     ]
     tasks.append(row_of("dense", 0.3, task="piqa", accuracy=0.0, nats=9.0))
     tasks.append(row_of("policy", 0.3, run="runs/other", task="piqa", accuracy=1.0, nats=9.0))
+    tasks.append(row_of("policy", 0.3, run="runs/other", task="arc_easy", accuracy=1.0, nats=9.0))
+    tasks.append(
+        row_of("policy", 0.3, run="fl", task="winogrande", accuracy=0.1, nats=9.0)
+    )  # not all have it
     # Answers that are written are no choices, and not all runs have them.
     tasks.append(row_of("policy", 0.3, run="fl", task="gsm8k_answers", accuracy=0.9, nats=9.0))
     found = {(r["task"], r["measure"]): r for r in predicts.predicts(text, tasks)}
