@@ -91,10 +91,11 @@ def draw(folder: pathlib.Path) -> Figure:
         _draw_panel(axes, by_name[name], title, tasks)
     for axes in grid[1]:
         axes.set_xlabel(plots.NET)
-    lines, labels = next(
-        (handles for axes in grid.flat if (handles := axes.get_legend_handles_labels())[0]), ([], [])
+    handles = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
+    drawn = {label: line for each in handles for line, label in each}  # not every task has all controllers
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     rows = [row for part in by_name.values() for row in part]
     items = sorted({int(row.items) for row in rows})
     said = f"{items[0]} items" if len(items) == 1 else f"{items[0]} to {items[-1]} items"
