@@ -14,8 +14,6 @@ from sol_jax.errors import UserError
 IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
 LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
 NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
-# A row with the same of these replaces an older one.
-KEY = ("controller", "held", "along")
 
 
 def records(
