@@ -25,7 +25,7 @@ CUT = "END OF WHAT WAS BEGUN "
 class Generation(Extension):
     """`{% generation %}`, by which templates mark what is trained on: here its content just stands."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
+    tags = {"generation"}  # noqa: RUF012 (jinja2's Extension declares it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -183,6 +183,15 @@ def test_a_text():
     assert dense_text_cost(output, MODEL) == dense
 
 
+def test_a_long_text_at_the_lowest_level_costs_no_less_than_it():
+    """255 float32 costs of 0.45, summed in float32, average to 0.449999; no schedule could meet that."""
+    actions, free = np.zeros(255, int), np.ones(255, bool)
+    episode = Episode(7, actions, free, 255, 255, np.zeros((255, 4)))
+    output = Output(Request([0] * 7), Ended(256, "length"), [episode])
+    costs_AxX = np.array([[0.45], [1.0]], np.float32)
+    assert output.mean_cost(costs_AxX)[0] == pytest.approx(np.float32(0.45), rel=1e-12)
+
+
 def test_a_lossless_text_pays_for_what_it_takes_back():
     """An episode of 3 steps that added one token, and the dense pass over all 4 with their logits."""
     space = ActionSpace(AXES)

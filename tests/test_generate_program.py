@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ import types
 import jax
 import pytest
 import tiny
+import tokenizers
 
 from sol_jax import generate, page, policy_files
 from sol_jax.config import flatten
@@ -50,6 +52,20 @@ def opened(tiny_folder, **given):
     """The engine and request that flags would give."""
     values = DEFAULTS | {"model": str(tiny_folder / "model")} | given
     return generate.open_engine({name: types.SimpleNamespace(value=v) for name, v in values.items()})
+
+
+def test_prompts_begin_as_the_tokenizer_has_texts_begin(tiny_folder, tmp_path):
+    """With the special token that its file puts first (Llama 3's do), as transformers has it."""
+    folder = shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    _, plain = opened(tiny_folder, prompt="the cat")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first = backend.id_to_token(plain.prompt[-1])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, plain.prompt[-1])]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    _, request = opened(tiny_folder, prompt="the cat", model=str(folder))
+    assert request.prompt == [plain.prompt[-1], *plain.prompt]
 
 
 @pytest.mark.parametrize("kind", ["folder", "workdir"])

@@ -12,6 +12,7 @@ from configs import sol_j_2l
 from experiments import reproduce
 from sol_jax import flops, results
 from sol_jax.config import build
+from sol_jax.errors import UserError
 from sol_jax.evaluate import Options
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -74,6 +75,18 @@ def test_only_the_time(config, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.match(r"this will take about \d+ min here: \d\d updates \d+ min, evaluation 1 min", shown)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [(Options(source="nowhere.txt", num_blocks=2), {}), (Options(num_blocks=2), {"data.test_fraction": 0.0})],
+)
+def test_a_test_text_that_is_not_there_is_told_before_the_training(
+    tiny_folder, tmp_path, monkeypatch, options, fields
+):
+    monkeypatch.setattr(reproduce.train, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match=r"nowhere\.txt|test_fraction"):
+        reproduce.reproduce(tiny.config_for(tiny_folder, **fields), tmp_path, options, seconds_only=False)
 
 
 @pytest.mark.slow
