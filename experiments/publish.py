@@ -11,10 +11,12 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from sol_jax import policy_files, results
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.session import open_session
-from sol_jax.subject import open_run, policy_of_run, training_documents
+from sol_jax.evaluation import results_csv as results
+from sol_jax.evaluation.provenance import training_documents
+from sol_jax.runs import policy_files
+from sol_jax.runs.session import open_session
+from sol_jax.runs.trained_policy import open_run, policy_of_run
 
 
 def card_rows(path: pathlib.Path) -> list[str]:

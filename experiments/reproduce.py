@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import front, plots
-from sol_jax import evaluate, flops, train
-from sol_jax.data import Blocks
+from experiments.figures import front, plots
+from sol_jax import evaluate, train
+from sol_jax.costs import update as flops
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
 from sol_jax.evaluate import Options, plan_of
-from sol_jax.session import open_session
-from sol_jax.subject import open_text
-from sol_jax.update import GrpoConfig, Setup
+from sol_jax.evaluation.provenance import open_text
+from sol_jax.rl.train_step import GrpoConfig, Setup
+from sol_jax.runs.session import open_session
+from sol_jax.text.blocks import Blocks
 
 # Of the rate of a large matrix product: what updates and evaluations of SmolLM2-135M reach on a CPU.  On an
 # accelerator a policy and a model this small reach less, and the estimate is a lower bound.

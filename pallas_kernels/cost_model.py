@@ -3,7 +3,7 @@
     seconds = bytes * seconds_per_byte + flops * seconds_per_flop + launches * seconds_per_launch
 
 The terms add up: decode operations wait for memory, and a kernel that overlaps both shows up as a rate that
-is a little better than the device's.  `fit` takes measured rows (`experiments.bench_kernels` writes them),
+is a little better than the device's.  `fit` takes measured rows (`experiments.benchmarks.kernels` writes them),
 and `save` and `load` keep the model of a device as JSON.
 """
 
@@ -52,7 +52,7 @@ def load(path: pathlib.Path) -> CostModel:
         return CostModel(**json.loads(path.read_text()))
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); python -m experiments.roofline writes cost models"
+            f"{path}: cannot be read ({error.strerror}); python -m experiments.benchmarks.roofline writes cost models"
         ) from None
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a cost model ({error})") from None

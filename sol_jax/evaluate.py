@@ -20,27 +20,27 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from sol_jax import budgets, policy_files, results
-from sol_jax.comparison import BASELINES, Plan, Row, Stage, run, summary
-from sol_jax.config import requested
-from sol_jax.data import Batch, evaluation_batches
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
-from sol_jax.llama import Weights
-from sol_jax.metrics import progress
-from sol_jax.score_files import Store
-from sol_jax.session import Session, read_config
-from sol_jax.subject import (
-    Subject,
+from sol_jax.evaluation import budget_grid as budgets
+from sol_jax.evaluation import results_csv as results
+from sol_jax.evaluation.comparison import BASELINES, Plan, Row, Stage, run, summary
+from sol_jax.evaluation.provenance import (
     decides,
     describe,
-    open_run,
     open_text,
-    policy_of_run,
     refuse_training_text,
     training_documents,
 )
-from sol_jax.sweep import Sweep
-from sol_jax.update import Setup, TrainState
+from sol_jax.evaluation.score_cache import Store
+from sol_jax.evaluation.sweep import Sweep
+from sol_jax.models.llama import Weights
+from sol_jax.rl.train_step import Setup, TrainState
+from sol_jax.runs import policy_files
+from sol_jax.runs.config import requested
+from sol_jax.runs.metrics import progress
+from sol_jax.runs.session import Session, read_config
+from sol_jax.runs.trained_policy import Subject, open_run, policy_of_run
+from sol_jax.text.blocks import Batch, evaluation_batches
 
 __all__ = ["compare", "is_reported", "report", "summary"]  # what training needs
 

@@ -20,15 +20,17 @@ import numpy as np
 from absl import app, flags
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from sol_jax import load, opening, page
-from sol_jax.axis import ActionSpace, held_full
-from sol_jax.chat import chat_prompt
-from sol_jax.decoding import Decoder
-from sol_jax.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
+from sol_jax.axes.base import ActionSpace, held_full
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags
-from sol_jax.sampling import Sampling
-from sol_jax.text_costs import dense_text_cost, text_cost
-from sol_jax.tokenizer import Tokenizer
+from sol_jax.generation import html_page as page
+from sol_jax.generation import load_engine as opening
+from sol_jax.generation.engine import CONTROLLERS, Engine, Output, Request, check_request, dense_logp, stream
+from sol_jax.generation.episodes import Decoder
+from sol_jax.generation.output_cost import dense_text_cost, text_cost
+from sol_jax.generation.sampling import Sampling
+from sol_jax.models import weights as load
+from sol_jax.models.chat_template import chat_prompt
+from sol_jax.models.tokenizer import Tokenizer
 
 
 def paint(piece: str, net: float) -> str:

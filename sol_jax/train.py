@@ -17,13 +17,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sol_jax import evaluate, flops, metrics
-from sol_jax.config import check, flatten, requested
-from sol_jax.data import BlockIterator, evaluation_batches
+from sol_jax import evaluate
+from sol_jax.costs import update as flops
 from sol_jax.errors import UserError, exits_on_user_error, parse_flags, reason
-from sol_jax.session import Session, commit, open_session
-from sol_jax.state import Checkpoints
-from sol_jax.update import TrainState, init_state, jit_train_step
+from sol_jax.rl.train_step import TrainState, init_state, jit_train_step
+from sol_jax.runs import metrics
+from sol_jax.runs.checkpoints import Checkpoints
+from sol_jax.runs.config import check, flatten, requested
+from sol_jax.runs.session import Session, commit, open_session
+from sol_jax.text.blocks import BlockIterator, evaluation_batches
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sol_jax.axis import Axis
-from sol_jax.keys import Keys
+from sol_jax.axes.base import Axis
+from sol_jax.axes.key_selection import Keys
 
 _GARBAGE = 1e3  # in cache entries that are not filled: any use of them shows
 

@@ -52,6 +52,6 @@ def tiny_session(tiny_folder: pathlib.Path):
     """The opened session of the tiny config."""
     import tiny
 
-    from sol_jax.session import open_session
+    from sol_jax.runs.session import open_session
 
     return open_session(tiny.config_for(tiny_folder))

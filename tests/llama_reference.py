@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from sol_jax import llama
+from sol_jax.models import llama
 
 DATA = Path(__file__).parent / "data"
 TINY_FILE, SMOLLM2_FILE = DATA / "parity_tiny.npz", DATA / "parity_smollm2.npz"

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments import pollution
-from experiments.tasks import TASKS
-from sol_jax import budgets, results
-from sol_jax.axis import ActionSpace
-from sol_jax.comparison import BASELINES, Draw, Row
-from sol_jax.config import build_axes
-from sol_jax.statistics import wilson
+from experiments.studies import pollution
+from experiments.tasks.prompts import TASKS
+from sol_jax.axes.base import ActionSpace
+from sol_jax.evaluation import budget_grid as budgets
+from sol_jax.evaluation import results_csv as results
+from sol_jax.evaluation.comparison import BASELINES, Draw, Row
+from sol_jax.evaluation.statistics import wilson
+from sol_jax.runs.config import build_axes
 
 AXES = ("kappa", "rho", "eta")
 # Nats that a controller is behind the policy.

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sol_jax import llama
-from sol_jax.decoding import Decoder, keys_at
-from sol_jax.policy import Observation, Policy, PolicyConfig, observation_scalars
-from sol_jax.sampling import draw, token_logp
+from sol_jax.generation.episodes import Decoder, keys_at
+from sol_jax.generation.sampling import draw, token_logp
+from sol_jax.models import llama
+from sol_jax.rl.policy import Observation, Policy, PolicyConfig, observation_scalars
 
 decode = functools.partial(jax.jit, static_argnames=("axes", "cfg"))(llama.decode_step)
 prefill = functools.partial(jax.jit, static_argnames="cfg")(llama.prefill)

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from sol_jax.errors import UserError
-from sol_jax.state import Checkpoints
-from sol_jax.update import OptimConfig, TrainState, optimizer
+from sol_jax.rl.train_step import OptimConfig, TrainState, optimizer
+from sol_jax.runs.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {

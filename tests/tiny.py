@@ -118,7 +118,7 @@ def config_for(folder: pathlib.Path, **fields) -> ConfigDict:
 
 def flags_for(config: ConfigDict, base: ConfigDict) -> list[str]:
     """What to put on the command line after `base` to get `config`."""
-    from sol_jax.config import flatten
+    from sol_jax.runs.config import flatten
 
     old = flatten(base)
     return [f"--config.{name}={value}" for name, value in flatten(config).items() if old[name] != value]

@@ -16,9 +16,9 @@ import llama_reference
 import numpy as np
 import pytest
 
-from sol_jax.llama import LlamaConfig, Weights
-from sol_jax.load import load_model
-from sol_jax.policy import PolicyConfig
+from sol_jax.models.llama import LlamaConfig, Weights
+from sol_jax.models.weights import load_model
+from sol_jax.rl.policy import PolicyConfig
 
 Vectors = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -145,7 +145,7 @@ def policy_config(vectors: Mapping[str, np.ndarray], prefix: str, num_heads: int
 
 
 def policy_params(vectors: Mapping[str, np.ndarray], prefix: str) -> Params:
-    """The authors' policy weights under `prefix`, as the parameter tree of `sol_jax.policy.Policy`.
+    """The authors' policy weights under `prefix`, as the parameter tree of `sol_jax.rl.policy.Policy`.
 
     Their value head, which GRPO does not train, has no place in ours and is left out.
     """

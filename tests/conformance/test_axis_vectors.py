@@ -12,9 +12,9 @@ from attended import attended
 from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import fake_quantize
 from pallas_kernels.topk import at_least_kth
-from sol_jax.axes import Quest, Recency, Relevancy
-from sol_jax.axis import Axis
-from sol_jax.keys import float32_ceil
+from sol_jax.axes.base import Axis
+from sol_jax.axes.kappa import Quest, Recency, Relevancy
+from sol_jax.axes.key_selection import float32_ceil
 
 # --- a: quantisation ----------------------------------------------------------------------------
 

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax import heuristics, llama, schedules
-from sol_jax.axes import ChannelPruning, OutputQuantization, Recency
-from sol_jax.axis import ActionSpace, Axis
-from sol_jax.rollout import (
+from sol_jax.axes.base import ActionSpace, Axis
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Recency
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.baselines import heuristics, schedules
+from sol_jax.models import llama
+from sol_jax.rl.rollout import (
     EPISODE_AXES,
     Controller,
     EpisodeConfig,

@@ -6,7 +6,7 @@ import golden
 import numpy as np
 import pytest
 
-from experiments import pollution
+from experiments.studies import pollution
 
 THEIRS = {"sparsity": "kappa", "prune": "rho", "quant": "eta"}
 

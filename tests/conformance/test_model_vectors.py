@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax import llama
-from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
-from sol_jax.axis import ActionSpace
-from sol_jax.load import load_model
-from sol_jax.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest, Recency, Relevancy
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.models import llama
+from sol_jax.models.weights import load_model
+from sol_jax.rl.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
 
 TOLERANCE = 2e-4
 UNSTEADY = 5 * TOLERANCE  # runs this far apart made different choices

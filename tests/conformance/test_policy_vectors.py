@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax.policy import Observation, Policy, example_observation, initial_carry
+from sol_jax.rl.policy import Observation, Policy, example_observation, initial_carry
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from sol_jax import grpo, rewards
-from sol_jax.policy import Observation, Policy, initial_carry, observation_scalars
-from sol_jax.update import OptimConfig, minibatches, optimizer
+from sol_jax.rl import grpo, rewards
+from sol_jax.rl.policy import Observation, Policy, initial_carry, observation_scalars
+from sol_jax.rl.train_step import OptimConfig, minibatches, optimizer
 
 AXES = ("tok", "pru", "q")
 TRAIN_STEPS = ("quest_sum_process", "recency_kl_outcome", "quest_short_ctx")

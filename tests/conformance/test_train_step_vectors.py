@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sol_jax import grpo, rewards
-from sol_jax.axes import ChannelPruning, OutputQuantization, Quest, Recency, Relevancy
-from sol_jax.axis import ActionSpace, Axis
-from sol_jax.llama import LlamaConfig, Weights
-from sol_jax.policy import Observation, initial_carry
-from sol_jax.rollout import Controller, EpisodeConfig, Rollout, dense_divergence
-from sol_jax.update import (
+from sol_jax.axes.base import ActionSpace, Axis
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest, Recency, Relevancy
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.models.llama import LlamaConfig, Weights
+from sol_jax.rl import grpo, rewards
+from sol_jax.rl.policy import Observation, initial_carry
+from sol_jax.rl.rollout import Controller, EpisodeConfig, Rollout, dense_divergence
+from sol_jax.rl.train_step import (
     Experience,
     GrpoConfig,
     OptimConfig,

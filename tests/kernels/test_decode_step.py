@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernel_steps import HORIZON, MODELS, axes
+from experiments.benchmarks.kernel_steps import HORIZON, MODELS, axes
 from kernels.interpreted import kernel_calls
 from pallas_kernels.norm import rms_norm
-from sol_jax import llama
-from sol_jax.axes import ChannelPruning, OutputQuantization
-from sol_jax.axis import Axis, mlp_input, mlp_output
-from sol_jax.llama import KVCache
+from sol_jax.axes.base import Axis, mlp_input, mlp_output
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.models import llama
+from sol_jax.models.llama import KVCache
 
 EPS = 1e-5
 

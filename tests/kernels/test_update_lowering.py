@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.kernel_steps import MODELS
+from experiments.benchmarks.kernel_steps import MODELS
 from kernels.lowering import lowers
-from sol_jax import llama, update
-from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
-from sol_jax.axis import ActionSpace
-from sol_jax.policy import PolicyConfig
-from sol_jax.rollout import EpisodeConfig
-from sol_jax.update import GrpoConfig, Setup
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.models import llama
+from sol_jax.rl import train_step as update
+from sol_jax.rl.policy import PolicyConfig
+from sol_jax.rl.rollout import EpisodeConfig
+from sol_jax.rl.train_step import GrpoConfig, Setup
 
 SMOLLM2 = MODELS["smollm2-135m"]
 AXES = {"page_bounds", "select_pages", "norm_prune", "quantize_residual"}

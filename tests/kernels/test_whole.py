@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from attended import attended
 
-from experiments.kernel_steps import MODELS, axes
+from experiments.benchmarks.kernel_steps import MODELS, axes
 from kernels.interpreted import compiled
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.prune import keep_channels
 from pallas_kernels.quantize import fake_quantize
-from sol_jax import decoding, llama, update
-from sol_jax.axes import Quest
-from sol_jax.axis import ActionSpace
-from sol_jax.decoding import Decoder
-from sol_jax.policy import PolicyConfig
-from sol_jax.rollout import EpisodeConfig
-from sol_jax.update import GrpoConfig, Memory, Setup
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.kappa import Quest
+from sol_jax.generation import episodes as decoding
+from sol_jax.generation.episodes import Decoder
+from sol_jax.models import llama
+from sol_jax.rl import train_step as update
+from sol_jax.rl.policy import PolicyConfig
+from sol_jax.rl.rollout import EpisodeConfig
+from sol_jax.rl.train_step import GrpoConfig, Memory, Setup
 
 # A TPU copies rows of weights in whole lanes.
 MODEL = dataclasses.replace(MODELS["tiny"], ffn_size=128, dtype="float32")

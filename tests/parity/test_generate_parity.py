@@ -4,14 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from sol_jax.axes import ChannelPruning, OutputQuantization, Quest
-from sol_jax.axis import ActionSpace
-from sol_jax.chat import render
-from sol_jax.decoding import Decoder
-from sol_jax.engine import Engine, Request, generate
-from sol_jax.load import load_model, resolve
-from sol_jax.sampling import Sampling, token_logp
-from sol_jax.tokenizer import load_tokenizer
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.generation.engine import Engine, Request, generate
+from sol_jax.generation.episodes import Decoder
+from sol_jax.generation.sampling import Sampling, token_logp
+from sol_jax.models.chat_template import render
+from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.weights import load_model, resolve
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 transformers = pytest.importorskip("transformers")

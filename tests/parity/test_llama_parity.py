@@ -14,9 +14,9 @@ import llama_reference as reference
 import numpy as np
 import pytest
 
-from sol_jax import llama
-from sol_jax.load import load_model, resolve
-from sol_jax.tokenizer import load_tokenizer
+from sol_jax.models import llama
+from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.weights import load_model, resolve
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 transformers = pytest.importorskip("transformers")

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import item_files, task_sweep
-from experiments.tasks import Example
-from sol_jax import continuations, engine, policy_files
-from sol_jax.load import resolve
-from sol_jax.text_costs import dense_text_cost, text_cost
-from sol_jax.tokenizer import load_tokenizer
-from sol_jax.update import init_state
+from experiments.tasks import item_records as item_files
+from experiments.tasks import sweep as task_sweep
+from experiments.tasks.prompts import Example
+from sol_jax.downstream import continuations
+from sol_jax.generation import engine
+from sol_jax.generation.output_cost import dense_text_cost, text_cost
+from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.weights import resolve
+from sol_jax.rl.train_step import init_state
+from sol_jax.runs import policy_files
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 transformers = pytest.importorskip("transformers")
@@ -133,7 +136,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def test_a_tiny_model_with_long_texts(tmp_path, tasks):
     """A context of 48 tokens, bytes: questions are cut on the left, texts are scored in windows."""
-    from sol_jax.lm_eval_adapter import SolJax
+    from sol_jax.downstream.lm_eval_adapter import SolJax
 
     folder = tiny.save_model(tmp_path / "model")
     ours = SolJax(str(folder), max_length=48, batch_size=8)
@@ -143,7 +146,7 @@ def test_a_tiny_model_with_long_texts(tmp_path, tasks):
 
 
 def test_smollm2(tasks):
-    from sol_jax.lm_eval_adapter import SolJax
+    from sol_jax.downstream.lm_eval_adapter import SolJax
 
     path = resolve("smollm2-135m")
     original = transformers.LlamaForCausalLM.from_pretrained(
@@ -159,7 +162,7 @@ def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
     import yaml
     from lm_eval.tasks.winogrande import preprocess_winogrande
 
-    from experiments import tasks
+    from experiments.tasks import prompts as tasks
 
     home = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
@@ -211,10 +214,10 @@ def policy(tiny_session, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("controller", ["policy", "dense"])
 def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
-    """Bytes and operations of a scored and a written answer, counted as `experiments.downstream` does."""
+    """Bytes and operations of a scored and a written answer, counted as `experiments.tasks.downstream` does."""
     from lm_eval.api.instance import Instance
 
-    from sol_jax.lm_eval_adapter import SolJax
+    from sol_jax.downstream.lm_eval_adapter import SolJax
 
     budget, output = (0.5, 0.7, 0.6) if controller == "policy" else (), tmp_path / "costs.jsonl"
     asked = ":".join(map(str, budget)) or None
@@ -248,7 +251,7 @@ def test_repeated_requests_are_samples(tiny_folder):
     """As a task with `repeats` asks; the same again in another run, and the same where nothing is drawn."""
     from lm_eval.api.instance import Instance
 
-    from sol_jax.lm_eval_adapter import SolJax
+    from sol_jax.downstream.lm_eval_adapter import SolJax
 
     model = SolJax(str(tiny_folder / "model"))
 
@@ -268,7 +271,7 @@ def test_conversations_are_spelled_as_the_harness_spells_them(begun):
     """With an answer to come, and with one that was begun (`gen_prefix`)."""
     from lm_eval.models.huggingface import HFLM
 
-    from sol_jax.lm_eval_adapter import SolJax
+    from sol_jax.downstream.lm_eval_adapter import SolJax
 
     ours = SolJax.__new__(SolJax)
     ours.tokenizer = load_tokenizer(resolve("smollm2-135m"))

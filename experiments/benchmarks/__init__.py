@@ -1,0 +1,1 @@
+"""Speed: updates, evaluation, generation and kernels, as ratios measured in one run."""

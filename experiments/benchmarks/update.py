@@ -1,0 +1,238 @@
+"""How fast a GRPO update runs, and where its time goes, as ratios measured in the same process.
+
+    python -m experiments.benchmarks.update                       # SmolLM2-135M, B=8, K=16, T=16, S=1024
+    python -m experiments.benchmarks.update --prefix_len 256 --batch_size 4 --csv FILE
+    python -m experiments.benchmarks.update --scaling --batch_size 2     # cost against K and against T
+
+Random weights of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
+bfloat16, and bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process
+keeps memory that it has freed, so a later mode would seem to need less.  The rate of a large matrix product
+of the same operands is measured in the same process, since absolute times differ from run to run.
+Stages are timed by jitting them alone, so they need not add up to the whole.  `policy_seconds` is the part of
+`rollout_seconds` in which actions are chosen: what the same rollout takes less without a policy.
+"""
+
+import argparse
+import csv
+import ctypes
+import dataclasses
+import functools
+import multiprocessing
+import pathlib
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.costs import update as flops
+from sol_jax.models import llama
+from sol_jax.models.llama import LlamaConfig
+from sol_jax.rl import train_step as update
+from sol_jax.rl.policy import PolicyConfig
+from sol_jax.rl.rollout import Controller, EpisodeConfig, policy_controller, replay
+from sol_jax.rl.train_step import GrpoConfig, Setup
+
+SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
+SIZES = {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}
+SPACE = ActionSpace(
+    (
+        Quest((0.1, 0.5, 1.0), (0.1, 1.0), 100.0),
+        ChannelPruning((0.4, 0.7, 1.0), (0.4, 1.0), 100.0),
+        OutputQuantization((5, 8, 16), (0.3125, 1.0), 200.0),
+    )
+)
+
+
+def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float, float, Any]:
+    """Seconds of the first call (with compilation), of the best later one, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    first = best = time.perf_counter() - start
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        best = min(best, time.perf_counter() - start)
+    return first, best, result
+
+
+def resident_gib(peak: bool) -> float:
+    """Resident size of this process, now or at its highest since `restart_peak` (Linux)."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
+
+
+def restart_peak() -> None:
+    """From here on; what was freed before no longer counts."""
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_kind() -> str:
+    return jax.devices()[0].device_kind
+
+
+def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
+    return Setup(
+        dataclasses.replace(SMOLLM2, dtype=dtype),
+        SPACE,
+        EpisodeConfig(args.prefix_len, args.horizon, windows),
+        PolicyConfig(SMOLLM2.hidden_size, SPACE.num_actions, args.horizon),
+        GrpoConfig(num_schedules=args.num_schedules),
+    )
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns in a fresh process, which ends with it."""
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any]:
+    """One row: a whole update, its share of the matmul rate and, unless `--scaling`, its stages.
+
+    Of the process, which must have done nothing else yet, memory is all beyond what it began with and the
+    weights: at its highest with compilation, and while a compiled update runs.
+    """
+    setup = make_setup(args, dtype, windows)
+    jax.devices()  # the backend's own memory is no update's
+    base = resident_gib(peak=False)
+    weights = jax.block_until_ready(
+        jax.jit(functools.partial(llama.init_weights, cfg=setup.model))(jax.random.key(0))
+    )
+    base += sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30
+    restart_peak()
+    shape = (args.batch_size, setup.episode.block_length)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, setup.model.vocab_size)
+    state = update.init_state(jax.random.key(2), setup)
+    run = jax.jit(update.train_step, static_argnames="setup")  # not donated: the state is used again
+    first, whole, _ = timed(lambda: run(state, weights, tokens, setup=setup), repeats=args.repeats)
+    peak = resident_gib(peak=True) - base
+    restart_peak()
+    jax.block_until_ready(run(state, weights, tokens, setup=setup))
+    running_peak = resident_gib(peak=True) - base
+    rate = flops.matmul_rate(dtype)
+    work = flops.update_flops(setup, args.batch_size)
+    decoded = args.batch_size * windows * args.num_schedules * args.horizon
+    row = {
+        "dtype": dtype,
+        **{name: getattr(args, name) for name in SIZES},
+        "episodes_per_prefix": windows,
+        "seconds": round(whole, 3),
+        "schedule_tokens_per_second": round(decoded / whole, 1),
+        "gflop": round(sum(work.values()) / 1e9, 1),
+        "matmul_gflops": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(sum(work.values()) / whole / rate, 3),
+        "compile_seconds": round(first - whole, 1),
+        "peak_gib_beyond_weights": round(peak, 2),
+        "running_peak_gib_beyond_weights": round(running_peak, 2),
+    }
+    return row if args.scaling else row | stages(args, setup, weights, tokens, state)
+
+
+def stages(
+    args: argparse.Namespace, setup: Setup, weights: Any, tokens: jax.Array, state: update.TrainState
+) -> dict[str, float]:
+    """Seconds of prefill, rollout, the policy's part of it, head and fit, each jitted alone."""
+    B, W, K = args.batch_size, setup.episode.episodes_per_prefix, args.num_schedules
+    budget = jnp.full((B, W, K, len(SPACE.axes)), 0.6)
+    prefill = jax.jit(lambda w, t: update.prefill_blocks(w, t, setup)[0])
+    _, prefill_seconds, episode = timed(prefill, weights, tokens, repeats=args.repeats)
+
+    def roll(weights: Any, episode: Any, controller: Controller) -> Any:
+        memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, W, K, *x.shape)), controller.memory)
+        each = controller._replace(memory=memory)
+        return update.run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
+
+    @jax.jit
+    def roll_policy(weights: Any, params: Any, episode: Any) -> Any:
+        return roll(weights, episode, policy_controller(setup.network, params, setup.grpo.temperature))
+
+    @jax.jit
+    def roll_given(weights: Any, action_T: jax.Array, episode: Any) -> Any:
+        return roll(weights, episode, replay(action_T))
+
+    _, roll_seconds, rollout = timed(roll_policy, weights, state.params, episode, repeats=args.repeats)
+    action_T = rollout.action_T[0, 0, 0]
+    _, given_seconds, _ = timed(roll_given, weights, action_T, episode, repeats=args.repeats)
+    head = jax.jit(lambda w, r, label: update.score(w, r, label, setup.memory.head_rows))
+    _, head_seconds, reward = timed(head, weights, rollout, episode.label_T, repeats=args.repeats)
+
+    @jax.jit
+    def fit(state: update.TrainState, rollout: Any, reward: jax.Array) -> Any:
+        adv, _, _ = update.advantages(reward, rollout, budget[:, :, 0], setup)
+        experience = update.Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv)
+        experience = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), experience)
+        order = update.minibatches(jax.random.key(4), B * W * K, setup.optim, args.horizon)
+        return update.fit(state, experience, *order, setup)[0]
+
+    _, fit_seconds, _ = timed(fit, state, rollout, reward, repeats=args.repeats)
+    named = {
+        "prefill": prefill_seconds,
+        "rollout": roll_seconds,
+        "policy": roll_seconds - given_seconds,
+        "head": head_seconds,
+        "fit": fit_seconds,
+    }
+    return {f"{name}_seconds": round(seconds, 3) for name, seconds in named.items()}
+
+
+def compare_modes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """float32, bfloat16, and bfloat16 with four episodes per prefix."""
+    rows = [
+        shown(alone(measure, args, dtype, windows))
+        for dtype, windows in (("float32", 1), ("bfloat16", 1), ("bfloat16", 4))
+    ]
+    base, narrow, shared = (row["schedule_tokens_per_second"] for row in rows)
+    print(f"bfloat16 / float32: {narrow / base:.2f}x; 4 episodes per prefix: {shared / narrow:.2f}x more")
+    return rows
+
+
+def compare_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """K and T, each halved, as given and doubled: what an update costs beside the smallest."""
+    rows = []
+    for name in ("num_schedules", "horizon"):
+        for size in (getattr(args, name) // 2, getattr(args, name), getattr(args, name) * 2):
+            sizes = argparse.Namespace(**vars(args) | {name: size})
+            rows.append(shown(alone(measure, sizes, "bfloat16", 1)))
+        least, *more = rows[-3:]
+        grown = [(row["seconds"] / least["seconds"], row[name] // least[name]) for row in more]
+        print(
+            f"{name}: " + ", ".join(f"{seconds:.2f}x the time for {n}x" for seconds, n in grown), flush=True
+        )
+    return rows
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--scaling", action="store_true", help="vary K and T instead of the mode")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
+    parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
+    args = parser.parse_args()
+    # Asked elsewhere: a process that has seen a GPU keeps most of its memory.
+    print(f"jax {jax.__version__} on {alone(device_kind)}: {vars(args)}", flush=True)
+    rows = compare_sizes(args) if args.scaling else compare_modes(args)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Draws every figure whose CSVs are there, and says which are not: `make figures`."""
+
+import importlib
+import pathlib
+import sys
+
+from experiments import FIGURES, RESULTS
+from experiments.figures import plots
+from sol_jax.errors import UserError
+
+NAMES = (*(f"figure{number}" for number in range(2, 12)), "blind_controllers", "quest_pages", "generation")
+
+
+def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[str, str]:
+    """Draws the figures; returns why others were not drawn."""
+    missing = {}
+    for name in NAMES:
+        try:
+            figure = importlib.import_module(f"experiments.figures.{name}").draw(results)
+        except UserError as error:
+            missing[name] = str(error)
+        else:
+            print(f"drew {plots.save(figure, figures / f'{name}.png')}")
+    return missing
+
+
+if __name__ == "__main__":
+    for name, why in draw_all(RESULTS, FIGURES).items():
+        print(f"{name} is not drawn: {why}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What the paper lacks: statistics and experiments of our own, each a program."""

@@ -1,0 +1,1 @@
+"""Downstream tasks without the lm-evaluation-harness."""

@@ -1,0 +1,212 @@
+"""Downstream tasks under a policy, beside dense decoding and schedules of the same cost (figure 6).
+
+    python -m experiments.tasks.downstream --policy smollm2-135m/sol-j-fl-t16-page --data FOLDER --limit 200 \\
+        --budgets '0.3,0.55,0.5;0.5,0.7,0.65' --random 4 \\
+        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-page-s0.csv
+
+writes a row per task, controller and requested budget: accuracy with its 95 % interval (Wilson), McNemar's
+exact test of the policy against that controller on the same items, nats per token of the right answer, and
+realised costs.  What came of every item lies in `NAME-items/` beside the CSV, by which a killed sweep
+goes on.  Schedules are matched to the costs that the policy realised on the task.  `random_best` is the draw
+that was right most often on the very items it is judged by, which favours it.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.tasks import item_records as item_files
+from experiments.tasks import prompts as tasks
+from experiments.tasks.item_records import Record
+from experiments.tasks.sweep import Job, Sweep
+from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.evaluation import budget_grid as budgets
+from sol_jax.evaluation import results_csv as results
+from sol_jax.evaluation.statistics import document_bootstrap, mcnemar, wilson
+from sol_jax.generation.engine import Engine
+from sol_jax.generation.load_engine import open_engine, show_log
+from sol_jax.runs.metrics import progress
+from sol_jax.runs.session import commit
+
+# Rows that differ in one of these never share a file.
+IDENTITY = ("run", "model", "dtype", "limit", "seed", "horizon")
+
+
+def row(
+    task: str, controller: str, asked: Mapping[str, float], mine: list[Record], policy: list[Record]
+) -> dict[str, Any]:
+    """A line of the CSV: one controller, beside the policy on the same items.
+
+    `nats` are per token of the right answer, and `gain` is how many fewer the policy takes, with its 95 %
+    interval over items.
+    """
+    names, cost_X = list(asked), item_files.mean_cost(mine)
+    found: dict[str, Any] = {"task": task, "controller": controller}
+    found |= {f"requested_{name}": value for name, value in asked.items()}
+    found |= {f"cost_{name}": float(x) for name, x in zip(names, cost_X, strict=True)}
+    found |= {"net": float(cost_X.mean()), **item_files.shares(mine), "items": len(mine)}
+    for name, column in (("accuracy", "right"), ("accuracy_norm", "right_norm")):
+        right_N, other_N = ([getattr(record, column) for record in part] for part in (mine, policy))
+        # A reference solution is the only choice: always right, which says nothing.
+        if None in right_N or len(mine[0].logp) == 1:
+            continue
+        low, high = wilson(sum(right_N), len(right_N))
+        found |= {name: float(np.mean(right_N)), f"{name}_low": low, f"{name}_high": high}
+        if controller != "policy":
+            found[f"{name}_p"] = mcnemar(np.array(other_N), np.array(right_N))
+    tokens_N = np.array([record.tokens for record in mine])
+    found |= {"nats": "", "tokens": int(tokens_N.sum())}
+    if mine[0].logp:
+        nats_N, policy_N = (np.array([-r.logp[r.answer] / r.tokens for r in part]) for part in (mine, policy))
+        found["nats"] = float(np.average(nats_N, weights=tokens_N))
+        each = np.repeat(nats_N - policy_N, tokens_N), np.repeat(np.arange(len(mine)), tokens_N)
+        found |= dict(zip(("gain", "gain_low", "gain_high"), document_bootstrap(*each), strict=True))
+    return found | {"note": results.NOTES.get(controller, "")}
+
+
+def rows(sweep: Sweep, asked: budgets.Budgets, tell: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Runs one task; all its lines of the CSV."""
+    names, found = [axis.name for axis in sweep.engines["dense"].cfg.space.axes], []
+    dense = sweep.run(Job("dense"), tell)
+    for budget in asked:
+        policy = sweep.run(Job("policy", budget), tell)
+        ran = [sweep.run(job, tell) for job in sweep.matched(policy)]
+        by_name = {"policy": policy, "fixed": ran[0], "dense": dense}
+        if len(ran) > 1:
+            by_name["random_best"] = max(ran[1:], key=_merit)
+        requested = dict(zip(names, budget, strict=True))
+        found += [row(sweep.task, name, requested, mine, policy) for name, mine in by_name.items()]
+    return found
+
+
+def _merit(records: Sequence[Record]) -> tuple[float, ...]:
+    """What the best of random schedules is chosen by: items that are right, then their likelihood."""
+    return sum(r.right for r in records), sum(r.logp[r.answer] if r.logp else 0.0 for r in records)
+
+
+def sample(examples: Sequence[tasks.Example], limit: int, seed: int) -> list[tasks.Example]:
+    """The first `limit` of a seeded shuffle (all for 0), longest first."""
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    chosen = [examples[n] for n in order[: limit or None]]
+    return sorted(chosen, key=lambda e: (-max(len(c) + len(x) for c, x in e.pairs), e.name))
+
+
+def engines(policy: Engine) -> dict[str, Engine]:
+    """The engine of the policy, and those of the same model under other controllers."""
+
+    def under(controller: str) -> Engine:
+        cfg = dataclasses.replace(policy.cfg, policy=None, refresh=controller != "dense")
+        return Engine(policy.weights, policy.tokenizer, cfg, controller)
+
+    return {"policy": policy} | {name: under(name) for name in ("dense", "fixed", "random")}
+
+
+def others(path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of other tasks in a CSV that goes on; `UserError` if it is about something else."""
+    if not path.is_file():
+        return []
+    old, ours = results.read(path), results.texts(about)
+    for name in IDENTITY:
+        if old[0].get(name) != ours[name]:
+            raise UserError(
+                f"{path} holds results of {name} {old[0].get(name)!r}, and these are of {ours[name]!r}; "
+                "name another --output"
+            )
+    return [line for line in old if line["task"] not in names]
+
+
+def downstream(args: argparse.Namespace) -> None:
+    """Runs the tasks one by one; the CSV grows by one task at a time."""
+    names = tasks.named(args.tasks.split(","))
+    if min(args.limit, args.random, args.seed) < 0 or args.batch_size < 1:
+        raise UserError("--limit, --random and --seed must be at least 0, and --batch_size at least 1")
+    examples = {name: sample(tasks.load(args.data, name), args.limit, args.seed) for name in names}
+    asked: list[budgets.Budgets] = []
+
+    def check(policy: Engine) -> None:
+        space = policy.cfg.space
+        asked.append(
+            budgets.parse(args.budgets, space, "--budgets") if args.budgets else budgets.diagonal(space, 3)
+        )
+
+    policy = open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
+    model = pathlib.PurePath(args.model.removeprefix("hub:")).name
+    about = {"run": args.policy, "model": model, "dtype": args.dtype, "limit": args.limit, "seed": args.seed}
+    about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}
+    kept = others(args.output, about, names)
+    under, folder = engines(policy), args.output.with_name(f"{args.output.stem}-items")
+    sweeps = [
+        Sweep(name, examples[name], under, folder, args.batch_size, args.random, args.seed) for name in names
+    ]
+    jobs = 1 + len(asked[0]) * (2 + args.random)
+    done = [sum(_done(sweep, asked[0]) for sweep in sweeps)]
+    bar = progress(sum(jobs * len(sweep.examples) for sweep in sweeps), done[0], "items")
+
+    def tell(items: int) -> None:
+        done[0] += items
+        bar.update(done[0])
+
+    for sweep in sweeps:
+        kept += [results.texts(line | about) for line in rows(sweep, asked[0], tell)]
+        results.write(args.output, kept)
+    bar.close()
+    print(table(kept))
+
+
+def _done(sweep: Sweep, asked: budgets.Budgets) -> int:
+    """Records that are there; of schedules, where the policy's are complete, for they depend on it."""
+    count = len(sweep.found(Job("dense")))
+    for budget in asked:
+        policy = sweep.found(Job("policy", budget))
+        count += len(policy)
+        if len(policy) == len(sweep.examples):
+            count += sum(len(sweep.found(job)) for job in sweep.matched(policy))
+    return count
+
+
+def table(lines: Sequence[Mapping[str, str]]) -> str:
+    """The main columns, for people."""
+    head = f"{'task':24} {'controller':12} {'net':>6} {'bytes':>6} {'FLOPs':>6} {'acc':>6}    [95 %]     "
+    head += f"{'norm':>6} {'p':>6} {'nats':>7}"
+    told = [head, "-" * len(head)]
+    for line in lines:
+
+        def value(name: str, digits: int = 3, line: Mapping[str, str] = line) -> str:
+            return f"{float(line[name]):.{digits}f}" if line.get(name) else ""
+
+        span = f"{value('accuracy_low')} {value('accuracy_high')}"
+        told.append(
+            f"{line['task']:24} {line['controller']:12} {value('net'):>6} {value('bytes'):>6} "
+            f"{value('flops'):>6} {value('accuracy'):>6} {span:^15} {value('accuracy_norm'):>6} "
+            f"{value('accuracy_p'):>6} {value('nats', 4):>7}"
+        )
+    return "\n".join(told)
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", required=True, help="a policy's name or folder, or a run's workdir")
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of task folders")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--model", default="smollm2-135m", help="a folder, a .gguf file, hub:OWNER/NAME")
+    parser.add_argument("--tasks", default="arc_easy,piqa,winogrande,mmlu,gsm8k", help="commas between")
+    parser.add_argument("--limit", type=int, default=200, help="items of a task, by a seeded shuffle; 0: all")
+    parser.add_argument("--budgets", default="", help="costs per axis; semicolons between; default: three")
+    parser.add_argument("--random", type=int, default=0, help="random schedules per budget")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle and of random schedules")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--kernels", default="auto")
+    args = parser.parse_args()
+    show_log()
+    downstream(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What an efficiency axis is, and the joint actions of several; the ones we ship are in `axes`.
+
+An axis has levels, a cost per level (the unit budgets are stated in), a penalty weight, and effects on
+one decode step of one schedule.  Effects default to "none", so a new axis overrides only what it
+changes; neither the trainer nor the rollout names an axis.
+
+Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
+heads of each.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.norm import rms_norm
+from sol_jax.axes.key_selection import Keys, Selection
+from sol_jax.errors import UserError
+
+
+class Work(NamedTuple):
+    """Bytes read and floating-point operations of a part of a decode step, or shares of them."""
+
+    bytes: float
+    flops: float
+
+
+class StepShape(NamedTuple):
+    """What an axis must know of a decode step to say what it saves."""
+
+    kv_len: int
+    group_size: int  # query heads of each key/value head
+    hidden_size: int
+    dtype_bits: int  # of weights, caches and activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One efficiency axis: `levels` ascending, the last the most expensive.
+
+    Training draws the requested mean cost from the range `budget`, or from `budget_choices` if there are
+    any; both are in units of `cost`.  All `value`s below are one of the levels, as a traced float32 scalar.
+    """
+
+    levels: tuple[float, ...]
+    budget: tuple[float, float]
+    penalty: float
+    budget_choices: tuple[float, ...] = ()
+    kernels: str = "auto"  # which implementation of its operations: see `llama.LlamaConfig.kernels`
+    level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
+    name: str = dataclasses.field(default="", init=False)
+    full: ClassVar[float] = 1.0  # the level that changes nothing
+
+    @property
+    def idle(self) -> bool:
+        """Whether steps need not know of it: it has no level but the full one."""
+        return self.levels == (self.full,)
+
+    @property
+    def penalty_weight(self) -> float:
+        """alpha of the paper; an axis without a choice cannot miss its budget (sol.md section 5)."""
+        return self.penalty if self.cost(self.levels[0]) != self.cost(self.levels[-1]) else 0.0
+
+    def cost(self, level: float) -> float:
+        """Cost of a level, in the unit in which budgets are stated."""
+        return self.level_costs[self.levels.index(level)] if self.level_costs else self.nominal_cost(level)
+
+    def nominal_cost(self, level: float) -> float:
+        """The paper's cost of a level, as a share of the full one (sol.md section 1)."""
+        return level
+
+    def budget_for(self, keep_rate: float) -> float:
+        """The mean cost of mixing the two levels around a nominal mean cost to meet it."""
+        if not self.level_costs:
+            return keep_rate
+        nominal = [self.nominal_cost(level) for level in self.levels]
+        return float(np.interp(keep_rate, nominal, self.level_costs))
+
+    def index_prefix(self, k_HxSxd: jax.Array) -> Any:
+        """What to remember of a prefix' keys (one layer), computed once for all schedules."""
+        return ()
+
+    def index_suffix(self, prefix_index: Any, keys: Keys) -> Any:
+        """The same for a schedule's own keys, before its first step (`keys.suffix_HxTxd` unused)."""
+        return ()
+
+    def index_token(self, suffix_index: Any, k_Hxd: jax.Array, keys: Keys) -> Any:
+        """`suffix_index` once the current token's key is there."""
+        return suffix_index
+
+    def select(
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
+    ) -> Selection | None:
+        """The keys that attention reads; None means all.
+
+        With `layer`, `prefix_index` is that of all layers, of which one is read in place: a slice of it would
+        be copied before a kernel sees it.
+        """
+        return None
+
+    def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
+        """Acts on the MLP's (normed) input."""
+        return x_D
+
+    def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
+        """Acts on the MLP's output, before the residual add."""
+        return y_D
+
+    def norm_mlp_input(self, value: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+        """RMSNorm, then `mlp_input`: for an axis that does both in one pass."""
+        return self.mlp_input(value, rms_norm(x_D, gain_D, eps))
+
+    def mlp_output_norm(
+        self, value: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """`mlp_output` added to the residual stream x_D, and the RMSNorm of that: likewise."""
+        return _add_norm(x_D, self.mlp_output(value, y_D), gain_D, eps)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        """What a level leaves of the parts of a dense step, by their names in `costs.StepCost`.
+
+        Parts that are not named stay whole.  `index`, which dense steps lack, is in units of `cache`.
+        """
+        return {}
+
+
+def kept_count(level: float, count: int) -> int:
+    """How many of `count` a keep fraction keeps, at least 1: `key_selection.float32_ceil` on the host."""
+    return int(np.clip(np.ceil(np.float32(level) * np.float32(count)), 1, count))
+
+
+def effective(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with those that are idle replaced by ones that do nothing, at no cost in time either."""
+    return tuple(Axis(axis.levels, axis.budget, axis.penalty) if axis.idle else axis for axis in axes)
+
+
+def held_full(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with the full level alone: what dense decoding needs of them."""
+    return tuple(dataclasses.replace(axis, levels=(axis.full,), level_costs=()) for axis in axes)
+
+
+def mlp_input(
+    axes: Sequence[Axis], action_X: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+) -> jax.Array:
+    """The MLP's input from the residual stream: RMSNorm, then every axis in turn."""
+    acting = _acting(axes, action_X, "mlp_input")
+    if not acting:
+        return rms_norm(x_D, gain_D, eps)
+    (first, value), *others = acting
+    y_D = first.norm_mlp_input(value, x_D, gain_D, eps)
+    for axis, value in others:
+        y_D = axis.mlp_input(value, y_D)
+    return y_D
+
+
+def mlp_output(
+    axes: Sequence[Axis], action_X: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream x_D with the MLP's output after every axis in turn, and the RMSNorm of that."""
+    acting = _acting(axes, action_X, "mlp_output")
+    if not acting:
+        return _add_norm(x_D, y_D, gain_D, eps)
+    *others, (last, value) = acting
+    for axis, own in others:
+        y_D = axis.mlp_output(own, y_D)
+    return last.mlp_output_norm(value, y_D, x_D, gain_D, eps)
+
+
+def _acting(axes: Sequence[Axis], action_X: jax.Array, effect: str) -> list[tuple[Axis, jax.Array]]:
+    """The axes that have an effect of their own, with their levels: the rest must not part fused ones."""
+    pairs = zip(axes, action_X, strict=True)
+    return [
+        (axis, value) for axis, value in pairs if getattr(type(axis), effect) is not getattr(Axis, effect)
+    ]
+
+
+def _add_norm(x_D: jax.Array, y_D: jax.Array, gain_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    stream_D = x_D + y_D
+    return stream_D, rms_norm(stream_D, gain_D, eps)
+
+
+def check_budgets(axis: Axis, budgets: tuple[float, ...], source: str) -> None:
+    """Raises `UserError` unless every budget lies between the costs of the axis' ends."""
+    low, high = axis.cost(axis.levels[0]), axis.cost(axis.levels[-1])
+    for budget in budgets:
+        if not low - 1e-6 <= budget <= high + 1e-6:
+            raise UserError(
+                f"{source}: {axis.name} = {budget} cannot be met; the axis' levels cost {low:g} to {high:g}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionSpace:
+    """The joint actions: every combination of the axes' levels, the last axis varying fastest."""
+
+    axes: tuple[Axis, ...]
+
+    @functools.cached_property
+    def values_AxX(self) -> np.ndarray:
+        """Level of each axis in each action, float32."""
+        return np.array(list(itertools.product(*(axis.levels for axis in self.axes))), np.float32)
+
+    @functools.cached_property
+    def costs_AxX(self) -> np.ndarray:
+        """Cost of each axis in each action, float32."""
+        costs = ([axis.cost(level) for level in axis.levels] for axis in self.axes)
+        return np.array(list(itertools.product(*costs)), np.float32)
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.values_AxX)
+
+    @property
+    def dense(self) -> int:
+        """The action with every axis at its top level: what steps that may not be controlled take."""
+        return self.num_actions - 1
+
+    def join(self, level_X: jax.Array | np.ndarray) -> jax.Array:
+        """Action of the given level index per axis ([..., X] -> [...])."""
+        sizes = [len(axis.levels) for axis in self.axes]
+        strides = np.cumprod([1, *sizes[:0:-1]])[::-1]
+        return jnp.sum(jnp.asarray(level_X) * jnp.asarray(strides.copy()), -1)

@@ -1,0 +1,36 @@
+"""eta, activation quantisation: the MLP's output is rounded to a number of bits before the residual add.
+
+Source: sol.md section 2; arXiv 2605.10875 section 3.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from pallas_kernels.dispatch import without_triton
+from pallas_kernels.quantize import MAX_BITS, fake_quantize, quantize_residual
+from sol_jax.axes.base import Axis
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputQuantization(Axis):
+    """q: the MLP's output is rounded to q bits; its cost is eta = q / 16.
+
+    On one device that saves nothing (`shares` names no part): the output never leaves the chip's registers
+    before the residual add.  Fewer bits would pay where outputs are sent between devices.
+    """
+
+    full: ClassVar[float] = MAX_BITS
+    name: str = dataclasses.field(default="eta", init=False)
+
+    def nominal_cost(self, level: float) -> float:
+        return level / MAX_BITS
+
+    def mlp_output(self, value: jax.Array, y_D: jax.Array) -> jax.Array:
+        return fake_quantize(y_D, value, without_triton(self.kernels))
+
+    def mlp_output_norm(
+        self, value: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return quantize_residual(y_D, value, x_D, gain_D, eps, without_triton(self.kernels))

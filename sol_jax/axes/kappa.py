@@ -1,0 +1,208 @@
+"""kappa, token attention sparsity: which keys of the KV cache a decode step reads, by three rules.
+
+`Quest` is the paper's; `Recency` and `Relevancy` are the authors' alternatives.
+
+Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
+heads of each.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.dispatch import without_triton
+from pallas_kernels.quest import Select, extend_bounds, page_bounds, select_pages
+from pallas_kernels.topk import at_least_kth
+from sol_jax.axes.base import Axis, StepShape, Work, kept_count
+from sol_jax.axes.key_selection import Keys, Selection, ends, exact_ceil, float32_ceil
+
+
+def _cache_shares(entries: int, shape: StepShape) -> Work:
+    """Attention over `entries` keys per query head; at worst, each head of a group reads others."""
+    entries = min(entries, shape.kv_len)
+    read = min(entries * shape.group_size, shape.kv_len)
+    return Work(read / shape.kv_len, entries / shape.kv_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quest(Axis):
+    """kappa by Quest: the pages of the KV cache whose best possible logit is highest, per query head.
+
+    Pages are `page_size` consecutive positions from 0.  Whole pages of the prefix are bounded once;
+    the page in which the prefix ends and those after it are the schedule's own (its *trailing* pages).
+    `protect` keeps the sinks and the recent window whatever their score.  `heads="group"` is not Quest: the
+    query heads of a key/value head take the same pages, so that a kernel reads each only once.
+    """
+
+    page_size: int = 8
+    heads: Select = "head"
+    protect: bool = False
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def index_prefix(self, k_HxSxd: jax.Array) -> jax.Array:
+        """Bounds of the prefix' pages, [H, P, 2d]."""
+        every_S = jnp.ones(k_HxSxd.shape[1], bool)
+        return page_bounds(k_HxSxd, every_S, self.page_size, without_triton(self.kernels))
+
+    def index_suffix(self, prefix_index: jax.Array, keys: Keys) -> jax.Array:
+        """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""
+        (H, _, d), T = keys.prefix_HxSxd.shape, keys.suffix_HxTxd.shape[1]
+        pages = (self.page_size + T - 2) // self.page_size + 1  # if the prefix ends one key short of a page
+        # The prefix' last keys lie in this window, whose start the clamp moves back if it would stick out.
+        N = min(self.page_size, keys.prefix_HxSxd.shape[1])
+        start = jnp.minimum(self._boundary(keys), keys.prefix_HxSxd.shape[1] - N)
+        last_HxNxd = lax.dynamic_slice_in_dim(keys.prefix_HxSxd, start, N, 1)
+        position_N = start + jnp.arange(N)
+        partial_N = (position_N >= self._boundary(keys)) & (position_N < keys.prefix_len)
+        first_Hx1x2d = page_bounds(last_HxNxd, partial_N, N)
+        empty_HxPx2d = page_bounds(
+            jnp.zeros((H, pages - 1, d), first_Hx1x2d.dtype), jnp.zeros(pages - 1, bool), 1
+        )
+        return jnp.concatenate([first_Hx1x2d, empty_HxPx2d], 1)
+
+    def index_token(self, suffix_index: jax.Array, k_Hxd: jax.Array, keys: Keys) -> jax.Array:
+        here_P = jnp.arange(suffix_index.shape[1]) == self._slot(keys, keys.step)
+        return extend_bounds(suffix_index, k_Hxd, here_P)
+
+    def _boundary(self, keys: Keys) -> jax.Array:
+        """Position at which the trailing pages start."""
+        return keys.prefix_len // self.page_size * self.page_size
+
+    def _slot(self, keys: Keys, step: jax.Array) -> jax.Array:
+        """Trailing page of the suffix entry `step`."""
+        return (keys.prefix_len % self.page_size + step) // self.page_size
+
+    def keep_pages(
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: jax.Array,
+        suffix_index: jax.Array,
+        layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Masks of the attended pages: whole prefix pages [H, G, P] and trailing pages."""
+        whole_P = jnp.arange(prefix_index.shape[-2]) < keys.prefix_len // self.page_size
+        begun_P = jnp.arange(suffix_index.shape[1]) <= self._slot(keys, keys.step)
+        tokens = jnp.clip(float32_ceil(value, keys.kv_len), 1, keys.kv_len)
+        pages = (tokens + self.page_size - 1) // self.page_size
+        bounds, used = (prefix_index, suffix_index), (whole_P, begun_P)
+        chosen = without_triton(self.kernels)
+        return select_pages(
+            q_HxGxd, bounds, used, pages, layer=layer, select=self.heads, implementation=chosen
+        )
+
+    def select(
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: jax.Array,
+        suffix_index: jax.Array,
+        layer: jax.Array | None = None,
+    ) -> Selection:
+        whole_HxGxP, trailing_HxGxP = self.keep_pages(value, q_HxGxd, keys, prefix_index, suffix_index, layer)
+        S, T = keys.prefix_HxSxd.shape[1], keys.suffix_HxTxd.shape[1]
+        whole_P = jnp.arange(whole_HxGxP.shape[-1]) < keys.prefix_len // self.page_size
+        keep = Selection(
+            prefix=jnp.where(whole_P, whole_HxGxP, trailing_HxGxP[..., :1]),
+            suffix=jnp.take(trailing_HxGxP, self._slot(keys, jnp.arange(T)), -1, mode="clip"),
+            page_size=self.page_size,
+        )
+        if not self.protect:
+            return keep
+        keep, always = keep.by_token(S), ends(keys, self.sinks, self.window + 1)
+        return Selection(keep.prefix | always.prefix, keep.suffix | always.suffix)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        tokens = kept_count(level, shape.kv_len)
+        if tokens == shape.kv_len:
+            return {}
+        entries = -(-tokens // self.page_size) * self.page_size
+        protected = self.sinks + self.window + 1 if self.protect else 0
+        # The two bounds of a page are as long as a key and a value, and scoring it takes as many operations.
+        index = -(-shape.kv_len // self.page_size) / shape.kv_len
+        readers = shape if self.heads == "head" else shape._replace(group_size=1)
+        return {"cache": _cache_shares(entries + protected, readers), "index": Work(index, index)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recency(Axis):
+    """kappa by recency: `sinks` first tokens, the last `window + 1`, and the most recent of the rest."""
+
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def select(
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
+    ) -> Selection:
+        fixed = self.sinks + self.window + 1
+        rest = jnp.maximum(keys.kv_len - fixed, 0)
+        # Up to `fixed` keys the two ends meet or overlap, and all are kept.
+        recent = jnp.where(rest == 0, keys.kv_len, self.window + 1 + exact_ceil(value, rest))
+        return ends(keys, self.sinks, recent)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        fixed = self.sinks + self.window + 1
+        rest = max(shape.kv_len - fixed, 0)
+        # Exact in Python's double precision, as `exact_ceil` is.
+        share = (fixed + math.ceil(float(np.float32(level)) * rest)) / shape.kv_len if rest else 1.0
+        return {"cache": Work(share, share)}  # the same keys for every head
+
+
+@dataclasses.dataclass(frozen=True)
+class Relevancy(Axis):
+    """kappa by relevancy, an oracle: per head the keys with the highest attention logits.
+
+    `sinks` first and `window + 2` last tokens are always kept (one more than by recency, as in the
+    authors' code); keep fraction 0 still keeps the best of the rest.
+    """
+
+    sinks: int = 4
+    window: int = 2
+    name: str = dataclasses.field(default="kappa", init=False)
+
+    def select(
+        self,
+        value: jax.Array,
+        q_HxGxd: jax.Array,
+        keys: Keys,
+        prefix_index: Any,
+        suffix_index: Any,
+        layer: jax.Array | None = None,
+    ) -> Selection:
+        always = ends(keys, self.sinks, self.window + 2)
+        rest = jnp.maximum(keys.kv_len - self.sinks - self.window - 2, 0)
+
+        def logits(k_HxNxd: jax.Array, valid: jax.Array, kept: jax.Array) -> jax.Array:
+            logit = jnp.einsum("hgd,hnd->hgn", q_HxGxd, k_HxNxd, preferred_element_type=jnp.float32)
+            return jnp.where(valid & ~kept, logit, -jnp.inf)
+
+        of_prefix = logits(keys.prefix_HxSxd, keys.valid.prefix, always.prefix)
+        of_suffix = logits(keys.suffix_HxTxd, keys.valid.suffix, always.suffix)
+        both = jnp.concatenate([of_prefix, of_suffix], -1)
+        count = jnp.maximum(float32_ceil(value, rest), 1)
+        best = at_least_kth(both, jnp.broadcast_to(count, both.shape[:-1]))
+        S = keys.prefix_HxSxd.shape[1]
+        return Selection(best[..., :S] | always.prefix, best[..., S:] | always.suffix)
+
+    def shares(self, level: float, shape: StepShape) -> dict[str, Work]:
+        always = self.sinks + self.window + 2
+        rest = max(shape.kv_len - always, 0)
+        values = _cache_shares(always + kept_count(level, rest) if rest else shape.kv_len, shape)
+        # It ranks by the logits themselves: every key is read, and only values are saved.
+        return {"cache": Work((1 + values.bytes) / 2, (1 + values.flops) / 2)}

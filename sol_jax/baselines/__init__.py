@@ -1,0 +1,1 @@
+"""What a policy is compared with: schedules that know nothing, and heuristics that need no training."""

@@ -1,0 +1,134 @@
+"""What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
+
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+from sol_jax.digests import array_digest, digest
+from sol_jax.errors import UserError
+from sol_jax.runs import policy_files
+from sol_jax.runs.checkpoints import FREE_FIELDS
+from sol_jax.runs.config import build_episode, flatten
+from sol_jax.runs.policy_files import HASH_LENGTH
+from sol_jax.runs.session import Session, commit, open_session
+from sol_jax.runs.trained_policy import Subject
+from sol_jax.text import blocks as data
+from sol_jax.text.blocks import Batch
+from sol_jax.text.documents import document_hashes, read_documents
+
+
+def open_text(
+    config: ConfigDict,
+    source: str = "",
+    document_start: str = "",
+    protect: bool | None = None,
+    kernels: str | None = None,
+    restate: bool | None = None,
+    prefix_len: int | None = None,
+) -> Session:
+    """The session of a run's model on another text, all of it test text; on its own without a `source`.
+
+    `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
+    `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
+    """
+    other = ConfigDict(config.to_dict())
+    if source:
+        other.data.source, other.data.document_start = source, document_start
+        other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
+    if protect is not None:
+        other.axes.kappa.protect = protect
+    if kernels is not None:
+        other.kernels = kernels
+    if restate is not None:
+        other.policy.restate = restate
+    if prefix_len is not None:
+        other.episode.prefix_len = prefix_len
+    return open_session(other)
+
+
+def training_documents(config: ConfigDict, session: Session) -> Collection[str]:
+    """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
+    block_length = build_episode(config).block_length
+    same_blocks = session.setup.episode.block_length == block_length and "train" in session.blocks
+    if session.config.data.source == config.data.source and same_blocks:
+        blocks = session.blocks
+    else:
+        blocks = data.prepare(
+            config.data.source,
+            session.tokenizer,
+            block_length=block_length,
+            validation_fraction=config.data.validation_fraction,
+            test_fraction=config.data.test_fraction,
+            document_start=config.data.document_start,
+            cache_dir=config.data.cache_dir or None,
+        )
+    return policy_files.document_names(blocks["train"].documents)
+
+
+def refuse_training_text(session: Session, split: str, trained_on: Collection[str]) -> None:
+    """Raises `UserError`, naming documents, if the text to be scored is part of the training text."""
+    trained = set(trained_on)
+    leaked = {digest for digest in session.split(split).documents if digest[:HASH_LENGTH] in trained}
+    if not leaked:
+        return
+    source = session.config.data
+    titles = [
+        f"{document.title!r} (sha256 {document_hashes([document])[0][:HASH_LENGTH]})"
+        for document in read_documents(source.source, source.document_start)
+        if document_hashes([document])[0] in leaked
+    ]
+    more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+    raise UserError(
+        f"the {split} text of {source.source} holds documents that the policy was trained on: "
+        f"{', '.join(titles[:3])}{more}; evaluate on another text"
+    )
+
+
+def describe(subject: Subject, session: Session, split: str, batches: Sequence[Batch]) -> dict[str, Any]:
+    """What every row of results says of where it comes from."""
+    episode, flat = session.setup.episode, flatten(subject.config)
+    # Defaults are left out: a field that is added later, and a run that knew nothing of it, change no digest.
+    usual = flatten(default.get_config())
+    trained = {
+        name: value
+        for name, value in flat.items()
+        if not name.startswith(FREE_FIELDS) and value != usual.get(name)
+    }
+    return {
+        "run": subject.name,
+        "updates": subject.updates,
+        "model": policy_files.model_name(subject.config),
+        "prefix": episode.prefix_len,
+        "horizon": episode.horizon,
+        "text": text_name(session.config.data.source, split),
+        "protect": session.config.axes.kappa.protect,
+        "restate": session.config.policy.restate,
+        "blocks": sum(len(batch.tokens_BxN) for batch in batches),
+        "seed": subject.config.seed,
+        "config": digest(trained),
+        "commit": commit(),
+    }
+
+
+def text_name(source: str, split: str) -> str:
+    """A source without its folders, and the split of it."""
+    files = ",".join(pathlib.PurePath(part).name for part in source.split(","))
+    return f"{files}:{split}"
+
+
+def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str, Any]:
+    """All that decides scores besides the controllers; it names the folder in which they are kept."""
+    setup = session.setup
+    return {
+        "model": session.config.model.path,
+        "architecture": repr(setup.model),
+        "axes": repr(setup.space.axes),
+        "costs": {axis.name: [axis.cost(level) for level in axis.levels] for axis in setup.space.axes},
+        "episode": repr(setup.episode),
+        "text": session.config.data.source,
+        "blocks": [array_digest([batch.tokens_BxN, batch.document_B]) for batch in batches],
+        "stale_prefill": stale,
+    }

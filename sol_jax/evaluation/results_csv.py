@@ -1,0 +1,126 @@
+"""Rows of a comparison as CSV and as a table."""
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sol_jax.errors import UserError
+from sol_jax.evaluation.comparison import Draw, Row
+
+# Rows that differ in one of these are not to be compared, so they never share a file.
+IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
+LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
+NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
+
+
+def records(
+    rows: Iterable[Row | Draw], axis_names: Sequence[str], about: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """Rows as CSV fields, with `about` (seed, commit, config ...) repeated on each."""
+    flat = [_flat(dataclasses.asdict(row), axis_names) | texts(about) for row in rows]
+    return [record | {"note": NOTES.get(record.get("controller", ""), "")} for record in flat]
+
+
+def _flat(record: dict[str, Any], axis_names: Sequence[str]) -> dict[str, str]:
+    """A column per axis for every field that has a value per axis."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, tuple):
+            flat |= {f"{name}_{axis}": v for axis, v in zip(axis_names, value, strict=True)}
+        else:
+            flat[name] = value
+    return texts(flat)
+
+
+def texts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Values as they are written: numbers with seven digits."""
+    return {
+        name: f"{value:.7g}" if isinstance(value, float) else str(value) for name, value in record.items()
+    }
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a CSV that `write` wrote; `UserError` if it is none."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or "no CSV"
+        raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
+    if not rows or "nats" not in rows[0]:
+        raise UserError(f"{path} is not a CSV of sol_jax.evaluate")
+    return rows
+
+
+def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Writes a CSV, all or nothing; a field that only some rows have is empty in the others."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
+    """Raises `UserError` if `path` has rows that may not be compared with those of `about`."""
+    if not os.path.exists(path):
+        return
+    ours = texts(about)
+    for row in read(path):
+        for name in IDENTITY:
+            theirs = row.get(name) or LATER.get(name)  # empty where rows were added to an older file
+            if theirs != ours[name]:
+                raise UserError(
+                    f"{path} holds results of {name} {theirs!r}, and these are of {ours[name]!r}; "
+                    "name another --output"
+                )
+
+
+def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Adds rows to the CSV at `path`; one for the same controller and budget is replaced.
+
+    So are those that stand beside another checkpoint at that budget, or are of more or less text: what the
+    policy gains over them is not what it gains now.
+    """
+
+    def budget(row: Mapping[str, str]) -> tuple[str, ...]:
+        names = sorted(name for name in row if name.startswith("requested_") or name in ("held", "along"))
+        return tuple(row[name] for name in names)
+
+    def key(row: Mapping[str, str]) -> tuple[str, ...]:
+        return row.get("controller", ""), row.get("draw", ""), *budget(row)
+
+    def subject(row: Mapping[str, str]) -> tuple[str, ...]:
+        return row.get("updates") or "", row.get("blocks") or ""
+
+    old = read(path) if os.path.exists(path) else []
+    new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
+    kept = [row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)]
+    write(path, [*kept, *rows])
+
+
+def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:
+    """The rows as text, one block per requested budget."""
+    costs = "cost " + "/".join(axis_names)
+    shares = f"{'net':>6} {'bytes':>6} {'flops':>6}"
+    head = f"{'controller':14} {costs:>22} {shares} {'ppl':>9}   gain of the policy, nats/token"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        if row.controller == "policy":
+            held = f", {row.held} held dense" if row.held else ""
+            lines.append("requested " + " / ".join(f"{c:.3f}" for c in row.requested) + held)
+        cost = " / ".join(f"{c:.3f}" for c in row.cost)
+        gain = f"{row.gain:+.4f} [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
+        shown = "" if row.controller == "policy" else gain
+        shares = f"{row.net:6.3f} {row.bytes:6.3f} {row.flops:6.3f}"
+        lines.append(f"{row.controller:14} {cost:>22} {shares} {row.perplexity:9.2f}   {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""An engine from names: model, policy, controller.  What the entry points that decode freely share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from configs import sol_j_fl
+from pallas_kernels.dispatch import choose
+from pallas_kernels.errors import UnavailableError
+from sol_jax.axes.base import ActionSpace, held_full
+from sol_jax.errors import UserError
+from sol_jax.generation.engine import Engine
+from sol_jax.generation.episodes import Decoder, usual_prefill_batch
+from sol_jax.models import weights as load
+from sol_jax.models.llama import LlamaConfig
+from sol_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from sol_jax.rl.train_step import Setup
+from sol_jax.runs import config as config_lib
+from sol_jax.runs import policy_files
+from sol_jax.runs.trained_policy import open_run, policy_of_run
+
+
+def show_log() -> None:
+    """Shows what the library logs, such as shapes that compile; for programs without `app.run`."""
+    logging.set_verbosity(logging.INFO)
+
+
+def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:
+    """A policy's parameters, and the setup of its training with `model` in place of its own.
+
+    Raises `UserError` if there is none, or if it was trained for another model or other actions.
+    """
+    workdir = pathlib.Path(name).expanduser()
+    if (workdir / "checkpoints").is_dir():
+        config, checkpoints = open_run(workdir)
+        run, setup = _with_model(config, model_path, model)
+        params = policy_of_run(checkpoints, config, setup, name).params
+    else:
+        params, config, _ = policy_files.load_policy(name)
+        run, setup = _with_model(config, model_path, model)
+    policy_files.check_fits(name, params, config, run, setup)
+    return params, setup
+
+
+def _with_model(config: ConfigDict, model_path: str, model: LlamaConfig) -> tuple[ConfigDict, Setup]:
+    """A run's config and setup with another model in place of its own."""
+    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
+    return run, config_lib.build(run, model)
+
+
+def open_engine(
+    model: str,
+    policy: str | None = None,
+    controller: str | None = None,
+    dtype: str = "float32",
+    kernels: str = "auto",
+    check: Callable[[Engine], Any] = lambda engine: None,
+    restate: bool | None = None,
+    **options: Any,
+) -> Engine:
+    """The engine of a model and a controller, over the levels of a policy or, without one, of SOL-J-FL.
+
+    Args:
+      model: what `load.resolve` takes.
+      policy: a policy's name or folder, or the workdir of a training run.
+      controller: default: the policy, if there is one, else dense.
+      check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
+      restate: whether the policy is asked for what is left of the budget; default: as it was trained.
+      options: fields of the decoder.
+
+    Raises `UserError` for whatever is wrong with these.
+    """
+    controller = controller or ("policy" if policy else "dense")
+    if controller == "policy" and not policy:
+        raise UserError("the controller policy needs a --policy")
+    if restate is not None and controller != "policy":
+        raise UserError(
+            f"--restate says how a policy is asked, and the controller is {controller}; leave it out"
+        )
+    path = load.resolve(model)
+    try:
+        choose("attend", kernels)
+    except UnavailableError as error:
+        raise UserError(f"--kernels: {error}") from None
+    cfg = dataclasses.replace(load.load_config(path, dtype), kernels=kernels)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, cfg)
+    params, network = None, None
+    if policy:
+        params, setup = open_policy(policy, model, cfg)
+        space, episode, network = setup.space, setup.episode, setup.policy
+        if restate is not None:
+            network = dataclasses.replace(network, restate=restate)
+    else:
+        config = sol_j_fl.get_config()
+        space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
+    space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))
+    if controller == "dense":
+        space = ActionSpace(held_full(space.axes))
+    if controller != "policy":
+        params, network = None, None
+    if controller == "dense" and not options.get("lossless"):
+        options["refresh"] = False  # without compression there is nothing to refresh
+    options.setdefault("prefill_batch", usual_prefill_batch())
+    try:
+        decoder = Decoder(cfg, space, episode.horizon, episode.uncontrolled, network, **options)
+        engine = Engine({}, tokenizer, decoder, controller, params)
+        check(engine)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return dataclasses.replace(engine, weights=load.load_weights(path, cfg))

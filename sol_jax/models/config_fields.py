@@ -1,0 +1,92 @@
+"""What both readers of model configurations share: fields taken one by one, and none left over.
+
+A setting that a file carries and the model does not honour would change its outputs silently, so whatever
+nobody took is refused by name.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from sol_jax.errors import UserError
+from sol_jax.models.llama import LlamaConfig
+
+_REQUIRED: Any = object()
+_KINDS = {
+    int: "a positive integer",
+    float: "a positive number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+}
+
+
+class Fields:
+    """The fields of one configuration, to be taken one by one; `close` refuses those left over."""
+
+    def __init__(self, where: str, values: dict[str, Any]):
+        self.where = where
+        self._left = dict(values)
+
+    def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """Value of `name`, positive if `kind` is int or float; an absent or null one gives `default`.
+
+        Raises UserError if it is absent without a default, or of another kind.
+        """
+        value: Any = self._left.pop(name, None)
+        if value is None:
+            if default is _REQUIRED:
+                raise UserError(f"{self.where} has no field {name!r}")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        # `type` and not isinstance: true is no number of layers.
+        positive = not isinstance(value, int | float) or 0 < value < float("inf")
+        if type(value) is not kind or (kind in (int, float) and not positive):
+            raise UserError(f"{self.where}: {name} is {value!r}, not {_KINDS[kind]}")
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Take a field that is honoured at some values only; absent or null counts as one of them."""
+        value: Any = self._left.pop(name, None)
+        if value is not None and value not in allowed:
+            names = " or ".join(map(repr, allowed))
+            raise UserError(f"{self.where}: {name} is {value!r}, but only {names} is supported")
+
+    def close(self, harmless: Collection[str] = ()) -> None:
+        """Refuse what is left, except `harmless` names."""
+        left = sorted(set(self._left) - set(harmless))
+        if left:
+            raise UserError(f"{self.where}: unknown field {left[0]!r}; this model would not honour it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.  Raises UserError if it is missing, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}; a model folder needs it") from None
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path} is not readable JSON: {fault}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def head_size_of(where: str, hidden: int, heads: int) -> int:
+    """The size of a head where a file does not say; `UserError` if the heads do not divide the hidden size."""
+    if hidden % heads:
+        raise UserError(f"{where}: the hidden size {hidden} is not a multiple of {heads} heads")
+    return hidden // heads
+
+
+def checked(where: str, cfg: LlamaConfig) -> LlamaConfig:
+    """`cfg`, or UserError if its sizes contradict each other."""
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {cfg.dtype!r}, but only 'float32' or 'bfloat16' is supported")
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise UserError(f"{where}: {cfg.num_heads} heads cannot share {cfg.num_kv_heads} key/value heads")
+    if cfg.head_size % 2:
+        raise UserError(f"{where}: the head size {cfg.head_size} is odd; rotary embeddings need pairs")
+    return cfg

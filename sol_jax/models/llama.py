@@ -1,0 +1,415 @@
+"""The frozen Llama as pure functions: one sequence, one schedule; batch with `jax.vmap`.
+
+Two ways through the same layers.  `prefill` runs a whole sequence densely and returns its KV cache;
+`decode_step` runs one token against that cache (the *prefix*, shared by every schedule of the
+sequence) and the schedule's own later entries (the *suffix*), letting the efficiency axes act.
+
+Matrix products take operands of `cfg.dtype` and accumulate in float32; the residual stream, norms,
+rotary embedding and softmax are float32 always.
+
+Source: Llama 3 (arXiv 2407.21783); numerics follow `transformers`' `LlamaForCausalLM`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.decode import attend, split_attention
+from pallas_kernels.mlp import gated_hidden
+from pallas_kernels.norm import rms_norm
+from pallas_kernels.prefill import causal_attention
+from sol_jax.axes.base import Axis, effective, mlp_input, mlp_output
+from sol_jax.axes.key_selection import Keys
+
+Weights = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary wavelengths (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Everything about the architecture that the maths depends on; sizes in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    dtype: str = "float32"  # of weights, caches and matmul operands; sums are float32
+    # Of decode steps: "auto" (by platform and shape), "xla", "pallas", or "triton" (jax-triton where it has a
+    # kernel, Pallas elsewhere).  A named one runs or raises `UnavailableError`.
+    kernels: str = "auto"
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class ParamSpec(NamedTuple):
+    """One weight: its shape, a logical name for each dimension (for sharding) and its initial scale."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: float  # 0 marks a norm's gain, which starts at 1
+
+
+def weight_specs(cfg: LlamaConfig) -> Weights:
+    """The abstract tree that shapes, init, loading and sharding all follow; layers are stacked on axis 0."""
+    L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
+    H, Hkv, d = cfg.num_heads, cfg.num_kv_heads, cfg.head_size
+    into, ffn = D**-0.5, F**-0.5
+    specs: Weights = {
+        "embed": ParamSpec((V, D), ("vocab", "hidden"), into),
+        "layers": {
+            "attn_norm": ParamSpec((L, D), ("layer", None), 0.0),
+            "q": ParamSpec((L, D, H, d), ("layer", "hidden", "heads", None), into),
+            "k": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
+            "v": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
+            "o": ParamSpec((L, H, d, D), ("layer", "heads", None, "hidden"), (H * d) ** -0.5),
+            "mlp_norm": ParamSpec((L, D), ("layer", None), 0.0),
+            "gate": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
+            "up": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
+            "down": ParamSpec((L, F, D), ("layer", "ffn", "hidden"), ffn),
+        },
+        "final_norm": ParamSpec((D,), (None,), 0.0),
+    }
+    if not cfg.tie_embeddings:
+        specs["lm_head"] = ParamSpec((D, V), ("hidden", "vocab"), into)
+    return specs
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def abstract_weights(cfg: LlamaConfig) -> Weights:
+    """`weight_specs` as `jax.ShapeDtypeStruct`s: enough to lower a program without any weights."""
+
+    def shaped(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(cfg.dtype))
+
+    return jax.tree.map(shaped, weight_specs(cfg), is_leaf=_is_spec)
+
+
+def init_weights(key: jax.Array, cfg: LlamaConfig) -> Weights:
+    """Random weights (normal, fan-in scaled; gains 1), for tests and benchmarks."""
+    specs, treedef = jax.tree.flatten(weight_specs(cfg), is_leaf=_is_spec)
+    keys = jax.random.split(key, len(specs))
+
+    def init(key: jax.Array, spec: ParamSpec) -> jax.Array:
+        if spec.stddev == 0.0:
+            return jnp.ones(spec.shape, cfg.dtype)
+        return (spec.stddev * jax.random.normal(key, spec.shape)).astype(cfg.dtype)
+
+    return jax.tree.unflatten(treedef, [init(k, s) for k, s in zip(keys, specs, strict=True)])
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of one sequence or one schedule: [L, Hkv, N, d] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Prefix(NamedTuple):
+    """What all schedules of an episode read and none writes.
+
+    `cache` may hold more than `length` entries (prompts of several lengths in one batch, or episodes
+    that share a prefill): the rest is masked.  `axis_index` is what each axis keeps about the keys, with a
+    leading layer axis (Quest's page bounds).
+    """
+
+    cache: KVCache
+    axis_index: tuple[Any, ...]
+    length: jax.Array  # int32 scalar
+
+
+class Suffix(NamedTuple):
+    """What one schedule wrote so far: cache entries and each axis' summary of them, by layer, as `_bits`."""
+
+    cache: KVCache
+    axis_index: tuple[Any, ...]
+
+
+def dot(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
+    """`x [..., n] . w [n, ...]` over `contract` dimensions: operands of w's dtype, float32 result."""
+    return jnp.tensordot(x.astype(w.dtype), w, contract, preferred_element_type=jnp.float32)
+
+
+def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
+    """Angular frequencies [d/2] in radians per position, stretched as `cfg.rope_scaling` says."""
+    # Powers in float64: float32 ones are a rounding off torch's, 5e-4 radians at position 8,192.
+    exponent = np.arange(0, cfg.head_size, 2, dtype=np.float32) / np.float32(cfg.head_size)
+    base = np.float64(cfg.rope_theta) ** exponent.astype(np.float64)
+    freq = np.float32(1.0) / base.astype(np.float32)
+    if cfg.rope_scaling is None:
+        return freq
+    s = cfg.rope_scaling
+    wavelength = 2 * np.pi / freq.astype(np.float64)
+    # Share of the original frequency: 1 for short waves, 0 (fully stretched) for long ones.
+    span = s.high_freq_factor - s.low_freq_factor
+    keep = np.clip((s.original_max_position / wavelength - s.low_freq_factor) / span, 0.0, 1.0)
+    return ((1 - keep) * freq / s.factor + keep * freq).astype(np.float32)
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of the rotary angles at some positions: [..., d/2] each."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_at(position: jax.Array, cfg: LlamaConfig) -> Rope:
+    """The rotation of every layer at `position`, computed once outside the loop over layers."""
+    angle = position[..., None].astype(jnp.float32) * rope_frequencies(cfg)
+    return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotary embedding of x [..., heads, d] by angles [..., d/2]."""
+    cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def embed(weights: Weights, token: jax.Array) -> jax.Array:
+    """Input embeddings in float32."""
+    return weights["embed"][token].astype(jnp.float32)
+
+
+def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
+    """Next-token logits [..., V] from final-norm hidden states [..., D]."""
+    if "lm_head" in weights:
+        return dot(hidden, weights["lm_head"])
+    table_VxD = weights["embed"]
+    last = ((hidden.ndim - 1,), (1,))
+    return lax.dot_general(
+        hidden.astype(table_VxD.dtype), table_VxD, (last, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
+    """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
+    q, k = rotate(dot(x, layer["q"]), rope), rotate(dot(x, layer["k"]), rope)
+    return q.astype(cfg.dtype), k.astype(cfg.dtype), dot(x, layer["v"]).astype(cfg.dtype)
+
+
+def _mlp(layer: Weights, x: jax.Array) -> jax.Array:
+    """The gated MLP of normed inputs x [..., D]."""
+    return dot(jax.nn.silu(dot(x, layer["gate"])) * dot(x, layer["up"]), layer["down"])
+
+
+def _dense_layer(
+    layer: Weights, x_NxD: jax.Array, rope: Rope, cfg: LlamaConfig, attend: Callable[..., jax.Array]
+) -> tuple[jax.Array, KVCache]:
+    """One layer over N tokens at once; `attend` takes their q [N, H, d], k and v [Hkv, N, d]."""
+    with jax.named_scope("attention"):
+        q_NxHxd, k_NxHxd, v_NxHxd = _qkv(layer, rms_norm(x_NxD, layer["attn_norm"], cfg.norm_eps), rope, cfg)
+        entries = KVCache(k_NxHxd.swapaxes(0, 1), v_NxHxd.swapaxes(0, 1))
+        x_NxD = x_NxD + dot(attend(q_NxHxd, *entries), layer["o"], 2)
+    with jax.named_scope("mlp"):
+        x_NxD = x_NxD + _mlp(layer, rms_norm(x_NxD, layer["mlp_norm"], cfg.norm_eps))
+    return x_NxD, entries
+
+
+def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, KVCache]:
+    """One dense causal pass over a sequence.
+
+    Returns the final-norm hidden states [S, D] (float32) and the cache [L, Hkv, S, d].
+    """
+    rope = rope_at(jnp.arange(tokens_S.shape[0]), cfg)
+
+    def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
+        return _dense_layer(_at(weights["layers"], i), x_SxD, rope, cfg, causal_attention)
+
+    x_SxD, cache = lax.scan(block, embed(weights, tokens_S), jnp.arange(cfg.num_layers))
+    return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
+
+
+def extend(
+    weights: Weights, tokens_N: jax.Array, cache: KVCache, length: jax.Array, cfg: LlamaConfig
+) -> tuple[jax.Array, KVCache]:
+    """One dense causal pass over the tokens that follow the first `length` entries of a dense cache.
+
+    Returns the tokens' final-norm hidden states [N, D] (float32) and their entries [L, Hkv, N, d].
+    """
+    N, Hkv, G = tokens_N.shape[0], cfg.num_kv_heads, cfg.group_size
+    rope = rope_at(length + jnp.arange(N), cfg)
+    before_S = jnp.arange(cache.k.shape[2]) < length
+    # To `split_attention` the N queries of each head are so many heads more, each with its own mask.
+    causal_GNxN = jnp.tile(jnp.tri(N, dtype=bool), (G, 1))
+
+    def block(x_NxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
+        def attend(q_NxHxd: jax.Array, k_HxNxd: jax.Array, v_HxNxd: jax.Array) -> jax.Array:
+            q_HkvxGNxd = q_NxHxd.reshape(N, Hkv, G, -1).transpose(1, 2, 0, 3).reshape(Hkv, G * N, -1)
+            own, keep = (k_HxNxd, v_HxNxd), (before_S[None, None], causal_GNxN[None])
+            mixed_HkvxGNxd = split_attention(q_HkvxGNxd, _at(cache, i), own, *keep)
+            return mixed_HkvxGNxd.reshape(Hkv, G, N, -1).transpose(2, 0, 1, 3).reshape(q_NxHxd.shape)
+
+        return _dense_layer(_at(weights["layers"], i), x_NxD, rope, cfg, attend)
+
+    x_NxD, entries = lax.scan(block, embed(weights, tokens_N), jnp.arange(cfg.num_layers))
+    return rms_norm(x_NxD, weights["final_norm"], cfg.norm_eps), entries
+
+
+def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
+    """`cache` with `entries` [L, Hkv, N, d] (of `extend`, or a suffix') after its first `length`."""
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        bits = _put(_bits(old), new, 0, 0, length)
+        return lax.bitcast_convert_type(bits, old.dtype)
+
+    return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
+
+
+def make_prefix(cache: KVCache, length: jax.Array, axes: tuple[Axis, ...]) -> Prefix:
+    """The first `length` entries of a dense cache as a prefix that schedules decode against."""
+    index = tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes))
+    return Prefix(cache, index, jnp.asarray(length, jnp.int32))
+
+
+def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suffix:
+    """Room for `num_steps` entries after `prefix`."""
+    L, Hkv, _, d = prefix.cache.k.shape
+    blank = jnp.zeros((L, Hkv, num_steps, d), prefix.cache.k.dtype)
+
+    def index(axis: Axis, prefix_index: Any) -> Any:
+        def of_layer(layer_index: Any, k_HxSxd: jax.Array, k_HxTxd: jax.Array) -> Any:
+            return axis.index_suffix(layer_index, Keys(k_HxSxd, k_HxTxd, prefix.length, jnp.int32(0)))
+
+        return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
+
+    axis_index = tuple(map(index, effective(axes), prefix.axis_index))
+    return jax.tree.map(_bits, Suffix(KVCache(blank, blank), axis_index))
+
+
+def decode_step(
+    weights: Weights,
+    prefix: Prefix,
+    suffix: Suffix,
+    token: jax.Array,
+    step: jax.Array,
+    action_X: jax.Array,
+    axes: tuple[Axis, ...],
+    cfg: LlamaConfig,
+) -> tuple[jax.Array, Suffix]:
+    """Consumes `token` at position `prefix.length + step` under the levels `action_X` (one per axis).
+
+    Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
+    those of the *compressed* step: later steps see them (sol.md section 3).
+    """
+    rope, layers, axes = rope_at(prefix.length + step, cfg), weights["layers"], effective(axes)
+    # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
+    next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
+
+    def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
+        x_D, normed_D, suffix = carry
+        layer = _at(layers, i)
+        with jax.named_scope("attention"):
+            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, normed_D, rope, cfg)
+            q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
+            suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
+            suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
+            keys = Keys(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
+            S, keep = prefix.cache.k.shape[2], None
+            for axis, value, whole, own in zip(axes, action_X, prefix.axis_index, suffix_index, strict=True):
+                chosen = axis.select(value, q_HxGxd, keys, whole, own, i)
+                if chosen is not None:
+                    keep = chosen if keep is None else keep.both(chosen, S)
+            keep = keys.valid if keep is None else keep._replace(suffix=keep.suffix & keys.valid.suffix)
+            mixed_HxGxd = attend(
+                q_HxGxd,
+                prefix.cache,
+                suffix_kv,
+                keep.prefix,
+                keep.suffix,
+                prefix.length,
+                keep.page_size,
+                layer=i,
+                implementation=cfg.kernels,
+            )
+            x_D = x_D + dot(mixed_HxGxd.reshape(cfg.num_heads, cfg.head_size), layer["o"], 2)
+        with jax.named_scope("mlp"):
+            y_D = mlp_input(axes, action_X, x_D, layer["mlp_norm"], cfg.norm_eps)
+            y_D = dot(gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i), layer["down"])
+            x_D, normed_D = mlp_output(axes, action_X, y_D, x_D, _at(next_norm_LxD, i), cfg.norm_eps)
+        return (x_D, normed_D, suffix), None
+
+    x_D = embed(weights, token)
+    start = x_D, rms_norm(x_D, layers["attn_norm"][0], cfg.norm_eps), suffix
+    (_, normed_D, suffix), _ = lax.scan(block, start, jnp.arange(cfg.num_layers))
+    return normed_D, suffix
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as its bits, for moving it about; anything else as it is.
+
+    XLA's CPU compiler widens bfloat16 slices and updates to float32, and with them the whole array they
+    are cut from or written to.  So suffixes are stored as bits, and stacked weights are sliced as bits.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    """Layer `i` of stacked arrays (bits or not).
+
+    Weights and caches are read so, by index inside the loop over layers, rather than scanned: scanned
+    arrays must lead with the layer, and vmap leads with the batch, so every step would transpose them.
+    """
+
+    def take(stacked: jax.Array) -> jax.Array:
+        layer = lax.dynamic_index_in_dim(_bits(stacked), i, 0, keepdims=False)
+        return lax.bitcast_convert_type(layer, jnp.bfloat16) if layer.dtype == jnp.uint16 else layer
+
+    return jax.tree.map(take, tree)
+
+
+def _put(stacked: jax.Array, new: jax.Array, *start: jax.Array | int) -> jax.Array:
+    """`stacked` (bits) with `new` written at `start`, in place; axes that `start` leaves out begin at 0."""
+    new = _bits(new).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
+    return lax.dynamic_update_slice(stacked, new, start + (0,) * (stacked.ndim - len(start)))
+
+
+def _append(
+    suffix: Suffix,
+    k_Hxd: jax.Array,
+    v_Hxd: jax.Array,
+    prefix: Prefix,
+    i: jax.Array,
+    step: jax.Array,
+    axes: tuple[Axis, ...],
+) -> Suffix:
+    """`suffix` with the current token's entry of layer `i` written in place, and the axes told."""
+    k, v = (_put(old, kv[:, None], i, 0, step) for old, kv in zip(suffix.cache, (k_Hxd, v_Hxd), strict=True))
+    cache = KVCache(k, v)
+    keys = Keys(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
+    index = tuple(
+        jax.tree.map(
+            lambda old, new: _put(old, new, i),
+            stacked,
+            axis.index_token(_at(stacked, i), k_Hxd, keys),
+        )
+        for axis, stacked in zip(axes, suffix.axis_index, strict=True)
+    )
+    return Suffix(cache, index)

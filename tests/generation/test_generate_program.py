@@ -1,0 +1,244 @@
+"""`python -m sol_jax.generate`: its output, the policies it takes, mistakes in one sentence."""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+import tiny
+import tokenizers
+
+from sol_jax import generate
+from sol_jax.errors import UserError
+from sol_jax.generation import html_page as page
+from sol_jax.rl.train_step import init_state
+from sol_jax.runs import policy_files
+from sol_jax.runs.checkpoints import Checkpoints
+from sol_jax.runs.config import flatten
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEFAULTS = {
+    "model": None, "dtype": "float32", "kernels": "auto", "policy": None, "controller": None, "budget": None,
+    "prompt": "the cat", "chat": False, "system": "", "max_tokens": 12, "stop": [], "temperature": 0.0,
+    "top_k": 0, "top_p": 1.0, "seed": 0, "refresh": True, "lossless": False,
+    "restate": None,
+}  # fmt: skip
+
+
+def save_run(workdir, flat, setup):
+    """The workdir of a run that has written one checkpoint, of an untrained policy."""
+    checkpoints = Checkpoints(workdir, flat, keep=1)
+    checkpoints.save(1, init_state(jax.random.key(0), setup), {}, score=0.0)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_session, tmp_path_factory):
+    """An untrained policy of the tiny session as a folder, and as the workdir of a run."""
+    folder, workdir = tmp_path_factory.mktemp("policy") / "named", tmp_path_factory.mktemp("run")
+    session = tiny_session
+    state = init_state(jax.random.key(0), session.setup)
+    about = {"title": "named", "model": "model", "documents": [], "updates": 0, "seed": 0}
+    about |= {"command": "none", "commit": "none"}
+    policy_files.save_policy(folder, state.params, session.config, about)
+    save_run(workdir, flatten(session.config), session.setup)
+    return types.SimpleNamespace(folder=str(folder), workdir=str(workdir), params=state.params)
+
+
+def opened(tiny_folder, **given):
+    """The engine and request that flags would give."""
+    values = DEFAULTS | {"model": str(tiny_folder / "model")} | given
+    return generate.open_engine({name: types.SimpleNamespace(value=v) for name, v in values.items()})
+
+
+def test_prompts_begin_as_the_tokenizer_has_texts_begin(tiny_folder, tmp_path):
+    """With the special token that its file puts first (Llama 3's do), as transformers has it."""
+    folder = shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    _, plain = opened(tiny_folder, prompt="the cat")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first = backend.id_to_token(plain.prompt[-1])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, plain.prompt[-1])]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    _, request = opened(tiny_folder, prompt="the cat", model=str(folder))
+    assert request.prompt == [plain.prompt[-1], *plain.prompt]
+
+
+@pytest.mark.parametrize("kind", ["folder", "workdir"])
+def test_policies_come_from_folders_and_from_runs(tiny_folder, tiny_session, policy, kind):
+    engine, request = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5")
+    assert engine.controller == "policy"
+    assert engine.cfg.policy == tiny_session.setup.policy
+    restated, _ = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5", restate=True)
+    assert restated.cfg.policy == dataclasses.replace(tiny_session.setup.policy, restate=True)
+    assert engine.cfg.space == tiny_session.setup.space
+    assert engine.cfg.horizon == tiny_session.setup.episode.horizon
+    assert request.budget == (0.5, 0.7, 0.5)
+    as_saved = lambda x: x.astype("bfloat16").astype("float32") if kind == "folder" else x
+    saved = jax.tree.map(as_saved, policy.params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), engine.params, saved))
+
+
+def test_a_schedule_takes_the_levels_of_the_policy_or_all(tiny_folder, tiny_session, policy):
+    engine, _ = opened(tiny_folder, policy=policy.folder, controller="fixed", budget="0.5,0.7,0.5")
+    assert (engine.controller, engine.params, engine.cfg.policy) == ("fixed", None, None)
+    assert engine.cfg.space == tiny_session.setup.space
+    engine, _ = opened(tiny_folder, controller="random", budget="0.5,0.7,0.5")
+    assert engine.cfg.space.num_actions == 1560
+    engine, _ = opened(tiny_folder)
+    assert (engine.controller, engine.cfg.refresh) == ("dense", False)
+
+
+def test_flags_reach_what_they_are_for(tiny_folder):
+    engine, request = opened(
+        tiny_folder, temperature=0.5, top_k=3, top_p=0.9, seed=4, stop=["x", "yz"], max_tokens=9,
+        lossless=True, dtype="bfloat16", kernels="pallas",
+    )  # fmt: skip
+    rule = engine.cfg.sampling
+    assert (rule.temperature, rule.top_k, rule.top_p) == (0.5, 3, 0.9)
+    assert (request.seed, request.stops, request.max_tokens) == (4, ("x", "yz"), 9)
+    assert engine.cfg.lossless
+    assert engine.cfg.refresh
+    assert engine.weights["embed"].dtype == "bfloat16"
+    assert {engine.cfg.model.kernels, *(axis.kernels for axis in engine.cfg.space.axes)} == {"pallas"}
+
+
+MISTAKES = {
+    "empty prompt": ({"prompt": ""}, "--prompt is empty; give at least one character"),
+    "long prompt": ({"prompt": "a" * 300}, "300 tokens, which with 12 to generate exceed"),
+    "no policy": ({"controller": "policy", "budget": "1,1,1"}, "the controller policy needs a --policy"),
+    "unknown policy": ({"policy": "no-such", "budget": "1,1,1"}, "there is no policy 'no-such'"),
+    "no budget": ({"controller": "fixed"}, "the controller fixed needs a --budget, one number per axis"),
+    "odd budget": ({"controller": "fixed", "budget": "half"}, "--budget=half: it must be numbers"),
+    "budget of dense": ({"budget": "0.5,1,1"}, "--budget is for a policy or a schedule"),
+    "system without chat": ({"system": "Be brief."}, "--system is part of a conversation; it needs --chat"),
+    "short budget": ({"controller": "fixed", "budget": "1,1"}, "budget: 2 numbers were given; the axes are"),
+    "low budget": ({"controller": "fixed", "budget": "0.01,1,1"}, "kappa = 0.01 cannot be met"),
+    "temperature": ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+    "restate": ({"restate": True}, "--restate says how a policy is asked, and the controller is dense"),
+    "lossless": ({"lossless": True, "refresh": False}, "refresh cannot be off"),
+    "chat": ({"chat": True}, "this model has no chat template"),
+    "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),
+    "tokens": ({"max_tokens": 0}, "max_tokens is 0"),
+    "model": ({"model": "no/such"}, "there is no folder no/such"),
+    "negative seed": ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
+    "large seed": ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),
+    "bytes": ({"prompt": "caf\udce9"}, r"the text is not UTF-8: its character 4 is '\udce9'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_in_one_sentence(tiny_folder, name):
+    given, sentence = MISTAKES[name]
+    with pytest.raises(UserError, match=re.escape(sentence)) as mistake:
+        opened(tiny_folder, **given)
+    assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "workdir"])
+def test_a_policy_for_another_model(tiny_folder, policy, kind, tmp_path):
+    """Of another name, or another width under the same name."""
+    source = getattr(policy, kind)
+    other = tiny.save_model(tmp_path / "other")
+    with pytest.raises(UserError, match="is for the model model, not for other"):
+        opened(tiny_folder, policy=source, budget="0.5,0.7,0.5", model=str(other))
+    wide = tiny.save_model(tmp_path / "model", hidden_size=48)
+    with pytest.raises(UserError, match=r"does not fit a model|of another model") as mistake:
+        opened(tiny_folder, policy=source, budget="0.5,0.7,0.5", model=str(wide))
+    assert "\n" not in str(mistake.value)
+
+
+def test_a_policy_for_other_actions(tiny_folder, policy, tmp_path):
+    """Its config was edited: the parameters are those of eight actions."""
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    for file in pathlib.Path(policy.folder).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = (folder / "config.json").read_text()
+    edited = re.sub(r'("axes.rho.levels": \[)[^]]*', r"\g<1>0.4, 0.7, 1.0", config)
+    assert edited != config
+    (folder / "config.json").write_text(edited)
+    with pytest.raises(UserError, match=r"does not fit .* 12 actions"):
+        opened(tiny_folder, policy=str(folder), budget="0.5,0.7,0.5")
+
+
+def test_a_run_from_before_a_field_was_there(tiny_folder, tiny_session, policy, tmp_path):
+    """Its config and checkpoint lack the field; it has the default."""
+    flat = flatten(tiny_session.config)
+    del flat["policy.normalize_inputs"]
+    save_run(tmp_path, flat, tiny_session.setup)
+    engine, _ = opened(tiny_folder, policy=str(tmp_path), budget="0.5,0.7,0.5")
+    assert not engine.cfg.policy.normalize_inputs
+
+
+def test_a_run_without_a_checkpoint(tiny_folder, policy, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_bytes((pathlib.Path(policy.workdir) / "config.json").read_bytes())
+    with pytest.raises(UserError, match="holds no checkpoint; "):
+        opened(tiny_folder, policy=str(tmp_path), budget="0.5,0.7,0.5")
+
+
+def test_tokens_are_painted_line_by_line():
+    assert generate.paint("a\nb", 1.0) == (
+        "\x1b[38;2;0;0;0;48;2;66;146;198ma\x1b[0m\n\x1b[38;2;0;0;0;48;2;66;146;198mb\x1b[0m"
+    )
+    assert generate.paint("", 0.1) == ""
+
+
+def run_program(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sol_jax.generate", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+def test_the_program(tiny_folder, policy, tmp_path):
+    """Text on one stream and numbers on the other; the same text on the page, beside the dense one."""
+    out = tmp_path / "out.html"
+    done = run_program(
+        f"--model={tiny_folder / 'model'}", f"--policy={policy.folder}", "--prompt=the cat",
+        "--max_tokens=14", "--budget=0.5,0.7,0.5", "--temperature=0.9", "--show-compute",
+        f"--html={out}", "--stop=no such",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = dict(re.findall(r"^(\S+(?: \S+)*?) {2,}(.*)$", done.stderr, re.MULTILINE))
+    assert told["controller"] == "policy"
+    assert told["requested"] == "kappa 0.500, rho 0.700, eta 0.500"
+    assert set(told) >= {
+        "realised",
+        "net keep rate",
+        "bytes read",
+        "operations",
+        "log-probability",
+        "tokens per second",
+    }
+    assert float(told["tokens per second"]) > 0
+    assert told["tokens"].startswith("14, ended by length")
+    text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout).removesuffix("\n")
+    assert text != done.stdout
+    document = out.read_text("utf-8")
+    sections = re.findall(r'<div class="text" dir="auto">(.*?)</div>', document, re.DOTALL)
+    plain = [re.sub("<.*?>", "", section) for section in sections]
+    assert plain[0] == "the cat"
+    assert len(plain) == 3
+    assert plain[1] == page._text(text)
+
+
+@pytest.mark.slow
+def test_slips_on_the_command_line(tmp_path):
+    """Before the model is looked for."""
+    for args, sentence in (
+        (("--prompt=a", f"--html={tmp_path / 'none' / 'out.html'}"), "the page cannot be written there"),
+        (("--prompt=a", "--controller=best"), "controller"),
+        ((), "prompt"),
+    ):
+        done = run_program("--model=/no/such", *args)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert sentence in line

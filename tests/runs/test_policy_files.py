@@ -1,0 +1,208 @@
+"""Policies as files: what comes back, what is refused, and what the card says."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sol_jax.errors import UserError
+from sol_jax.rl.train_step import init_state
+from sol_jax.runs import policy_files
+from sol_jax.runs.config import build, flatten
+
+ABOUT = {
+    "title": "tiny/sol-j-2l",
+    "model": "tiny",
+    "command": "python -m sol_jax.train --config configs/sol_j_2l.py:smoke --workdir runs/tiny",
+    "updates": 3,
+    "seed": 0,
+    "commit": "abc1234",
+    "documents": ["0123456789", "abcdef0123"],
+    "results": ["| text | 0.5 / 0.7 / 0.65 | 0.62 | 20.1 | 21.5 | +0.067 [+0.05, +0.08] |"],
+}
+
+
+@pytest.fixture(scope="module")
+def params(tiny_session):
+    return init_state(jax.random.key(0), tiny_session.setup).params
+
+
+@pytest.fixture
+def folder(params, tiny_session, tmp_path, monkeypatch):
+    """A committed policy `tiny/sol-j-2l`."""
+    monkeypatch.setattr(policy_files, "POLICIES", tmp_path)
+    policy_files.save_policy(tmp_path / "tiny" / "sol-j-2l", params, tiny_session.config, ABOUT)
+    return tmp_path / "tiny" / "sol-j-2l"
+
+
+def told(mistake):
+    message = str(mistake.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_comes_back(folder, params, tiny_session):
+    """By name and by folder: the same tree, rounded to bfloat16, and the config field by field."""
+    for name in ("tiny/sol-j-2l", folder, str(folder)):
+        found, config, about = policy_files.load_policy(name)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+            assert one.dtype == jnp.float32
+            np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
+        assert flatten(config) == flatten(tiny_session.config)
+        assert about == ABOUT
+        policy_files.check_fits("it", found, config, tiny_session.config, tiny_session.setup)
+
+
+def test_a_field_that_came_later_has_its_default(folder):
+    """A policy saved before the config had a field is loaded as what the code did then."""
+    file = folder / "config.json"
+    described = json.loads(file.read_text())
+    del described["config"]["policy.factored_head"]
+    file.write_text(json.dumps(described))
+    _, config, _ = policy_files.load_policy(folder)
+    assert config.policy.factored_head is False
+
+
+def test_the_largest_policy_fits_a_file():
+    """1,560 actions at d_model 512 for SmolLM2."""
+    from configs import sol_j_fl
+    from sol_jax.axes.base import ActionSpace
+    from sol_jax.rl.policy import Policy, PolicyConfig, example_observation, initial_carry
+    from sol_jax.runs.config import build_axes, build_episode
+
+    config = sol_j_fl.get_config()
+    cfg = PolicyConfig(576, ActionSpace(build_axes(config)).num_actions, build_episode(config).horizon)
+    policy = Policy(cfg)
+    init = lambda key: policy.init(key, example_observation(cfg), initial_carry(cfg), method="step")
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) < policy_files.MAX_BYTES
+
+
+def test_a_policy_that_is_too_large(params, tiny_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy_files, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="more than the 0 MB of a file"):
+        policy_files.save_policy(tmp_path / "large", params, tiny_session.config, ABOUT)
+    assert not (tmp_path / "large").exists()
+
+
+def test_an_unknown_name_lists_the_known_ones(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError) as mistake:
+        policy_files.load_policy("tiny/sol-j-3l")
+    assert told(mistake) == (
+        "there is no policy 'tiny/sol-j-3l'; give a folder that has one, or one of: tiny/sol-j-2l"
+    )
+    monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "empty")
+    with pytest.raises(UserError, match="one of: none yet"):
+        policy_files.load_policy("tiny/sol-j-3l")
+
+
+@pytest.mark.parametrize("file", ["policy.safetensors", "config.json"])
+def test_damaged_files(folder, file):
+    path = folder / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError) as mistake:
+        policy_files.load_policy(folder)
+    assert str(folder) in told(mistake)
+    assert "restore its files" in told(mistake)
+
+
+def refused(tiny_folder, params, tiny_session, **fields):
+    run = tiny.config_for(tiny_folder, **fields)
+    setup = build(run, tiny_session.setup.model)
+    with pytest.raises(UserError) as mistake:
+        policy_files.check_fits("P", params, tiny_session.config, run, setup)
+    return told(mistake)
+
+
+def test_a_policy_for_another_model(tiny_folder, params, tiny_session):
+    message = refused(tiny_folder, params, tiny_session, **{"model.path": "hub:meta-llama/Llama-3.2-1B"})
+    assert message == "the policy P is for the model model, not for Llama-3.2-1B"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("axes.kappa.levels", (0.1, 0.5, 1.0)), ("episode.horizon", 8), ("policy.page_input", True)],
+)
+def test_a_policy_for_other_actions(tiny_folder, params, tiny_session, field, value):
+    message = refused(tiny_folder, params, tiny_session, **{field: value})
+    assert message.startswith(f"the policy P has config.{field} = ")
+    assert str(list(value) if isinstance(value, tuple) else value) in message
+
+
+def test_a_policy_of_another_size(tiny_folder, params, tiny_session):
+    """A model of the same name but wider: told by the shapes."""
+    import dataclasses
+
+    wide = dataclasses.replace(tiny_session.setup.policy, hidden_size=64)
+    setup = dataclasses.replace(tiny_session.setup, policy=wide)
+    with pytest.raises(UserError) as mistake:
+        policy_files.check_fits("P", params, tiny_session.config, tiny_session.config, setup)
+    assert "does not fit a model of hidden size 32 and 8 actions: its params.observation_in" in told(mistake)
+
+
+def test_model_names():
+    for path in ("hub:meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B", "Llama-3.2-1B"):
+        config = tiny.config_for(pathlib.Path("."), **{"model.path": path})
+        assert policy_files.model_name(config) == "Llama-3.2-1B"
+
+
+def test_the_card(folder, tiny_session):
+    text = (folder / "README.md").read_text()
+    for part in (
+        "# tiny/sol-j-2l", "`--policy tiny/sol-j-2l`", ABOUT["command"], "| 3, 0, abc1234 |", "2 documents",
+        "| levels of kappa | 0.1, 1 |", "| levels of eta | 5, 16 |", ABOUT["results"][0], "bfloat16",
+        "32 tokens of prefix, 4 steps",
+    ):  # fmt: skip
+        assert part in text
+    untested = policy_files.card(tiny_session.config, ABOUT | {"results": []}, 1000)
+    assert "Measured" not in untested
+
+
+def test_committed_policies_can_be_loaded():
+    """Each has a card, fits its size, and belongs to the levels it says."""
+    for name in policy_files.known():
+        params, config, about = policy_files.load_policy(name)
+        assert about["title"] == name
+        size = sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
+        assert size < policy_files.MAX_BYTES
+        assert (policy_files.POLICIES / name / "README.md").is_file()
+        assert config.data.source
+
+
+@pytest.mark.parametrize(("recorded", "shown"), [("", "c0ffee"), ("ab1e+", "ab1e+")])
+def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch, recorded, shown):
+    """The best checkpoint, who trained it, its documents, and the results of an evaluation in the card."""
+    from experiments import publish
+    from sol_jax import evaluate
+    from sol_jax.evaluation import provenance as subject
+    from sol_jax.runs.checkpoints import Checkpoints
+
+    config = tiny.config_for(tiny_folder, **{"eval.num_test_blocks": 2, "eval.num_random": 0})
+    checkpoints = Checkpoints(tmp_path / "run", flatten(config), keep=1, commit=recorded)
+    states = [init_state(jax.random.key(seed), tiny_session.setup) for seed in range(3)]
+    for step, (state, score) in enumerate(zip(states, (1.0, 3.0, 2.0), strict=True), start=1):
+        checkpoints.save(step, state, {"position": 0}, score)
+    checkpoints.close()
+    session = subject.open_text(config, "", "")
+    rows = evaluate.report(session, states[1], tmp_path / "run")
+    monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "policies")
+    publish.publish(
+        tmp_path / "run", "tiny/best", "make it", [tmp_path / "run" / "results.csv"], trained_by="c0ffee"
+    )
+    params, _, about = policy_files.load_policy("tiny/best")
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), states[1].params)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (about["updates"], about["commit"]) == (2, shown)
+    assert about["documents"] == policy_files.document_names(session.blocks["train"].documents)
+    fixed = next(row for row in rows if row.controller == "fixed")
+    assert (
+        f"| {fixed.perplexity:.2f} | {fixed.gain:+.4f} ["
+        in policy_files.load_policy("tiny/best")[2]["results"][0]
+    )
+    assert len(about["results"]) == len(config.eval.budgets)
