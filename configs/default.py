@@ -1,4 +1,4 @@
-"""Every field of a run, with the paper's shared settings (arXiv 2605.10875, appendix B).
+"""The paper's shared settings (arXiv 2605.10875, appendix B) and the variants that all configs take.
 
 The other files override a few fields.  All take variants after a colon, joined by commas:
 
@@ -16,115 +16,15 @@ import math
 
 from ml_collections import ConfigDict
 
+from sol_jax.runs.config import RunConfig
+
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 0
-    config.kernels = "auto"  # of decode steps: by platform and shape; or xla, pallas, triton
+    """The paper's shared settings, which are the defaults of `sol_jax.runs.config.RunConfig`.
 
-    config.model = ConfigDict()
-    config.model.path = "smollm2-135m"  # or a folder, a .gguf file, hub:OWNER/NAME
-    config.model.dtype = "float32"  # of weights, caches and matmul operands; or bfloat16
-
-    config.data = ConfigDict()
-    config.data.source = "wikipedia"  # or globs of .txt/.jsonl/.gz files, tfds:NAME[/CONFIG][:SPLIT]
-    config.data.document_start = ""  # regular expression found in the first line of each document
-    config.data.validation_fraction = 0.05  # of the documents
-    config.data.test_fraction = 0.05
-    config.data.cache_dir = ""  # of prepared blocks; empty: ~/.cache/sol_jax
-
-    config.episode = ConfigDict()
-    config.episode.prefix_len = 1024  # S
-    config.episode.horizon = 16  # T
-    config.episode.episodes_per_prefix = 1  # W
-    config.episode.jitter = 0  # not the paper's: start up to so many tokens earlier, at random
-    config.episode.sinks = 4  # Ts
-    config.episode.window = 2  # Tw; steps with up to Ts + Tw + 1 keys are not controlled
-
-    config.axes = ConfigDict()
-    config.axes.budget_unit = "nominal"  # what means must meet: keep rates, or the bytes or time behind them
-    config.axes.prices = ""  # cost model (JSON, of experiments.benchmarks.roofline) for "time"
-    config.axes.kappa = _axis(levels=(0.1, 1.0), budget=(0.1, 1.0), penalty=100.0)
-    config.axes.kappa.rule = "quest"  # or recency, relevancy
-    config.axes.kappa.page_size = 8  # of quest
-    config.axes.kappa.heads = "head"  # of quest: each has its own pages; "group" shares them, another method
-    config.axes.kappa.protect = False  # quest: always keep the sinks and the window
-    config.axes.rho = _axis(levels=(0.4, 1.0), budget=(0.4, 1.0), penalty=100.0)
-    config.axes.eta = _axis(levels=(5, 16), budget=(0.3125, 1.0), penalty=200.0)  # levels in bits
-
-    config.policy = ConfigDict()
-    config.policy.d_model = 512
-    config.policy.num_heads = 4
-    config.policy.num_layers = 1
-    config.policy.mlp_ratio = 4.0
-    config.policy.factored_head = False  # not the paper's: score the levels of each axis, add up the scores
-    config.policy.normalize_inputs = False  # not the paper's: LayerNorm on the LLM's states and embeddings
-    config.policy.page_input = False  # not the paper's: see how many keys the newest page holds
-    config.policy.restate = False  # not the paper's: ask before each step for what is left of the budget
-
-    config.grpo = ConfigDict()
-    config.grpo.batch_size = 8  # B, blocks of an update
-    config.grpo.num_schedules = 16  # K
-    config.grpo.gamma = 0.85
-    config.grpo.returns = "sum"  # or max, none
-    config.grpo.level = "process"  # or outcome
-    config.grpo.norm = "center"  # or zscore
-    config.grpo.whiten = True
-    config.grpo.temperature = 1.3
-    config.grpo.clip = 0.2
-    config.grpo.entropy_coef = 0.05
-    config.grpo.dead_zone = 0.02
-    config.grpo.penalty_gradient = "sampled"  # or expected (not the paper's): of expected costs
-    # Of a unit of expected cost, in standard deviations of the advantages.  Rewards for acceptance have less
-    # noise, so that more compute is worth more of these: with 4 budgets hold better there.
-    config.grpo.max_price = 2.0
-    config.grpo.quality_weight = 1.0  # of the returns; 0: an ablation, only budgets are rewarded
-    config.grpo.reward = "likelihood"  # or acceptance (not the paper's): what lossless generation keeps
-    config.grpo.divergence_weight = 0.0  # w, share of KL(dense || sparse) in the reward
-    config.grpo.reference_kl_coef = 0.0
-
-    config.optim = ConfigDict()
-    config.optim.learning_rate = 1e-4
-    config.optim.weight_decay = 0.01
-    config.optim.clip_norm = 2.0
-    config.optim.warmup = 0  # optimizer steps
-    config.optim.decay_steps = 0  # cosine decay over so many optimizer steps; 0: constant
-    config.optim.minibatch_steps = 512
-    config.optim.accumulate = 8  # minibatches of one optimizer step
-
-    config.train = ConfigDict()
-    config.train.num_updates = 0  # 0: one pass over the training blocks
-    config.train.log_every = 1
-    config.train.checkpoint_every = 50
-    config.train.keep = 3  # latest checkpoints kept, besides the best one
-
-    config.eval = ConfigDict()
-    config.eval.every = 50  # updates; 0: only at the end
-    config.eval.num_blocks = 16  # of the validation split, while training
-    config.eval.num_test_blocks = 64  # of the test split, at the end; 0: no final evaluation
-    config.eval.batch_size = 8
-    config.eval.budgets = (
-        (0.25, 0.5, 0.4),
-        (0.4, 0.6, 0.5),
-        (0.55, 0.7, 0.625),
-        (0.7, 0.8, 0.75),
-        (0.85, 0.9, 0.875),
-    )
-    config.eval.num_random = 16  # random schedules per block and budget
-
-    config.memory = ConfigDict()
-    config.memory.prefill_batch = 1  # blocks prefilled at a time: 1 suits a CPU's caches, more fill a GPU
-    config.memory.head_rows = 256  # hidden states whose vocabulary logits exist at a time
-    return vary(config, variants)
-
-
-def _axis(levels: tuple, budget: tuple[float, float], penalty: float) -> ConfigDict:
-    axis = ConfigDict()
-    axis.levels = levels
-    axis.budget = budget  # range of requested mean costs
-    axis.budget_choices = ()  # or draw from these
-    axis.penalty = penalty  # alpha
-    return axis
+    That class names every field once, with its choices and what it means (docs/configs.md lists them).
+    """
+    return vary(ConfigDict(RunConfig().to_dict()), variants)
 
 
 def vary(config: ConfigDict, variants: str) -> ConfigDict:
@@ -141,13 +41,8 @@ def _smoke(config: ConfigDict) -> None:
     config.policy.d_model = 32
     config.grpo.batch_size, config.grpo.num_schedules = 2, 4
     config.train.num_updates, config.train.checkpoint_every = 3, 2
-    config.eval.every, config.eval.num_blocks, config.eval.num_test_blocks, config.eval.num_random = (
-        2,
-        2,
-        4,
-        2,
-    )
-    config.eval.batch_size = 2
+    config.eval.every, config.eval.batch_size = 2, 2
+    config.eval.num_blocks, config.eval.num_test_blocks, config.eval.num_random = 2, 4, 2
 
 
 def _cpu(config: ConfigDict) -> None:
@@ -155,7 +50,7 @@ def _cpu(config: ConfigDict) -> None:
 
 
 def _fast(config: ConfigDict) -> None:
-    """Learns more in a few hundred updates on a CPU than the paper's settings do (experiments/results).
+    """Learns more in a few hundred updates on a CPU than the paper's settings do (docs/results.md).
 
     Penalties ten times the paper's make budgets hold where they cost much likelihood.  Learned from through
     expected costs, they leave the comparison of sampled schedules to likelihood, and the smaller discount

@@ -9,11 +9,11 @@ The paper's 1B runs have K = 32 schedules: --config.grpo.num_schedules=32.
 from ml_collections import ConfigDict
 
 from configs import default
+from sol_jax.axes.config import full_levels
 
 
 def get_config(variants: str = "") -> ConfigDict:
     config = default.get_config()
-    config.axes.kappa.levels = tuple(k / 10 for k in range(1, 11))
-    config.axes.rho.levels = tuple(r / 100 for r in range(40, 101, 5))
-    config.axes.eta.levels = tuple(range(5, 17))
+    for name, axis in full_levels().each().items():
+        config.axes[name].levels = axis.levels
     return default.vary(config, variants)

@@ -55,19 +55,21 @@ def publish(
     """
     config, checkpoints = open_run(workdir)
     session = open_session(config)
-    subject = policy_of_run(checkpoints, config, session.setup, name, step)
+    checkpoints.bind(session.identity)
+    policy = policy_of_run(checkpoints, config, session.setup, name, step)
     about = {
         "title": name,
         "model": policy_files.model_name(config),
+        "identity": session.identity,
         "command": command,
-        "updates": subject.updates,
+        "updates": policy.updates,
         "seed": config.seed,
-        "commit": checkpoints.commit_of(subject.updates) or trained_by,
+        "commit": checkpoints.commit_of(policy.updates) or trained_by,
         "documents": training_documents(config, session),
         "results": [line for path in evaluations for line in card_rows(path)],
     }
     folder = policy_files.POLICIES / name
-    policy_files.save_policy(folder, subject.params, config, about)
+    policy_files.save_policy(folder, policy.params, config, about)
     return folder
 
 

@@ -1,11 +1,21 @@
-"""Short hexadecimal names for things that are known by what they hold."""
+"""Hexadecimal names for things that are known by what they hold.
 
+Hashing a file of some GB takes seconds, so its digest is remembered with its size and time of change, in
+`digests.json` of the cache folder; a file that looks as it did is not read again.
+"""
+
+import contextlib
 import hashlib
 import json
+import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+CACHE_DIR = "~/.cache/sol_jax"
 
 
 def digest(what: Any) -> str:
@@ -20,3 +30,40 @@ def array_digest(tree: Any) -> str:
         array = np.ascontiguousarray(leaf)
         state.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     return state.hexdigest()[:16]
+
+
+def file_digest(file: pathlib.Path) -> str:
+    """sha256 of a file, remembered until its size or time of change differs."""
+    file = file.resolve()
+    stamp = file.stat()
+    known, key = _remembered(), str(file)
+    seen = [stamp.st_size, stamp.st_mtime_ns]
+    found = known.get(key)
+    if isinstance(found, list) and found[:2] == seen:
+        return str(found[2])
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    _remember(known | {key: [*seen, digest]})
+    return digest
+
+
+def _memory() -> pathlib.Path:
+    return pathlib.Path(os.path.expanduser(CACHE_DIR)) / "digests.json"
+
+
+def _remembered() -> dict[str, list]:
+    try:
+        known = json.loads(_memory().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(known: Mapping[str, list]) -> None:
+    """Best effort: without it files are hashed again."""
+    file = _memory()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(known))
+        unfinished.replace(file)

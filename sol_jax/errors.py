@@ -3,10 +3,8 @@
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from absl import flags
 
 from pallas_kernels.errors import UnavailableError
 
@@ -30,33 +28,6 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(2)
 
     return wrapped
-
-
-@exits_on_user_error
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """For `app.run(main, flags_parser=parse_flags)`: a slip on the command line is a `UserError` as well.
-
-    Options may be written with dashes for underscores: `--show-compute`.
-    """
-    try:
-        rest = flags.FLAGS([_underscored(arg) for arg in argv])
-    except (AttributeError, KeyError) as error:  # of ml_collections; its message is the field
-        name, near = re.search(r"\w+", str(error)), re.search(r"mean \W*(\w+)", str(error))
-        field = name[0] if name else str(error)
-        slip = next((arg for arg in argv if re.search(rf"\.{field}\b", arg)), field)
-        hint = f"; did you mean {near[1]!r}?" if near else ""
-        raise UserError(f"{slip}: the config has no field {field!r}{hint}") from None
-    except (flags.Error, OSError) as error:  # the former may hold a whole traceback of the config file
-        raise UserError(reason(error)) from None
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not expected; options start with --")
-    return rest
-
-
-def _underscored(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    known = name.startswith("--") and name[2:].replace("-", "_") in flags.FLAGS
-    return "--" + name[2:].replace("-", "_") + equals + value if known else arg
 
 
 def reason(error: Exception) -> str:

@@ -1,209 +1,29 @@
 """Trains a policy:  python -m sol_jax.train --config configs/sol_j_fl.py:cpu --workdir runs/fl
 
-Starting again in the same workdir resumes; a run killed at any moment and resumed ends with exactly the
-parameters of an uninterrupted one, because an update is a function of (state, tokens) alone and a
-checkpoint holds the state and the position of the data iterator.
+Starting again in the same workdir resumes.  The loop is in `sol_jax.training.loop`.
 """
 
-import contextlib
-import math
 import pathlib
-import signal
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
 
-from sol_jax import evaluate
-from sol_jax.costs import update as flops
-from sol_jax.errors import UserError, exits_on_user_error, parse_flags, reason
-from sol_jax.rl.train_step import TrainState, init_state, jit_train_step
-from sol_jax.runs import metrics
-from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import check, flatten, requested
-from sol_jax.runs.session import Session, commit, open_session
-from sol_jax.text.blocks import BlockIterator, evaluation_batches
-
-
-class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
-    """SIGTERM asked the run to stop; all that it has learned by `step` is on disk."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped by SIGTERM after update {step}; start again to resume")
-
-
-class StopRequest:
-    """Turns SIGTERM (a pod's or scheduler's notice) into a flag, which is read where stopping loses nothing.
-
-    A context manager: outside it the signal means what it meant before.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopRequest":
-        self._before = signal.signal(signal.SIGTERM, self._set)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def check(self, step: int) -> None:
-        """Raises `Interrupted` if the signal has come; `step` is the last update, which is on disk."""
-        if self.requested:
-            raise Interrupted(step)
-
-    def _set(self, signum: int, frame: Any) -> None:
-        self.requested = True
-
-
-def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """Runs `config.train.num_updates` updates, resuming from `workdir`; returns the final state.
-
-    Raises:
-      UserError: anything wrong with config, model, text or workdir; a NaN or Inf; a full disk.
-      Interrupted: after SIGTERM, once the checkpoint is written.
-    """
-    check(config)
-    if jax.process_count() > 1:  # the text is shared out below, but gradients are not summed over processes
-        raise UserError(
-            f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
-        )
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, commit=commit())
-    session = open_session(config)
-    setup, blocks = session.setup, session.split("train")
-    for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
-        session.split(split)  # before the training, not after it
-    batches = BlockIterator(
-        blocks,
-        batch_size=config.grpo.batch_size,
-        seed=config.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
-    num_updates = config.train.num_updates or len(blocks) // config.grpo.batch_size
-    if not num_updates:
-        raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
-    state, start = init_state(jax.random.key(config.seed), setup), 0
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        start, state, position = restored
-        batches.restore(position)
-        logging.info("resuming after update %d of %d", start, num_updates)
-
-    rate = Rates(session, config.grpo.batch_size)
-    bar = metrics.progress(num_updates, start, "training")
-    with StopRequest() as stop:
-        with (
-            contextlib.closing(checkpoints),
-            metrics.Writer(workdir, start) as writer,
-            contextlib.closing(bar),
-        ):
-            hooks = metrics.periodic_actions(writer, num_updates)
-            for step in range(start + 1, num_updates + 1):
-                batch = next(batches)
-                state, on_device = jit_train_step(state, session.weights, batch.tokens_BxN, setup=setup)
-                scalars = {name: float(value) for name, value in on_device.items()}
-                require_finite(scalars, step, checkpoints)
-                # Read once: a signal that comes later stops the next update, which then is saved.
-                stopping = stop.requested
-                last = step == num_updates or stopping
-                due = step == num_updates or (config.eval.every > 0 and step % config.eval.every == 0)
-                log = last or due or step % config.train.log_every == 0
-                if log:
-                    scalars |= rate.since_last(step)
-                if due:
-                    scalars |= validate(session, state)
-                    rate.restart(step)
-                if log:
-                    writer.scalars(step, scalars)
-                if last or due or step % config.train.checkpoint_every == 0:
-                    checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
-                for hook in hooks:
-                    hook(step)
-                bar.update(step, reward=scalars["reward"], penalty=scalars["penalty"])
-                if stopping:
-                    checkpoints.wait()
-                    raise Interrupted(step)
-        updates = int(state.step)
-        # Where nothing was learned since the last results, what `sol_jax.evaluate` has added to them stays.
-        known = start == updates and evaluate.is_reported(workdir, updates)
-        if config.eval.num_test_blocks and not known:
-            evaluate.report(session, state, workdir, pause=lambda: stop.check(updates))
-    return state
-
-
-class Rates:
-    """Speed of the updates since the last log, also as a share of the machine's measured matmul rate."""
-
-    def __init__(self, session: Session, batch_size: int):
-        shape, K = session.setup.episode, session.setup.grpo.num_schedules
-        self._tokens = batch_size * shape.episodes_per_prefix * K * shape.horizon
-        self._flops = sum(flops.update_flops(session.setup, batch_size).values())
-        self._peak = flops.matmul_rate(session.setup.model.dtype)
-        self._last: tuple[int, float] | None = None
-
-    def restart(self, step: int) -> None:
-        """Counts from here: what came since the last log was no update."""
-        self._last = (step, time.monotonic())
-
-    def since_last(self, step: int) -> dict[str, float]:
-        """Empty at the first call: the first update compiles."""
-        last = self._last
-        self.restart(step)
-        if last is None:
-            return {}
-        seconds = (time.monotonic() - last[1]) / (step - last[0])
-        return {
-            "speed/seconds_per_update": seconds,
-            "speed/schedule_tokens_per_second": self._tokens / seconds,
-            "speed/share_of_matmul_rate": self._flops / seconds / self._peak,
-        }
-
-
-def validate(session: Session, state: TrainState) -> dict[str, float]:
-    """The policy against the schedules on a few blocks of validation text."""
-    cfg = session.config.eval
-    batches = list(evaluation_batches(session.split("validation"), cfg.batch_size, cfg.num_blocks))
-    asked = requested(session.config, session.setup.space)
-    rows = evaluate.compare(
-        session.weights, state.params, batches, asked, cfg.num_random, session.setup, session.config.seed
-    )
-    return evaluate.summary(rows, session.setup)
-
-
-def require_finite(scalars: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
-    """Raises `UserError`, naming the last good checkpoint, if a metric of this update is NaN or infinite."""
-    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-    if not bad:
-        return
-    checkpoints.wait()  # for the one that is still being written: it is good
-    good = checkpoints.latest_step()
-    kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
-    raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
-
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants: configs/X.py:cpu,t4")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
+from sol_jax.command_line import define_run_flags, given_config, parse_flags
+from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.training.loop import Interrupted, train
 
 
 @exits_on_user_error
 def main(argv: Sequence[str]) -> None:
     del argv
-    if _CONFIG.value is None or not _WORKDIR.value:
+    if flags.FLAGS.config is None or not flags.FLAGS.workdir:
         raise UserError("give --config configs/X.py and --workdir DIR")
     try:
-        _CONFIG.value.lock()
-    except OSError as error:  # of the config file; ml_collections keeps it until the config is used
-        raise UserError(reason(error)) from None
-    try:
-        train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+        train(given_config(), pathlib.Path(flags.FLAGS.workdir))
     except Interrupted as stopped:
         logging.info("%s", stopped)
 
 
 if __name__ == "__main__":
+    define_run_flags(workdir="Folder for checkpoints, metrics and results.")
     app.run(main, flags_parser=parse_flags)

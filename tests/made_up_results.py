@@ -10,7 +10,7 @@ from experiments.tasks.prompts import TASKS
 from sol_jax.axes.base import ActionSpace
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import BASELINES, Draw, Row
+from sol_jax.evaluation.comparison import BASELINES, RandomScheduleRow, Row
 from sol_jax.evaluation.statistics import wilson
 from sol_jax.runs.config import build_axes
 
@@ -35,7 +35,7 @@ def write(
         cost = tuple(float(c) for c in np.array(requested) + 0.01 * rng.normal(size=3))
         own = 2.7 + 2 * (1 - np.mean(cost)) ** 2 + 0.01 * rng.normal()
         drawn = own + BEHIND["random"] + 0.05 * rng.normal(size=num_random)
-        draws += [Draw("", requested, d, float(np.mean(cost)), float(x)) for d, x in enumerate(drawn)]
+        draws += [RandomScheduleRow("", requested, d, float(np.mean(cost)), float(x)) for d, x in enumerate(drawn)]
         for controller in ("policy", *BASELINES, "random_best", "dense"):
             gain = BEHIND[controller] + 0.01 * rng.normal() * (controller != "policy")
             net = 1.0 if controller == "dense" else float(np.mean(cost))

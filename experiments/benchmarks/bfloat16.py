@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import sol_j_3l
-from sol_jax.evaluation.scoring import REPLAY, Kind, Player
+from sol_jax.evaluation.scoring import REPLAY, BatchScorer, ControllerSpec
 from sol_jax.models.llama import Weights
-from sol_jax.rl.train_step import Setup
+from sol_jax.rl.setup import Setup
+from sol_jax.runs.config import RunConfig
 from sol_jax.runs.session import open_session
 from sol_jax.text.blocks import evaluation_batches
 
@@ -29,12 +30,12 @@ def main() -> None:
     args = parser.parse_args()
     config = sol_j_3l.get_config("cpu")
     config.data.source, config.episode.episodes_per_prefix = args.source, 4
-    session = open_session(config)
+    session = open_session(RunConfig.from_dict(config.to_dict()))
     batches = list(evaluation_batches(session.split("validation"), 4, args.blocks))
     setup = session.setup
     shape = (sum(len(b.tokens_BxN) for b in batches), 4, args.schedules, setup.episode.horizon)
     action = np.random.default_rng(0).integers(setup.space.num_actions, size=shape).astype(np.int32)
-    narrow = dataclasses.replace(setup, model=dataclasses.replace(setup.model, dtype="bfloat16"))
+    narrow = setup.with_rules(model=dataclasses.replace(setup.model, dtype="bfloat16"))
     weights = jax.tree.map(lambda w: w.astype(jnp.bfloat16), session.weights)
 
     def rewards(weights: Weights, setup: Setup) -> np.ndarray:
@@ -42,8 +43,9 @@ def main() -> None:
         played, start = [], 0
         for batch in batches:
             count = len(batch.tokens_BxN)
-            player = Player(weights, None, batch.tokens_BxN, setup, 4, args.schedules)
-            played.append(player.play(action[start : start + count], Kind(REPLAY)).logp_NxWxJxT.mean(-1))
+            scorer = BatchScorer(weights, None, batch.tokens_BxN, setup, 4, args.schedules)
+            scores = scorer.play(action[start : start + count], ControllerSpec(REPLAY))
+            played.append(scores.logp_NxWxJxT.mean(-1))
             start += count
         return np.concatenate(played)
 

@@ -44,10 +44,11 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
 from sol_jax.generation import episodes as decoding
-from sol_jax.generation.episodes import Decoder, Played, Row
+from sol_jax.generation.episodes import Decoder, Played, TextState
 from sol_jax.models.llama import KVCache, LlamaConfig, Weights
-from sol_jax.rl.policy import Observation, Policy, PolicyConfig, example_observation, initial_carry
-from sol_jax.rl.rollout import Controller, policy_controller
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.policy import Observation, Policy, PolicySpec, example_observation, initial_carry
+from sol_jax.rl.rollout import Controller, EpisodeRules, policy_controller
 
 Rows = list[dict[str, Any]]
 
@@ -81,22 +82,23 @@ class Bench:
         """Who generates: see above."""
         batch = decoding.usual_prefill_batch()
         space = ActionSpace(held_full(SPACE.axes))
-        dense = Decoder(self.model, space, HORIZON, refresh=False, prefill_batch=batch)
-        policy = dataclasses.replace(dense, policy=policy_config(self.model))
+        rules = EpisodeRules(self.model, space, EpisodeConfig(horizon=HORIZON))
+        dense = Decoder(rules, refresh=False, prefill_batch=batch)
+        policy = dataclasses.replace(dense, policy=policy_spec(self.model))
         return {
             "dense": dense,
             "policy": policy,
-            "masks": dataclasses.replace(policy, space=SPACE),
+            "masks": policy.with_rules(space=SPACE),
             "refresh": dataclasses.replace(dense, refresh=True),
         }
 
 
-def policy_config(model: LlamaConfig) -> PolicyConfig:
-    return PolicyConfig(model.hidden_size, SPACE.num_actions, HORIZON)
+def policy_spec(model: LlamaConfig) -> PolicySpec:
+    return PolicySpec(model.hidden_size, SPACE.num_actions, HORIZON)
 
 
 def make_bench(model: LlamaConfig, rounds: int, smoke: bool) -> Bench:
-    cfg = policy_config(model)
+    cfg = policy_spec(model)
     init = jax.jit(functools.partial(Policy(cfg).init, method="step"))
     params = init(jax.random.key(1), example_observation(cfg), initial_carry(cfg))
     return Bench(model, kernel_steps.random_weights(model), params, rounds, smoke)
@@ -120,20 +122,20 @@ def translated(policy: Controller, num_actions: int, taken_A: jax.Array) -> Cont
     return Controller(act, (policy.memory, jnp.int32(num_actions)))
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="row_B")
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
 def play_translated(
-    weights: Weights, params: Any, row_B: Row, budget_BxX: jax.Array, taken_A: jax.Array, cfg: Decoder
-) -> tuple[Row, Played]:
+    weights: Weights, params: Any, text_B: TextState, budget_BxX: jax.Array, taken_A: jax.Array, cfg: Decoder
+) -> tuple[TextState, Played]:
     """`decoding.play` under a `translated` policy, so that the decoder's space need not be the policy's."""
 
-    def one(row: Row, budget_X: jax.Array) -> tuple[Row, Played]:
+    def one(text: TextState, budget_X: jax.Array) -> tuple[TextState, Played]:
         assert cfg.policy is not None
         greedy = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
         controller = translated(greedy, cfg.policy.num_actions, taken_A)
-        steps, suffix, hidden_D = decoding.draft(weights, row, budget_X, controller, cfg)
-        return decoding.keep_all(weights, row, steps, suffix, hidden_D, cfg)
+        steps, suffix, hidden_D = decoding.draft(weights, text, budget_X, controller, cfg)
+        return decoding.keep_all(weights, text, steps, suffix, hidden_D, cfg)
 
-    return jax.vmap(one)(row_B, budget_BxX)
+    return jax.vmap(one)(text_B, budget_BxX)
 
 
 def room(prompt: int) -> int:
@@ -148,18 +150,18 @@ def _bucket(length: int, parts: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg"))
-def random_rows(batch: int, prompt: int, cfg: LlamaConfig) -> Row:
-    """Rows as after the prefill of one prompt for all, of random numbers."""
+def random_texts(batch: int, prompt: int, cfg: LlamaConfig) -> TextState:
+    """Texts as after the prefill of one prompt for all, of random numbers."""
     size = (cfg.num_layers, cfg.num_kv_heads, room(prompt), cfg.head_size)
     k, v = (jax.random.normal(key, size, cfg.dtype) for key in jax.random.split(jax.random.key(2)))
     hidden_D = jax.random.normal(jax.random.key(3), (cfg.hidden_size,))
-    one = Row(KVCache(k, v), jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
+    one = TextState(KVCache(k, v), jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), one)
 
 
 def episodes(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Functions that play one episode after the prompt, by who generates; they share the texts' caches."""
-    row_B = random_rows(batch, prompt, bench.model)
+    text_B = random_texts(batch, prompt, bench.model)
     length_B, budget_BxX = np.full(batch, prompt, np.int32), jnp.ones((batch, len(SPACE.axes)))
 
     def prepared(cfg: Decoder) -> Callable[[], Any]:
@@ -171,11 +173,11 @@ def episodes(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> dic
         params = bench.params if cfg.policy else None
 
         def run() -> Any:
-            nonlocal row_B
+            nonlocal text_B
             # The entries that the last run added are overwritten.
-            again_B = row_B._replace(length=length_B)
-            row_B, played = play(bench.weights, params, again_B, budget_BxX, cfg=cfg)
-            return row_B, played
+            again_B = text_B._replace(length=length_B)
+            text_B, played = play(bench.weights, params, again_B, budget_BxX, cfg=cfg)
+            return text_B, played
 
         return run
 

@@ -32,10 +32,12 @@ from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, LlamaConfig
-from sol_jax.rl import train_step as update
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.rollout import Controller, EpisodeConfig, policy_controller
-from sol_jax.rl.train_step import GrpoConfig, Memory, Setup
+from sol_jax.rl.collect import prefill_blocks, run_schedules
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig, MemoryConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import Controller, EpisodeRules, policy_controller
+from sol_jax.rl.setup import Setup
+from sol_jax.rl.train_step import init_state, train_step
 
 Rows = list[dict[str, Any]]
 Choice = tuple[str, tuple[float, ...]]  # kernels, and the levels of an action
@@ -47,8 +49,20 @@ SHAPE = {shape.name: shape for shape in (*distinct("name"), TINY)}
 def whole_model(name: str, num_layers: int, vocab_size: int, theta: float, tie: bool = True) -> LlamaConfig:
     """A model of the table of shapes, with what one layer does not tell."""
     shape = SHAPE[name]
-    sizes = shape.hidden, shape.ffn, num_layers, shape.heads, shape.kv_heads, shape.head_size
-    return LlamaConfig(vocab_size, *sizes, 131072, theta, 1e-5, tie, dtype="bfloat16")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        ffn_size=shape.ffn,
+        num_layers=num_layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
+        max_position=131072,
+        rope_theta=theta,
+        norm_eps=1e-5,
+        tie_embeddings=tie,
+        dtype="bfloat16",
+    )
 
 
 MODELS = {
@@ -173,7 +187,7 @@ def decode_steps(name: str, batch: int, context: int, rounds: int) -> Rows:
         @jax.jit
         def index(cache_B: KVCache) -> Any:
             def one(cache: KVCache) -> Any:
-                return llama.make_prefix(cache, jnp.int32(context), using).axis_index
+                return llama.index_cache(cache, using).axis_index
 
             return jax.vmap(one)(cache_B)
 
@@ -241,7 +255,9 @@ def generations(name: str, batch: int, prompt: int, episodes: int, rounds: int) 
 
     def text(kernels: str, using: tuple[Axis, ...], levels: tuple[float, ...]) -> Any:
         space = ActionSpace(using)
-        decoder = Decoder(dataclasses.replace(cfg, kernels=kernels), space, HORIZON, refresh=bool(using))
+        model = dataclasses.replace(cfg, kernels=kernels)
+        rules = EpisodeRules(model, space, EpisodeConfig(horizon=HORIZON))
+        decoder = Decoder(rules, refresh=bool(using))
         of_levels = (space.values_AxX == np.array(levels, np.float32)).all(1)
         action = int(np.flatnonzero(of_levels)[0])
         plan_BxT = jnp.full((batch, HORIZON), action, jnp.int32)
@@ -285,19 +301,17 @@ def updates(name: str, batch: int, K: int, prefix_len: int, rounds: int) -> Rows
         space = ActionSpace(axes(kernels, SHAPE[name].page_size))
         model = dataclasses.replace(MODELS[name], kernels=kernels)
         setup = Setup(
-            model,
-            space,
-            EpisodeConfig(prefix_len, HORIZON),
-            PolicyConfig(model.hidden_size, space.num_actions, HORIZON),
+            EpisodeRules(model, space, EpisodeConfig(prefix_len, HORIZON)),
+            PolicySpec(model.hidden_size, space.num_actions, HORIZON),
             GrpoConfig(num_schedules=K),
-            memory=Memory(prefill_batch=batch),
+            memory=MemoryConfig(prefill_batch=batch),
         )
         tokens = jax.random.randint(
             jax.random.key(1), (batch, setup.episode.block_length), 0, model.vocab_size
         )
-        state = update.init_state(jax.random.key(2), setup)
+        state = init_state(jax.random.key(2), setup)
         # Not donated: the state is used again.
-        step = jax.jit(functools.partial(update.train_step, setup=setup))
+        step = jax.jit(functools.partial(train_step, setup=setup))
         whole = step.lower(state, weights, tokens).compile()
         launches[kernels] = timing.count_launches(str(whole.as_text()))
         runs[kernels] = functools.partial(whole, state, weights, tokens)
@@ -327,7 +341,7 @@ def updates(name: str, batch: int, K: int, prefix_len: int, rounds: int) -> Rows
 def rollouts(setup: Setup, weights: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any]:
     """An update's rollout with one prefix for all schedules, and with the prefix repeated for each."""
     K, batch = setup.grpo.num_schedules, len(tokens)
-    prefill = jax.jit(lambda w, t: update.prefill_blocks(w, t, setup)[0])
+    prefill = jax.jit(lambda w, t: prefill_blocks(w, t, setup))
     episode_B = prefill(weights, tokens)
 
     def run(weights: Any, episode: Any, params: Any, shape: tuple[int, ...]) -> Any:
@@ -335,7 +349,7 @@ def rollouts(setup: Setup, weights: Any, state: Any, tokens: jax.Array) -> tuple
         memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), controller.memory)
         budget = jnp.ones((*shape, len(setup.space.axes)))
         each = Controller(controller.act, memory)
-        return update.run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
+        return run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
 
     jitted = jax.jit(run, static_argnums=3)
     repeated_BK = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.repeat(leaf, K, 0), tree))(episode_B)

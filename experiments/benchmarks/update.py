@@ -34,12 +34,26 @@ from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.rl import train_step as update
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.rollout import Controller, EpisodeConfig, policy_controller, replay
-from sol_jax.rl.train_step import GrpoConfig, Setup
+from sol_jax.rl import collect, learn
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import Controller, EpisodeRules, PrefilledBlock, policy_controller, replay
+from sol_jax.rl.setup import Setup
+from sol_jax.rl.train_step import init_state, train_step
 
-SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    ffn_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_size=64,
+    max_position=8192,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
 SIZES = {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}
 SPACE = ActionSpace(
     (
@@ -81,10 +95,12 @@ def device_kind() -> str:
 
 def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
     return Setup(
-        dataclasses.replace(SMOLLM2, dtype=dtype),
-        SPACE,
-        EpisodeConfig(args.prefix_len, args.horizon, windows),
-        PolicyConfig(SMOLLM2.hidden_size, SPACE.num_actions, args.horizon),
+        EpisodeRules(
+            dataclasses.replace(SMOLLM2, dtype=dtype),
+            SPACE,
+            EpisodeConfig(args.prefix_len, args.horizon, windows),
+        ),
+        PolicySpec(SMOLLM2.hidden_size, SPACE.num_actions, args.horizon),
         GrpoConfig(num_schedules=args.num_schedules),
     )
 
@@ -112,8 +128,8 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
     restart_peak()
     shape = (args.batch_size, setup.episode.block_length)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, setup.model.vocab_size)
-    state = update.init_state(jax.random.key(2), setup)
-    run = jax.jit(update.train_step, static_argnames="setup")  # not donated: the state is used again
+    state = init_state(jax.random.key(2), setup)
+    run = jax.jit(train_step, static_argnames="setup")  # not donated: the state is used again
     first, whole, _ = timed(lambda: run(state, weights, tokens, setup=setup), repeats=args.repeats)
     peak = resident_gib(peak=True) - base
     restart_peak()
@@ -139,40 +155,41 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
 
 
 def stages(
-    args: argparse.Namespace, setup: Setup, weights: Any, tokens: jax.Array, state: update.TrainState
+    args: argparse.Namespace, setup: Setup, weights: Any, tokens: jax.Array, state: learn.TrainState
 ) -> dict[str, float]:
     """Seconds of prefill, rollout, the policy's part of it, head and fit, each jitted alone."""
     B, W, K = args.batch_size, setup.episode.episodes_per_prefix, args.num_schedules
     budget = jnp.full((B, W, K, len(SPACE.axes)), 0.6)
-    prefill = jax.jit(lambda w, t: update.prefill_blocks(w, t, setup)[0])
-    _, prefill_seconds, episode = timed(prefill, weights, tokens, repeats=args.repeats)
+    prefill = jax.jit(lambda w, t: collect.prefill_blocks(w, t, setup))
+    _, prefill_seconds, blocks = timed(prefill, weights, tokens, repeats=args.repeats)
 
-    def roll(weights: Any, episode: Any, controller: Controller) -> Any:
+    def roll(weights: Any, blocks: PrefilledBlock, controller: Controller) -> Any:
         memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, W, K, *x.shape)), controller.memory)
         each = controller._replace(memory=memory)
-        return update.run_schedules(weights, episode, jax.random.key(3), budget, each, setup)
+        return collect.run_schedules(weights, blocks, jax.random.key(3), budget, each, setup)
 
     @jax.jit
-    def roll_policy(weights: Any, params: Any, episode: Any) -> Any:
-        return roll(weights, episode, policy_controller(setup.network, params, setup.grpo.temperature))
+    def roll_policy(weights: Any, params: Any, blocks: PrefilledBlock) -> Any:
+        return roll(weights, blocks, policy_controller(setup.network, params, setup.grpo.temperature))
 
     @jax.jit
-    def roll_given(weights: Any, action_T: jax.Array, episode: Any) -> Any:
-        return roll(weights, episode, replay(action_T))
+    def roll_given(weights: Any, action_T: jax.Array, blocks: PrefilledBlock) -> Any:
+        return roll(weights, blocks, replay(action_T))
 
-    _, roll_seconds, rollout = timed(roll_policy, weights, state.params, episode, repeats=args.repeats)
-    action_T = rollout.action_T[0, 0, 0]
-    _, given_seconds, _ = timed(roll_given, weights, action_T, episode, repeats=args.repeats)
-    head = jax.jit(lambda w, r, label: update.score(w, r, label, setup.memory.head_rows))
-    _, head_seconds, reward = timed(head, weights, rollout, episode.label_T, repeats=args.repeats)
+    _, roll_seconds, rollout = timed(roll_policy, weights, state.params, blocks, repeats=args.repeats)
+    action_T = rollout.action[0, 0, 0]
+    _, given_seconds, _ = timed(roll_given, weights, action_T, blocks, repeats=args.repeats)
+    head = jax.jit(lambda w, hidden, label: collect.score_labels(w, hidden, label, setup.memory.head_rows))
+    labels = blocks.episodes.label
+    _, head_seconds, reward = timed(head, weights, rollout.hidden, labels, repeats=args.repeats)
 
     @jax.jit
-    def fit(state: update.TrainState, rollout: Any, reward: jax.Array) -> Any:
-        adv, _, _ = update.advantages(reward, rollout, budget[:, :, 0], setup)
-        experience = update.Experience(rollout.observation, rollout.action_T, rollout.logp_T, adv)
+    def fit(state: learn.TrainState, rollout: Any, reward: jax.Array) -> Any:
+        adv, _, _ = learn.advantages(reward, rollout, budget[:, :, 0], setup)
+        experience = learn.Experience(rollout.observation, rollout.action, rollout.logp, adv)
         experience = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), experience)
-        order = update.minibatches(jax.random.key(4), B * W * K, setup.optim, args.horizon)
-        return update.fit(state, experience, *order, setup)[0]
+        order = learn.minibatches(jax.random.key(4), B * W * K, setup.optim, args.horizon)
+        return learn.fit(state, experience, *order, setup)[0]
 
     _, fit_seconds, _ = timed(fit, state, rollout, reward, repeats=args.repeats)
     named = {

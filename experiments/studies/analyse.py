@@ -28,8 +28,8 @@ import numpy as np
 from experiments.figures import plots
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.score_cache import Scored, read_folder
-from sol_jax.evaluation.scoring import POLICY, Scores
+from sol_jax.evaluation.score_cache import CachedScores, read_folder
+from sol_jax.evaluation.scoring import POLICY, EntryScores
 from sol_jax.evaluation.statistics import document_bootstrap, document_correlation
 from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -160,7 +160,7 @@ def token_kinds(tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, np.ndarra
     return {name: table[k][tokens] for k, name in enumerate(KINDS)}
 
 
-def features(scored: Scored, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def features(scored: CachedScores, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """What is known of each step, [N, W, T]: of the token it reads, of the one it predicts, and the rest."""
     dense = _job(scored, "dense")[1]
     N, W, _, T = dense.logp_NxWxJxT.shape
@@ -178,7 +178,7 @@ def features(scored: Scored, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     }
 
 
-def step_costs(scored: Scored, scores: Scores) -> dict[str, np.ndarray]:
+def step_costs(scored: CachedScores, scores: EntryScores) -> dict[str, np.ndarray]:
     """Cost of every step of every column by axis, and their mean `net`, [N, W, J, T]."""
     costs = {name: np.array(levels) for name, levels in scored.about["costs"].items()}
     indices = np.unravel_index(scores.action_NxWxJxT, tuple(len(levels) for levels in costs.values()))
@@ -186,7 +186,7 @@ def step_costs(scored: Scored, scores: Scores) -> dict[str, np.ndarray]:
     return {"net": np.mean(list(by_axis.values()), 0), **by_axis}
 
 
-def spending(scored: Scored, tokenizer: Tokenizer) -> list[Record]:
+def spending(scored: CachedScores, tokenizer: Tokenizer) -> list[Record]:
     """Correlation of the policy's cost per step with each feature, per budget and over all of them.
 
     Over all budgets ("all") costs count from the mean of their budget.  `within_step` is the correlation
@@ -231,21 +231,21 @@ def _split(value: np.ndarray, cost: np.ndarray) -> Record:
     return {"cost_with": float(cost[value == 1].mean()), "cost_without": float(cost[value == 0].mean())}
 
 
-def _job(scored: Scored, controller: str) -> tuple[list[tuple[float, ...]], Scores]:
-    if (controller, "") not in scored.jobs:
-        names = ", ".join(sorted(name for name, held in scored.jobs if not held))
+def _job(scored: CachedScores, controller: str) -> tuple[list[tuple[float, ...]], EntryScores]:
+    if (controller, "") not in scored.groups:
+        names = ", ".join(sorted(name for name, held in scored.groups if not held))
         raise UserError(f"the folder has no scores of {controller!r}; it has {names}")
-    return scored.jobs[controller, ""]
+    return scored.groups[controller, ""]
 
 
 # --- over_fixed --------------------------------------------------------------------------------------
 
 
-def over_fixed(scored: Scored, run: str) -> list[Record]:
+def over_fixed(scored: CachedScores, run: str) -> list[Record]:
     """What the policy and whatever plays one schedule of its costs gain over `fixed`, budget by budget."""
     asked, fixed = _by_budget(scored, "fixed")
     found = []
-    for controller, held in sorted(scored.jobs):
+    for controller, held in sorted(scored.groups):
         if held or controller in ("fixed", "dense") or controller.startswith("random"):
             continue
         for budget, logp_N in zip(*_by_budget(scored, controller), strict=True):
@@ -261,7 +261,7 @@ def over_fixed(scored: Scored, run: str) -> list[Record]:
 # --- effect ------------------------------------------------------------------------------------------
 
 
-def effect(one: Scored, other: Scored, label: str) -> list[Record]:
+def effect(one: CachedScores, other: CachedScores, label: str) -> list[Record]:
     """What `other` does differently to the policy and to its gain over each controller, budget by budget.
 
     Paired by block: the difference of scores in nats per token (below 0: `other` is worse), and that of the
@@ -279,8 +279,8 @@ def effect(one: Scored, other: Scored, label: str) -> list[Record]:
         found.append(
             record | {"controller": POLICY} | interval("shift", document_bootstrap(shift_N, one.document_N))
         )
-        for controller, held in sorted(one.jobs):
-            if held or controller in (POLICY, "dense") or (controller, "") not in other.jobs:
+        for controller, held in sorted(one.groups):
+            if held or controller in (POLICY, "dense") or (controller, "") not in other.groups:
                 continue
             name = controller.rstrip("0123456789")  # a budget's random schedules are a job of their own
             theirs = [dict(zip(*_by_budget(scored, controller), strict=True)) for scored in (one, other)]
@@ -300,7 +300,7 @@ def effect(one: Scored, other: Scored, label: str) -> list[Record]:
     return found
 
 
-def _by_budget(scored: Scored, controller: str) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
+def _by_budget(scored: CachedScores, controller: str) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
     """Requested budgets of a job, and the mean log-probability of each block there; of draws their mean."""
     asked, scores = _job(scored, controller)
     columns = scores.logp_NxWxJxT.mean((1, 3), dtype=np.float64)
@@ -323,7 +323,7 @@ def _evaluations(paths: Sequence[pathlib.Path]) -> list[plots.Row]:
     return found
 
 
-def _one_folder(paths: Sequence[pathlib.Path]) -> Scored:
+def _one_folder(paths: Sequence[pathlib.Path]) -> CachedScores:
     if len(paths) != 1:
         raise UserError(f"give one folder of scores, not {len(paths)}: {', '.join(map(str, paths))}")
     return read_folder(paths[0])

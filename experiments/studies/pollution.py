@@ -7,7 +7,7 @@ One axis is compressed for a few steps after a dense prefill, then all is dense 
 steps lose, they lose to the entries that the compressed ones left behind.  Writes a row per axis and level,
 and the change at each later step to a second CSV.  About 5 minutes on two CPU cores (SmolLM2-135M).
 
-Protocol: sol.md section 7 and golden/README.md, h.  An end-of-text token ends each document of the text.
+Protocol: docs/method.md, "Comparisons".  An end-of-text token ends each document of the text.
 """
 
 import argparse
@@ -24,14 +24,15 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.scoring import Kind, Player
+from sol_jax.evaluation.scoring import BatchScorer, ControllerSpec
 from sol_jax.evaluation.statistics import document_bootstrap
 from sol_jax.models import weights as load
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.rollout import EpisodeConfig
-from sol_jax.rl.train_step import Setup
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import EpisodeRules
+from sol_jax.rl.setup import Setup
 from sol_jax.runs.metrics import progress
 from sol_jax.runs.session import commit
 from sol_jax.text.documents import read_documents
@@ -77,8 +78,8 @@ class Protocol:
             )
         )
         episode = EpisodeConfig(self.prefix, self.compressed + self.tail)
-        policy = PolicyConfig(model.hidden_size, space.num_actions, episode.horizon)
-        return Setup(model, space, episode, policy)
+        policy = PolicySpec(model.hidden_size, space.num_actions, episode.horizon)
+        return Setup(EpisodeRules(model, space, episode), policy)
 
     def actions(self, space: ActionSpace) -> np.ndarray:
         """Schedules [1 + columns, T]: all dense, then each column's."""
@@ -105,7 +106,7 @@ def measure(
     token_NxM: np.ndarray,
     protocol: Protocol,
     batch_size: int,
-    progress: Callable[[int], None] = lambda columns: None,
+    progress: Callable[[int], None] = lambda entries: None,
 ) -> np.ndarray:
     """Negative log-probabilities of the labels, [N, 1 + columns, T]; the first column is dense."""
     setup = protocol.setup(model)
@@ -113,9 +114,9 @@ def measure(
     found = []
     for start in range(0, len(token_NxM), batch_size):
         rows = token_NxM[start : start + batch_size].astype(np.int32)
-        player = Player(weights, None, rows, setup, batch_size, num_parallel=len(action))
+        scorer = BatchScorer(weights, None, rows, setup, batch_size, num_parallel=len(action))
         given = np.broadcast_to(action, (len(rows), 1, *action.shape))
-        found.append(-player.play(given, Kind(), progress=progress).logp_NxWxJxT[:, 0])
+        found.append(-scorer.play(given, ControllerSpec(), progress=progress).logp_NxWxJxT[:, 0])
     return np.concatenate(found)
 
 

@@ -7,7 +7,7 @@ Quest protects nothing: the newest page, which holds few keys after each page bo
 ones, so that the last tokens may be dropped where they are needed most.  One row per run, requested budget
 and number of keys in the newest page (the step's own included): what the fixed schedule loses against dense
 decoding there, the policy's gain over it, both in nats per token with 95 % intervals over documents, and what
-either spends on each axis.  Scores are what `sol_jax.evaluate` leaves beside its CSV.
+either spends on each axis.  EntryScores are what `sol_jax.evaluate` leaves beside its CSV.
 """
 
 import argparse
@@ -19,27 +19,27 @@ import numpy as np
 from experiments.studies.analyse import Record, interval, step_costs
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.score_cache import Scored, read_folder
+from sol_jax.evaluation.score_cache import CachedScores, read_folder
 from sol_jax.evaluation.scoring import POLICY
 from sol_jax.evaluation.statistics import document_bootstrap
 
 
-def newest_page(scored: Scored, page_size: int) -> np.ndarray:
+def newest_page(scored: CachedScores, page_size: int) -> np.ndarray:
     """Keys in the newest page at every step, from 1 to `page_size`: [W, T]."""
-    _, W, _, T = scored.jobs["dense", ""][1].logp_NxWxJxT.shape
+    _, W, _, T = scored.groups["dense", ""][1].logp_NxWxJxT.shape
     position = np.arange(scored.tokens_NxM.shape[1] - 1)[-W * T :]  # of the token that each step consumes
     return (position % page_size + 1).reshape(W, T)
 
 
-def pages(scored: Scored, run: str, page_size: int) -> list[Record]:
+def pages(scored: CachedScores, run: str, page_size: int) -> list[Record]:
     """The rows of one run; `UserError` if its scores lack a controller."""
     for name in (POLICY, "fixed", "dense"):
-        if (name, "") not in scored.jobs:
+        if (name, "") not in scored.groups:
             raise UserError(f"the scores of {run} lack {name!r}; evaluate with --controllers fixed")
-    (asked, policy), (matched, fixed) = scored.jobs[POLICY, ""], scored.jobs["fixed", ""]
+    (asked, policy), (matched, fixed) = scored.groups[POLICY, ""], scored.groups["fixed", ""]
     if missing := set(asked) - set(matched):
         raise UserError(f"the scores of {run} have no fixed schedule at {', '.join(map(str, missing))}")
-    dense_NxWxT = scored.jobs["dense", ""][1].logp_NxWxJxT[:, :, 0]
+    dense_NxWxT = scored.groups["dense", ""][1].logp_NxWxJxT[:, :, 0]
     newest_WxT, found = newest_page(scored, page_size), []
     costs = {"policy": step_costs(scored, policy), "fixed": step_costs(scored, fixed)}
     for budget in asked:

@@ -20,7 +20,7 @@ Intervals are 95 %, bootstrapped over prompts.  `NAME-prompts.csv` beside the ou
 prompt, by which policies can be compared on the same prompts (`experiments.studies.paired`).  Policies that
 the output has already are not run again.
 
-Source: sol.md section 8.
+Source: docs/method.md, "Generation".
 """
 
 import argparse
@@ -155,7 +155,7 @@ def rows_of_policy(name: str, args: argparse.Namespace) -> tuple[list[dict[str, 
     asked = budgets.parse(args.budgets, space, "--budgets")
     plain = dataclasses.replace(opened.cfg, policy=None)
     prompts = prompts_of(opened, args.source, args.document_start, args.num_prompts, args.prompt_length)
-    full = dataclasses.replace(plain, space=ActionSpace(held_full(space.axes)), refresh=False)
+    full = dataclasses.replace(plain.with_rules(space=ActionSpace(held_full(space.axes))), refresh=False)
     dense = Engine(opened.weights, opened.tokenizer, full)
     nothing_PxX = np.ones((len(prompts), len(space.axes)))
     texts = answer(dense, prompts, nothing_PxX, args)

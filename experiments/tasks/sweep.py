@@ -14,7 +14,7 @@ from experiments.tasks.item_records import Record
 from sol_jax.axes.base import Work
 from sol_jax.digests import array_digest, digest
 from sol_jax.downstream import continuations
-from sol_jax.downstream.continuations import Continuation, Score
+from sol_jax.downstream.continuations import Continuation, ContinuationScore
 from sol_jax.generation import engine
 from sol_jax.generation.engine import Engine, Output, Request
 from sol_jax.generation.output_cost import dense_text_cost, text_cost
@@ -92,7 +92,7 @@ class Sweep:
         cfg, flat = self.engines[job.controller].cfg, [r for mine in self.requests for r in mine]
         count = self.draws if job.controller == "random" else 1
         drawn = continuations.plans(
-            cfg.space, job.controller, flat, job.budget, cfg.uncontrolled, count, self.seed
+            cfg.space, job.controller, flat, job.budget, cfg.rules.episode.uncontrolled, count, self.seed
         )
         return drawn[job.draw]
 
@@ -124,7 +124,7 @@ class Sweep:
 
 
 def scored(
-    example: tasks.Example, requests: Sequence[Continuation], scores: Sequence[Score], own: Engine
+    example: tasks.Example, requests: Sequence[Continuation], scores: Sequence[ContinuationScore], own: Engine
 ) -> Record:
     """The record of an item whose choices were scored."""
     logp = [float(score.logp_N.sum(dtype=np.float64)) for score in scores]

@@ -1,18 +1,19 @@
-"""What an efficiency axis is, and the joint actions of several; the ones we ship are in `axes`.
+"""What an efficiency axis is, and the joint actions of several.
 
 An axis has levels, a cost per level (the unit budgets are stated in), a penalty weight, and effects on
-one decode step of one schedule.  Effects default to "none", so a new axis overrides only what it
-changes; neither the trainer nor the rollout names an axis.
+one decode step of one schedule.  It declares which effects it has, and overrides only their methods; neither
+the trainer nor the rollout names an axis.  `AxisConfig` is what a config file says of one.
 
-Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
+Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
 heads of each.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import numpy as np
 from pallas_kernels.norm import rms_norm
 from sol_jax.axes.key_selection import Keys, Selection
 from sol_jax.errors import UserError
+from sol_jax.options import Options, option
 
 
 class Work(NamedTuple):
@@ -39,6 +41,11 @@ class StepShape(NamedTuple):
     dtype_bits: int  # of weights, caches and activations
 
 
+Effect = Literal["keys", "mlp_input", "mlp_output"]
+# The method by which an axis acts on each part of a step.
+METHODS: dict[Effect, str] = {"keys": "select", "mlp_input": "mlp_input", "mlp_output": "mlp_output"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One efficiency axis: `levels` ascending, the last the most expensive.
@@ -55,6 +62,17 @@ class Axis:
     level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
     name: str = dataclasses.field(default="", init=False)
     full: ClassVar[float] = 1.0  # the level that changes nothing
+    rule: ClassVar[str] = ""  # which of several ways to act by the same levels
+    effects: ClassVar[frozenset[Effect]] = frozenset()  # where it acts; other parts of a step pass it by
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for effect, method in METHODS.items():
+            if method in cls.__dict__ and effect not in cls.effects:
+                raise TypeError(
+                    f"{cls.__name__} has a method {method}, which is called only for axes that declare it; "
+                    f"add {effect!r} to its `effects`"
+                )
 
     @property
     def idle(self) -> bool:
@@ -63,7 +81,7 @@ class Axis:
 
     @property
     def penalty_weight(self) -> float:
-        """alpha of the paper; an axis without a choice cannot miss its budget (sol.md section 5)."""
+        """alpha of the paper; an axis without a choice cannot miss its budget."""
         return self.penalty if self.cost(self.levels[0]) != self.cost(self.levels[-1]) else 0.0
 
     def cost(self, level: float) -> float:
@@ -71,7 +89,7 @@ class Axis:
         return self.level_costs[self.levels.index(level)] if self.level_costs else self.nominal_cost(level)
 
     def nominal_cost(self, level: float) -> float:
-        """The paper's cost of a level, as a share of the full one (sol.md section 1)."""
+        """The paper's cost of a level, as a share of the full one."""
         return level
 
     def budget_for(self, keep_rate: float) -> float:
@@ -80,6 +98,12 @@ class Axis:
             return keep_rate
         nominal = [self.nominal_cost(level) for level in self.levels]
         return float(np.interp(keep_rate, nominal, self.level_costs))
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the axis' levels do, for names of stored scores: never the class' name."""
+        own = dataclasses.asdict(self)
+        free = {"budget", "budget_choices", "penalty", "kernels", "level_costs"}
+        return {"rule": self.rule} | {name: value for name, value in own.items() if name not in free}
 
     def index_prefix(self, k_HxSxd: jax.Array) -> Any:
         """What to remember of a prefix' keys (one layer), computed once for all schedules."""
@@ -101,13 +125,13 @@ class Axis:
         prefix_index: Any,
         suffix_index: Any,
         layer: jax.Array | None = None,
-    ) -> Selection | None:
-        """The keys that attention reads; None means all.
+    ) -> Selection:
+        """The keys that attention reads; asked only of axes that declare the effect "keys".
 
         With `layer`, `prefix_index` is that of all layers, of which one is read in place: a slice of it would
         be copied before a kernel sees it.
         """
-        return None
+        return keys.valid
 
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
         """Acts on the MLP's (normed) input."""
@@ -154,12 +178,12 @@ def mlp_input(
     axes: Sequence[Axis], action_X: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
 ) -> jax.Array:
     """The MLP's input from the residual stream: RMSNorm, then every axis in turn."""
-    acting = _acting(axes, action_X, "mlp_input")
-    if not acting:
+    found = acting(axes, action_X, "mlp_input")
+    if not found:
         return rms_norm(x_D, gain_D, eps)
-    (first, value), *others = acting
+    (_, first, value), *others = found
     y_D = first.norm_mlp_input(value, x_D, gain_D, eps)
-    for axis, value in others:
+    for _, axis, value in others:
         y_D = axis.mlp_input(value, y_D)
     return y_D
 
@@ -168,21 +192,22 @@ def mlp_output(
     axes: Sequence[Axis], action_X: jax.Array, y_D: jax.Array, x_D: jax.Array, gain_D: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream x_D with the MLP's output after every axis in turn, and the RMSNorm of that."""
-    acting = _acting(axes, action_X, "mlp_output")
-    if not acting:
+    found = acting(axes, action_X, "mlp_output")
+    if not found:
         return _add_norm(x_D, y_D, gain_D, eps)
-    *others, (last, value) = acting
-    for axis, own in others:
+    *others, (_, last, value) = found
+    for _, axis, own in others:
         y_D = axis.mlp_output(own, y_D)
     return last.mlp_output_norm(value, y_D, x_D, gain_D, eps)
 
 
-def _acting(axes: Sequence[Axis], action_X: jax.Array, effect: str) -> list[tuple[Axis, jax.Array]]:
-    """The axes that have an effect of their own, with their levels: the rest must not part fused ones."""
-    pairs = zip(axes, action_X, strict=True)
-    return [
-        (axis, value) for axis, value in pairs if getattr(type(axis), effect) is not getattr(Axis, effect)
-    ]
+def acting(axes: Sequence[Axis], action_X: jax.Array, effect: Effect) -> list[tuple[int, Axis, jax.Array]]:
+    """The axes that act on a part of a step: place, axis and level of each.
+
+    The others are left out rather than asked: an effect that does nothing would part two that are fused.
+    """
+    pairs = enumerate(zip(axes, action_X, strict=True))
+    return [(x, axis, value) for x, (axis, value) in pairs if effect in axis.effects]
 
 
 def _add_norm(x_D: jax.Array, y_D: jax.Array, gain_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -231,3 +256,60 @@ class ActionSpace:
         sizes = [len(axis.levels) for axis in self.axes]
         strides = np.cumprod([1, *sizes[:0:-1]])[::-1]
         return jnp.sum(jnp.asarray(level_X) * jnp.asarray(strides.copy()), -1)
+
+
+class AxisContext(NamedTuple):
+    """What an axis must know of a run besides its own config."""
+
+    kernels: str = "auto"
+    sinks: int = 4
+    window: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisConfig(Options, abc.ABC):
+    """What a config file says of an axis; `build` makes the axis of it."""
+
+    levels: tuple[float, ...] = option((1.0,), "ascending; the last is the dearest")
+    budget: tuple[float, float] = option((1.0, 1.0), "range of the mean costs that training asks for")
+    budget_choices: tuple[float, ...] = option((), "mean costs to draw from instead of the range")
+    penalty: float = option(100.0, "alpha: weight of a missed budget", at_least=0)
+
+    @abc.abstractmethod
+    def axis(self, context: AxisContext) -> Axis:
+        """The axis at these levels and budgets."""
+
+    def common(self, context: AxisContext) -> dict[str, Any]:
+        """The arguments that every axis takes."""
+        levels = tuple(float(level) for level in self.levels)
+        return {
+            "levels": levels,
+            "budget": self.budget,
+            "penalty": self.penalty,
+            "budget_choices": self.budget_choices,
+            "kernels": context.kernels,
+        }
+
+    def build(self, context: AxisContext) -> Axis:
+        """The axis; one with a single level is asked for that level's cost, whatever its budget says."""
+        axis = self.axis(context)
+        if len(axis.levels) > 1:
+            return axis
+        return dataclasses.replace(axis, budget=(axis.cost(axis.levels[0]),) * 2, budget_choices=())
+
+    def check(self) -> None:
+        if not self.levels:
+            raise self.wrong("levels", "a list of at least one level")
+        if any(low >= high for low, high in itertools.pairwise(self.levels)):
+            raise self.wrong("levels", "strictly ascending")
+        self.check_levels()
+        axis = self.build(AxisContext())
+        check_budgets(axis, axis.budget, f"{self.where}budget")
+        check_budgets(axis, axis.budget_choices, f"{self.where}budget_choices")
+        if axis.budget[0] > axis.budget[1]:
+            raise self.wrong("budget", "a range (low, high)")
+
+    def check_levels(self) -> None:
+        """Raises `UserError` for levels that this axis cannot take: unless overridden, outside (0, 1]."""
+        if not all(0 < level <= 1 for level in self.levels):
+            raise self.wrong("levels", "fractions in (0, 1]")

@@ -2,13 +2,13 @@
 
 `Quest` is the paper's; `Recency` and `Relevancy` are the authors' alternatives.
 
-Source: sol.md section 2; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
+Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
 heads of each.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jax import lax
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.quest import Select, extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
-from sol_jax.axes.base import Axis, StepShape, Work, kept_count
+from sol_jax.axes.base import Axis, AxisConfig, AxisContext, Effect, StepShape, Work, kept_count
 from sol_jax.axes.key_selection import Keys, Selection, ends, exact_ceil, float32_ceil
+from sol_jax.options import option
 
 
 def _cache_shares(entries: int, shape: StepShape) -> Work:
@@ -45,6 +46,8 @@ class Quest(Axis):
     sinks: int = 4
     window: int = 2
     name: str = dataclasses.field(default="kappa", init=False)
+    effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
+    rule: ClassVar[str] = "quest"
 
     def index_prefix(self, k_HxSxd: jax.Array) -> jax.Array:
         """Bounds of the prefix' pages, [H, P, 2d]."""
@@ -140,6 +143,8 @@ class Recency(Axis):
     sinks: int = 4
     window: int = 2
     name: str = dataclasses.field(default="kappa", init=False)
+    effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
+    rule: ClassVar[str] = "recency"
 
     def select(
         self,
@@ -175,6 +180,8 @@ class Relevancy(Axis):
     sinks: int = 4
     window: int = 2
     name: str = dataclasses.field(default="kappa", init=False)
+    effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
+    rule: ClassVar[str] = "relevancy"
 
     def select(
         self,
@@ -206,3 +213,37 @@ class Relevancy(Axis):
         values = _cache_shares(always + kept_count(level, rest) if rest else shape.kv_len, shape)
         # It ranks by the logits themselves: every key is read, and only values are saved.
         return {"cache": Work((1 + values.bytes) / 2, (1 + values.flops) / 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class KappaConfig(AxisConfig):
+    """Which share of the KV cache attention reads, and by which rule it is chosen."""
+
+    where = "config.axes.kappa."
+    levels: tuple[float, ...] = option((0.1, 1.0), "shares of the cache, ascending")
+    budget: tuple[float, float] = option((0.1, 1.0), "range of the mean costs that training asks for")
+    rule: Literal["quest", "recency", "relevancy"] = option(
+        "quest",
+        "Quest's pages (the paper's); the most recent keys; or, an oracle, those of the largest logits",
+    )
+    page_size: int = option(
+        8, "of quest: keys of a page (the paper's 2L, 3L and single axes have 4)", at_least=1
+    )
+    heads: Select = option(
+        "head", "of quest: each query head has its own pages; group, another method, lets a group share them"
+    )
+    protect: bool = option(False, "of quest, not the paper's: always keep the sinks and the window")
+
+    def axis(self, context: AxisContext) -> Axis:
+        common = self.common(context) | {"sinks": context.sinks, "window": context.window}
+        if self.rule == "recency":
+            return Recency(**common)
+        if self.rule == "relevancy":
+            return Relevancy(**common)
+        return Quest(**common, page_size=self.page_size, heads=self.heads, protect=self.protect)
+
+    def check_levels(self) -> None:
+        super().check_levels()
+        # The exact arithmetic of recency (`key_selection.exact_ceil`) does not reach below.
+        if self.rule == "recency" and self.levels[0] < 2**-6:
+            raise self.wrong("levels", "at least 1/64 under the recency rule")

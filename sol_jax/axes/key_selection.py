@@ -1,6 +1,6 @@
 """Which keys a decode step may attend to and which it does, and the arithmetic of how many.
 
-Source: sol.md section 2.  `H` counts key/value heads here and `G` the query heads of each.
+Source: docs/method.md, "The three axes".  `H` counts key/value heads here and `G` the query heads of each.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ def ends(keys: Keys, sinks: int, recent: int | jax.Array) -> Selection:
 
 
 def float32_ceil(fraction: jax.Array, count: jax.Array) -> jax.Array:
-    """`ceil(f32(fraction) * f32(count))` as int32: the budget arithmetic of sol.md section 2."""
+    """`ceil(f32(fraction) * f32(count))` as int32: the arithmetic of token budgets."""
     return jnp.ceil(jnp.float32(fraction) * jnp.asarray(count).astype(jnp.float32)).astype(jnp.int32)
 
 

@@ -3,7 +3,7 @@
 They are `rollout.Controller`s, so they run through the rollout of training, many at a time.  Their
 targets are the budgets that the rollout shows them; memory is one schedule's.
 
-Source: sol.md section 7 and the rules of the authors' code (golden/README.md, g).
+Source: docs/method.md, "Comparisons".
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def drift_official(a_D: jax.Array, b_D: jax.Array) -> jax.Array:
 
 
 def choose_level(
-    cost_L: jax.Array,
+    cost_N: jax.Array,
     required: jax.Array,
     due: jax.Array,
     remaining: jax.Array,
@@ -65,24 +65,24 @@ def choose_level(
 ) -> jax.Array:
     """The level of one axis for one step, by index.
 
-    `cost_L` ascends; of levels that cost the same the highest is taken.  The average cost `required` of the
+    `cost_N` ascends; of levels that cost the same the highest is taken.  The average cost `required` of the
     steps that remain (this one included) picks two levels and the share of the higher one; the signal shifts
     that share; a half decides.  The result stays among the levels from which the sum `due` of these steps
     can still be met.
     """
-    low_cost, high_cost, last = cost_L[0], cost_L[-1], cost_L.shape[0] - 1
+    low_cost, high_cost, last = cost_N[0], cost_N[-1], cost_N.shape[0] - 1
     required = jnp.clip(required, low_cost, high_cost)
-    first = jnp.clip(jnp.searchsorted(cost_L, required, side="left"), 0, last)
-    high = jnp.searchsorted(cost_L, cost_L[first], side="right") - 1
+    first = jnp.clip(jnp.searchsorted(cost_N, required, side="left"), 0, last)
+    high = jnp.searchsorted(cost_N, cost_N[first], side="right") - 1
     low = jnp.where(first > 0, first - 1, high)
-    span = cost_L[high] - cost_L[low]
-    share = jnp.where(span > 1e-8, (required - cost_L[low]) / jnp.maximum(span, 1e-8), 1.0)
+    span = cost_N[high] - cost_N[low]
+    share = jnp.where(span > 1e-8, (required - cost_N[low]) / jnp.maximum(span, 1e-8), 1.0)
     share = jnp.clip(share + gain * (signal - 0.5), 0.0, 1.0)
     chosen = jnp.where((share >= 0.5) & (high != low), high, low)
     least = jnp.clip(due - high_cost * (remaining - 1), low_cost, high_cost)
     most = jnp.clip(due - low_cost * (remaining - 1), low_cost, high_cost)
-    highest = jnp.searchsorted(cost_L, most, side="right") - 1
-    lowest = jnp.clip(jnp.minimum(jnp.searchsorted(cost_L, least, side="left"), highest), 0, last)
+    highest = jnp.searchsorted(cost_N, most, side="right") - 1
+    lowest = jnp.clip(jnp.minimum(jnp.searchsorted(cost_N, least, side="left"), highest), 0, last)
     return jnp.clip(chosen, lowest, jnp.clip(highest, lowest, last))
 
 
@@ -97,24 +97,23 @@ def _steered(
     costs = [np.array([axis.cost(level) for level in axis.levels], np.float32) for axis in space.axes]
 
     def act(key: jax.Array, seen: Observation, memory: Steering) -> tuple[jax.Array, jax.Array, Steering]:
-        target_X = seen.scalars_N[2 : 2 + len(costs)]
-        is_controllable = seen.scalars_N[1]
+        target_X, is_controllable = seen.target, seen.controllable
         # Once a step may be controlled, so may all later ones.
         remaining = (horizon - memory.step).astype(jnp.float32)
         signal = read(seen, memory)
         due_X = target_X * (memory.counted + remaining) - memory.spent_X
         level_X = jnp.stack(
             [
-                choose_level(jnp.asarray(cost_L), due_X[x] / remaining, due_X[x], remaining, signal)
-                for x, cost_L in enumerate(costs)
+                choose_level(jnp.asarray(cost_N), due_X[x] / remaining, due_X[x], remaining, signal)
+                for x, cost_N in enumerate(costs)
             ]
         )
-        cost_X = jnp.stack([jnp.asarray(cost_L)[level_X[x]] for x, cost_L in enumerate(costs)])
+        cost_X = jnp.stack([jnp.asarray(cost_N)[level_X[x]] for x, cost_N in enumerate(costs)])
         memory = Steering(
             memory.step + 1,
             memory.counted + is_controllable,
             memory.spent_X + is_controllable * cost_X,
-            seen.hidden_D,
+            seen.hidden,
         )
         return space.join(level_X).astype(jnp.int32), jnp.float32(0.0), memory
 
@@ -126,7 +125,7 @@ def entropy_controller(weights: Weights, space: ActionSpace, horizon: int) -> Co
     """Spends more where the previous prediction, made under the compression so far, was uncertain."""
 
     def read(seen: Observation, memory: Steering) -> jax.Array:
-        return normalized_entropy(llama.logits(weights, seen.hidden_D))
+        return normalized_entropy(llama.logits(weights, seen.hidden))
 
     return _steered(space, horizon, jnp.zeros(weights["final_norm"].shape), read)
 
@@ -141,7 +140,7 @@ def drift_controller(
     measure = drift_official if official else drift
 
     def read(seen: Observation, memory: Steering) -> jax.Array:
-        now_D = jnp.where(memory.step == 0, seen.embed_D, seen.hidden_D)
+        now_D = jnp.where(memory.step == 0, seen.embed, seen.hidden)
         return measure(now_D, memory.before_D)
 
     return _steered(space, horizon, embed_D, read)

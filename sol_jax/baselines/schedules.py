@@ -4,7 +4,7 @@ A schedule is a row of joint actions.  These are plain data, made on the host an
 `rollout.replay`; targets are mean costs per axis, as the policy realised them.  Steps that may not be
 controlled get the dense action, which they would take anyway, and count for nothing.
 
-Source: sol.md section 7 and the rules of the authors' code (golden/README.md, g).
+Source: docs/method.md, "Comparisons".
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sol_jax.axes.base import ActionSpace, Axis
-from sol_jax.rl.rollout import EpisodeConfig
+from sol_jax.rl.config import EpisodeConfig
 
 # The authors' offsets between the axes that they correct over time; they mix any other axis over rows.
 _OFFICIAL_SHIFT = {"rho": 17, "eta": 37}

@@ -9,7 +9,7 @@ and an addition count as two operations, as in `flops`.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ import numpy as np
 
 from pallas_kernels.cost_model import CostModel
 from sol_jax.axes.base import ActionSpace, Axis, StepShape, Work
+from sol_jax.axes.config import BudgetUnit
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.rl.policy import Policy, PolicyConfig, example_observation, initial_carry
+from sol_jax.rl.policy import Policy, PolicySpec, example_observation, initial_carry
 
-BudgetUnit = Literal["nominal", "bytes", "time"]
 NONE, WHOLE = Work(0.0, 0.0), Work(1.0, 1.0)
 
 
@@ -91,7 +91,7 @@ def dense_pass(num_tokens: int, past: int, cfg: LlamaConfig, with_head: bool = F
 
 
 @functools.cache
-def policy_step(cfg: PolicyConfig) -> Work:
+def policy_step(cfg: PolicySpec) -> Work:
     """One step of the policy: all its matrices, float32; its own few keys are left out."""
     network = functools.partial(Policy(cfg).init, method="step")
     shapes = jax.eval_shape(network, jax.random.key(0), example_observation(cfg), initial_carry(cfg))
@@ -105,7 +105,7 @@ def step_cost(
     kv_len: int,
     cfg: LlamaConfig,
     axes: Sequence[Axis],
-    policy: PolicyConfig | None = None,
+    policy: PolicySpec | None = None,
     horizon: int = 0,
     step: int = 0,
 ) -> StepCost:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.train_step import Setup
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.setup import Setup
 
 
 def layer_weights(cfg: LlamaConfig) -> int:
@@ -17,14 +17,14 @@ def layer_weights(cfg: LlamaConfig) -> int:
     return cfg.num_layers * (attention + 3 * cfg.hidden_size * cfg.ffn_size)
 
 
-def policy_weights(cfg: PolicyConfig) -> int:
+def policy_weights(spec: PolicySpec) -> int:
     """Weights of the policy's matrices (embeddings, which are looked up, and biases left out)."""
-    inputs = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
+    cfg = spec.config
+    inputs = spec.hidden_size + spec.embed_size + spec.scalar_embed_size + spec.action_embed_size
     block = (4 + 2 * cfg.mlp_ratio) * cfg.d_model**2
-    heads = cfg.d_model * cfg.num_scores + cfg.budget_embed_size * (cfg.num_axes + cfg.num_scores)
-    return int(
-        inputs * cfg.d_model + cfg.num_layers * block + heads + cfg.num_scalars * cfg.scalar_embed_size
-    )
+    heads = cfg.d_model * spec.num_scores + spec.budget_embed_size * (spec.num_axes + spec.num_scores)
+    scalars = spec.num_scalars * spec.scalar_embed_size
+    return int(inputs * cfg.d_model + cfg.num_layers * block + heads + scalars)
 
 
 def update_flops(setup: Setup, batch_size: int) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """How likely given continuations of given contexts are, while a controller picks the compute of each token.
 
-    engine = Engine(weights, tokenizer, Decoder(model, space, policy=policy), "policy", params)
+    engine = Engine(weights, tokenizer, Decoder(rules, policy), "policy", params)
     scores = score(engine, [Continuation(context, tokens)], budget=(0.5, 0.7, 0.5))
 
 Requests are sorted and padded to few shapes; what comes of one depends neither on the others nor on padding.
-Continuations of one context share its prefill.  The protocol is in `forced`.
+Continuations of one context share its prefill.  The protocol is in `teacher_forced`.
 """
 
 import collections
@@ -20,7 +20,7 @@ from absl import logging
 from sol_jax.axes.base import ActionSpace, Work
 from sol_jax.baselines import schedules
 from sol_jax.costs import decode_step as costs
-from sol_jax.downstream.teacher_forced import Forced, prefill, score_controlled, score_densely
+from sol_jax.downstream.teacher_forced import GivenTokens, prefill_contexts, score_controlled, score_densely
 from sol_jax.errors import UserError
 from sol_jax.generation.engine import Engine, batch_bucket, length_bucket
 from sol_jax.generation.episodes import Decoder
@@ -42,7 +42,7 @@ class Continuation:
         return len(self.context) + np.arange(len(self.tokens))
 
 
-class Score(NamedTuple):
+class ContinuationScore(NamedTuple):
     """What came of one continuation, token by token."""
 
     logp_N: np.ndarray
@@ -55,14 +55,16 @@ class Score(NamedTuple):
         return mean_cost([self], costs_AxX)
 
 
-def mean_cost(scores: Sequence[Score], costs_AxX: np.ndarray) -> np.ndarray:
+def mean_cost(scores: Sequence[ContinuationScore], costs_AxX: np.ndarray) -> np.ndarray:
     """Mean cost per axis of all controllable steps; of none, that of dense ones."""
     none = np.zeros(0, int)
     action_N = np.concatenate([none, *(score.action_N[score.controllable_N] for score in scores)])
     return costs_AxX[action_N].mean(0, dtype=np.float64) if len(action_N) else costs_AxX[-1]
 
 
-def work(requests: Sequence[Continuation], scores: Sequence[Score], cfg: Decoder) -> tuple[Work, Work]:
+def work(
+    requests: Sequence[Continuation], scores: Sequence[ContinuationScore], cfg: Decoder
+) -> tuple[Work, Work]:
     """Bytes read and operations of all steps, and what they would have taken densely; prefills are left out.
 
     An episode in which a continuation ends needs no refresh.
@@ -184,7 +186,7 @@ def batches(
         yield batch, shape(batch)
 
 
-def _arrays(requests: Sequence[Continuation], shape: Shape) -> tuple[np.ndarray, np.ndarray, Forced]:
+def _arrays(requests: Sequence[Continuation], shape: Shape) -> tuple[np.ndarray, np.ndarray, GivenTokens]:
     """The contexts but for their last tokens, their lengths, and the continuations; filled up."""
     contexts = list(dict.fromkeys(request.context for request in requests))
     tokens_UxS, length_U = (
@@ -201,7 +203,7 @@ def _arrays(requests: Sequence[Continuation], shape: Shape) -> tuple[np.ndarray,
         index_B[b] = contexts.index(request.context)
         token_BxN[b, :n] = (request.context[-1], *request.tokens[:-1])
         label_BxN[b, :n] = request.tokens
-    return tokens_UxS, length_U, Forced(*map(jnp.asarray, (index_B, token_BxN, label_BxN)))
+    return tokens_UxS, length_U, GivenTokens(*map(jnp.asarray, (index_B, token_BxN, label_BxN)))
 
 
 def score(
@@ -211,7 +213,7 @@ def score(
     plan_RxM: np.ndarray | None = None,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda requests: None,
-) -> list[Score]:
+) -> list[ContinuationScore]:
     """Scores requests under the engine's controller.
 
     Args:
@@ -223,18 +225,18 @@ def score(
         return []
     if engine.controller != "dense" and not engine.cfg.refresh:
         raise ValueError("forced tokens are scored with the cache refreshed; the decoder's refresh is off")
-    cfg, found = engine.cfg, [Score(*(np.zeros(0),) * 4)] * len(requests)
+    cfg, found = engine.cfg, [ContinuationScore(*(np.zeros(0),) * 4)] * len(requests)
     if plan_RxM is None:
-        (plan_RxM,) = plans(cfg.space, engine.controller, requests, budget, cfg.uncontrolled)
+        (plan_RxM,) = plans(cfg.space, engine.controller, requests, budget, cfg.rules.episode.uncontrolled)
     for batch, shape in batches(requests, cfg.horizon, batch_size):
         if (cfg, shape) not in engine.compiled:
             logging.info("bucket: %s", ", ".join(f"{name} {n}" for name, n in shape._asdict().items()))
             engine.compiled.add((cfg, shape))
         mine = [requests[r] for r in batch]
-        tokens_UxS, length_U, forced_B = _arrays(mine, shape)
-        prompts_U = prefill(engine.weights, tokens_UxS, length_U, shape.prefix + shape.steps, cfg)
+        tokens_UxS, length_U, given_B = _arrays(mine, shape)
+        context_U = prefill_contexts(engine.weights, tokens_UxS, length_U, shape.prefix + shape.steps, cfg)
         if engine.controller == "dense":
-            logp, greedy = jax.device_get(score_densely(engine.weights, prompts_U, forced_B, cfg))
+            logp, greedy = jax.device_get(score_densely(engine.weights, context_U, given_B, cfg))
             action, controllable = np.full(logp.shape, cfg.space.dense), np.zeros(logp.shape, bool)
         else:
             plan_BxN = np.full((shape.rows, shape.steps), cfg.space.dense, np.int32)
@@ -242,11 +244,11 @@ def score(
             plan_BxN[: len(batch), :width] = plan_RxM[batch, :width]
             budget_BxX = jnp.full((shape.rows, len(cfg.space.axes)), jnp.asarray(budget or 1.0, jnp.float32))
             played = score_controlled(
-                engine.weights, engine.params, prompts_U, forced_B, budget_BxX, plan_BxN, cfg
+                engine.weights, engine.params, context_U, given_B, budget_BxX, plan_BxN, cfg
             )
             logp, greedy, action, controllable = jax.device_get(played)
         for b, (r, request) in enumerate(zip(batch, mine, strict=True)):
             n = len(request.tokens)
-            found[r] = Score(*(x[b, :n] for x in (logp, greedy, action, controllable)))
+            found[r] = ContinuationScore(*(x[b, :n] for x in (logp, greedy, action, controllable)))
         progress(len(batch))
     return found

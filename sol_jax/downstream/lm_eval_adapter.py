@@ -4,7 +4,7 @@
         --model_args path=smollm2-135m,policy=smollm2-135m/sol-j-fl-t16,budget=0.5:0.7:0.5,output=costs.jsonl
 
 `controller` is policy (if there is one), dense, fixed or random; schedules meet `budget` over the levels of
-the policy or, without one, of SOL-J-FL.  Given continuations are scored as `forced` says; free ones are
+the policy or, without one, of SOL-J-FL.  Given continuations are scored as `teacher_forced` says; free ones are
 written as in generation.  `output` gets a line per request with what was spent on it: the nominal keep rate
 of each axis, and the bytes read and operations after the prefill as shares of dense decoding's.
 
@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from sol_jax.axes.base import Work
-from sol_jax.downstream.continuations import Continuation, Score, mean_cost, score, shares, truncated, work
+from sol_jax.downstream.continuations import (
+    Continuation,
+    ContinuationScore,
+    mean_cost,
+    score,
+    shares,
+    truncated,
+    work,
+)
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.generation import engine as engine_lib
 from sol_jax.generation.engine import Engine, Output, Request, check_request
@@ -44,7 +52,7 @@ except ImportError as missing:
 
 MAX_NEW_TOKENS = 256  # of the harness, where a task names none
 
-Scored = tuple[Continuation, Score]
+Scored = tuple[Continuation, ContinuationScore]
 
 
 @register_model("sol_jax")

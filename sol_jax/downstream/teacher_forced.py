@@ -3,7 +3,7 @@
 All of a context but its last token is prefilled densely; that token and the continuation are then consumed
 in episodes of T steps, so that every token of a continuation is predicted by a step of the controller's.
 At an episode's end its cache entries are replaced by dense ones and the policy starts anew, as in generation
-(sol.md section 8).  As the tokens are known, the dense entries of all of them come from one dense pass, and
+(docs/method.md, "Generation").  As the tokens are known, the dense entries of all of them come from one dense pass, and
 the episodes, each behind the dense cache of what precedes it, run side by side.
 
 Here `U` counts contexts and `N` the steps of a continuation, filled up to W whole episodes (or to a single
@@ -21,52 +21,52 @@ from sol_jax.generation.episodes import HEAD_ROWS, Decoder, prefill_prompt
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, Weights
 from sol_jax.rl.policy import Policy
-from sol_jax.rl.rollout import EPISODE_AXES, Episode, label_logp, policy_controller, replay, rollout
+from sol_jax.rl.rollout import Episode, label_logp, policy_controller, replay, rollout
 
 DENSE_TOKENS = 256  # that the dense pass over continuations takes at a time, or those of one
 
 
-class Prompts(NamedTuple):
-    """Contexts after their prefill; leading axis U."""
+class PrefilledContext(NamedTuple):
+    """A context after its prefill; those of a batch lead with U."""
 
-    hidden_D: jax.Array  # of the last token
+    hidden: jax.Array  # [D], of the last token
     cache: KVCache
     length: jax.Array
 
 
-class Forced(NamedTuple):
-    """The continuations of a batch; leading axis B."""
+class GivenTokens(NamedTuple):
+    """A continuation; those of a batch lead with B."""
 
-    prompt: jax.Array  # which of the contexts
-    token_N: jax.Array  # consumed: the last one of the context, then the continuation
-    label_N: jax.Array  # predicted: the continuation
+    context: jax.Array  # which of the contexts
+    token: jax.Array  # [N], consumed: the last one of the context, then the continuation
+    label: jax.Array  # [N], predicted: the continuation
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "cfg"))
-def prefill(
+def prefill_contexts(
     weights: Weights, tokens_UxS: jax.Array, length_U: jax.Array, capacity: int, cfg: Decoder
-) -> Prompts:
+) -> PrefilledContext:
     """Dense caches of the first `length` tokens of each line."""
 
-    def one(tokens_S: jax.Array, length: jax.Array) -> Prompts:
-        return Prompts(*prefill_prompt(weights, tokens_S, length, capacity, cfg.model), length)
+    def one(tokens_S: jax.Array, length: jax.Array) -> PrefilledContext:
+        return PrefilledContext(*prefill_prompt(weights, tokens_S, length, capacity, cfg.model), length)
 
     batch = min(cfg.prefill_batch, len(tokens_UxS))
     return lax.map(lambda context: one(*context), (tokens_UxS, length_U), batch_size=batch)
 
 
 def dense_pass(
-    weights: Weights, prompts_U: Prompts, forced_B: Forced, cfg: Decoder
-) -> tuple[jax.Array, Prompts]:
+    weights: Weights, context_U: PrefilledContext, given_B: GivenTokens, cfg: Decoder
+) -> tuple[jax.Array, PrefilledContext]:
     """Dense hidden states of the consumed tokens [B, N, D], and every row with all of them in its cache."""
 
-    def one(forced: Forced) -> tuple[jax.Array, Prompts]:
-        row = jax.tree.map(lambda leaf: leaf[forced.prompt], prompts_U)
-        hidden_NxD, entries = llama.extend(weights, forced.token_N, row.cache, row.length, cfg.model)
+    def one(given: GivenTokens) -> tuple[jax.Array, PrefilledContext]:
+        row = jax.tree.map(lambda leaf: leaf[given.context], context_U)
+        hidden_NxD, entries = llama.extend(weights, given.token, row.cache, row.length, cfg.model)
         return hidden_NxD, row._replace(cache=llama.append(row.cache, entries, row.length))
 
-    B, N = forced_B.token_N.shape
-    return lax.map(one, forced_B, batch_size=min(B, max(1, DENSE_TOKENS // N)))
+    B, N = given_B.token.shape
+    return lax.map(one, given_B, batch_size=min(B, max(1, DENSE_TOKENS // N)))
 
 
 def judge(weights: Weights, hidden: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,18 +83,18 @@ def judge(weights: Weights, hidden: jax.Array, label: jax.Array) -> tuple[jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def score_densely(weights: Weights, prompts_U: Prompts, forced_B: Forced, cfg: Decoder) -> tuple:
+def score_densely(weights: Weights, context_U: PrefilledContext, given_B: GivenTokens, cfg: Decoder) -> tuple:
     """`logp` and `greedy` of every label, without a controller."""
-    hidden_BxNxD, _ = dense_pass(weights, prompts_U, forced_B, cfg)
-    return judge(weights, hidden_BxNxD, forced_B.label_N)
+    hidden_BxNxD, _ = dense_pass(weights, context_U, given_B, cfg)
+    return judge(weights, hidden_BxNxD, given_B.label)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def score_controlled(
     weights: Weights,
     params: Any,
-    prompts_U: Prompts,
-    forced_B: Forced,
+    context_U: PrefilledContext,
+    given_B: GivenTokens,
     budget_BxX: jax.Array,
     plan_BxN: jax.Array,
     cfg: Decoder,
@@ -103,32 +103,34 @@ def score_controlled(
 
     Under the greedy policy of `params`, or replaying `plan` if there is none.
     """
-    dense_BxNxD, row_B = dense_pass(weights, prompts_U, forced_B, cfg)
-    (B, N), space = forced_B.token_N.shape, cfg.space
+    dense_BxNxD, row_B = dense_pass(weights, context_U, given_B, cfg)
+    (B, N), space = given_B.token.shape, cfg.space
     T = min(N, cfg.horizon)
 
-    def one(row: Prompts, dense_NxD: jax.Array, forced: Forced, budget_X: jax.Array, plan_N: jax.Array):
+    def one(
+        row: PrefilledContext,
+        dense_NxD: jax.Array,
+        given: GivenTokens,
+        budget_X: jax.Array,
+        plan_N: jax.Array,
+    ):
         start_W = row.length + T * jnp.arange(N // T)
-        prefix_W = llama.make_prefix(row.cache, start_W, space.axes)
-        hidden_WxD = jnp.concatenate([row.hidden_D[None], dense_NxD[T - 1 : N - 1 : T]])
-        episode_W = Episode(
-            prefix_W, hidden_WxD, forced.token_N.reshape(-1, T), forced.label_N.reshape(-1, T)
-        )
+        cache = llama.index_cache(row.cache, space.axes)
+        hidden_WxD = jnp.concatenate([row.hidden[None], dense_NxD[T - 1 : N - 1 : T]])
+        episode_W = Episode(start_W, hidden_WxD, given.token.reshape(-1, T), given.label.reshape(-1, T))
 
         def play(episode: Episode, plan_T: jax.Array) -> tuple[jax.Array, ...]:
             controller = replay(plan_T)
             if cfg.policy is not None:
                 controller = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
             key = jax.random.key(0)  # nothing is drawn
-            played = rollout(
-                weights, episode, key, budget_X, controller, space, cfg.model, cfg.uncontrolled, cfg.horizon
-            )
-            taken_T = jnp.where(played.controllable_T, played.action_T, space.dense)
-            return played.hidden_TxD, taken_T, played.controllable_T
+            played = rollout(weights, cfg.rules, cache, episode, key, budget_X, controller)
+            taken_T = jnp.where(played.controllable, played.action, space.dense)
+            return played.hidden, taken_T, played.controllable
 
-        return jax.vmap(play, in_axes=(EPISODE_AXES, 0))(episode_W, plan_N.reshape(-1, T))
+        return jax.vmap(play)(episode_W, plan_N.reshape(-1, T))
 
     with jax.named_scope("rollout"):
-        hidden, action, controllable = jax.vmap(one)(row_B, dense_BxNxD, forced_B, budget_BxX, plan_BxN)
-    logp, greedy = judge(weights, hidden.reshape(dense_BxNxD.shape), forced_B.label_N)
+        hidden, action, controllable = jax.vmap(one)(row_B, dense_BxNxD, given_B, budget_BxX, plan_BxN)
+    logp, greedy = judge(weights, hidden.reshape(dense_BxNxD.shape), given_B.label)
     return logp, greedy, action.reshape(B, N), controllable.reshape(B, N)

@@ -13,10 +13,10 @@ import numpy as np
 from sol_jax.axes.base import ActionSpace
 from sol_jax.baselines import schedules
 from sol_jax.evaluation.budget_grid import Budgets
-from sol_jax.evaluation.scoring import HEURISTICS, POLICY, Kind, Scores
+from sol_jax.evaluation.scoring import HEURISTICS, POLICY, ControllerSpec, EntryScores
 from sol_jax.evaluation.statistics import document_bootstrap
-from sol_jax.evaluation.sweep import Job, Sweep
-from sol_jax.rl.train_step import Setup
+from sol_jax.evaluation.sweep import EntryGroup, Sweep
+from sol_jax.rl.setup import Setup
 
 # Besides `dense`, which is always there.  Two show what a policy makes of the text: `clock` has its mean
 # costs at each step of the episode, `swapped` plays its own schedules, each to another text.
@@ -24,7 +24,7 @@ BASELINES = ("fixed", "fixed_official", "front", "clock", "swapped", "random", *
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What is compared.
 
     For every axis of `hold` the policy also runs with that axis kept dense, and the others are then matched
@@ -53,14 +53,14 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One controller at one requested budget.  Costs and `net` are realised; nats are per token.
 
     `bytes` and `flops` are what the same steps really read and compute, as shares of decoding them densely
-    (see `Scores.work`; the policy's own are counted where it is in control).
+    (see `EntryScores.work`; the policy's own are counted where it is in control).
 
     `gain` is the policy's mean log-probability minus this controller's, on the same tokens, with its 95 %
-    interval over documents.  `net` is the mean of the axes' episode-average costs (sol.md section 1).
+    interval over documents.  `net` is the mean of the axes' episode-average costs (docs/method.md, "The three axes").
     `random_best` is the draw that did best on the very text it is scored on, as the paper takes it: this
     favours it.
     """
@@ -84,7 +84,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class RandomScheduleRow:
     """One random schedule of a budget, over the whole text."""
 
     held: str
@@ -94,39 +94,44 @@ class Draw:
     nats: float
 
 
-# Told of columns (a schedule of every episode of a batch) as they are done.
-Stage = Callable[[int], None]
+# Told how many entries (on a batch of blocks) were done since the last call.
+Progress = Callable[[int], None]
 
 
-def _silent(total: int, done: int, label: str) -> Stage:
-    return lambda columns: None
+def _silent(total: int, done: int, label: str) -> Progress:
+    return lambda entries: None
 
 
 def run(
-    sweep: Sweep, plan: Plan, progress: Callable[[int, int, str], Stage] = _silent
-) -> tuple[list[Row], list[Draw]]:
+    sweep: Sweep, plan: ComparisonPlan, progress: Callable[[int, int, str], Progress] = _silent
+) -> tuple[list[ComparisonRow], list[RandomScheduleRow]]:
     """Runs a plan: the policy first, then whatever is matched to its costs.
 
-    `progress` gets the columns of a stage, those that are there already and a label, and returns what is told
-    of columns as they are done.
+    `progress` gets the number of entries, how many of them are scored already, and a label; it returns what is
+    told of entries as they are done.
     """
     setup, batches = sweep.setup, sweep.batches
     document_N = np.concatenate([batch.document_B for batch in batches])
 
-    def scored(jobs: Sequence[Job], label: str) -> Found:
-        scores = sweep.run(jobs, progress(*sweep.columns(jobs), label))
-        return {(job.name, job.kind.held): found for job, found in zip(jobs, scores, strict=True)}
+    def scored(groups: Sequence[EntryGroup], label: str) -> Found:
+        scores = sweep.run(groups, progress(*sweep.count(groups), label))
+        return {
+            (group.label, group.controller.held): found for group, found in zip(groups, scores, strict=True)
+        }
 
     asked = _spread(np.array(plan.budgets), len(document_N), setup)
-    own = scored([Job(POLICY, asked, Kind(POLICY, held), plan.budgets) for held in plan.holds], "policy")
-    jobs = [_dense(len(document_N), setup)]
+    own = scored(
+        [EntryGroup(POLICY, asked, ControllerSpec(POLICY, held), plan.budgets) for held in plan.holds],
+        "policy",
+    )
+    groups = [_dense(len(document_N), setup)]
     for g, held in enumerate(plan.holds):
         seeds = [(plan.seed, g, j) for j in range(len(plan.budgets))]
-        jobs += _jobs(plan, held, own[POLICY, held], setup, len(batches[0].tokens_BxN), seeds)
-    return _rows(plan, own | scored(jobs, "baselines"), document_N, setup)
+        groups += _matched(plan, held, own[POLICY, held], setup, len(batches[0].tokens_BxN), seeds)
+    return _rows(plan, own | scored(groups, "baselines"), document_N, setup)
 
 
-Found = dict[tuple[str, str], Scores]  # by job and the axis held dense
+Found = dict[tuple[str, str], EntryScores]  # by label and the axis held dense
 
 
 def _spread(given_JxX: np.ndarray, N: int, setup: Setup) -> np.ndarray:
@@ -134,20 +139,20 @@ def _spread(given_JxX: np.ndarray, N: int, setup: Setup) -> np.ndarray:
     return np.broadcast_to(given_JxX.astype(np.float32), shape)
 
 
-def _dense(N: int, setup: Setup) -> Job:
+def _dense(N: int, setup: Setup) -> EntryGroup:
     W, T = setup.episode.episodes_per_prefix, setup.episode.horizon
     action = schedules.dense(setup.space, N * W, T).reshape(N, W, 1, T)
-    return Job("dense", action, Kind(with_entropy=True))
+    return EntryGroup("dense", action, ControllerSpec(with_entropy=True))
 
 
-def _jobs(
-    plan: Plan,
+def _matched(
+    plan: ComparisonPlan,
     held: str,
-    policy: Scores,
+    policy: EntryScores,
     setup: Setup,
     batch_size: int,
     seeds: Sequence[tuple[int, ...]],
-) -> list[Job]:
+) -> list[EntryGroup]:
     """Everything that is matched to what the policy spent, budget by budget."""
     shape, space = setup.episode, setup.space
     N, W, _, T = policy.action_NxWxJxT.shape
@@ -158,51 +163,62 @@ def _jobs(
         "front": lambda target_X: schedules.front(space, target_X, may_control),
         "fixed_official": lambda target_X: schedules.fixed_official(space, target_X, may_control, rows),
     }
-    jobs = []
+    groups = []
     for name in plan.controllers:
         if name in static:
             action = np.stack([static[name](target_X) for target_X in target_JxX], 1)
-            jobs.append(Job(name, action.reshape(N, W, -1, T), Kind(held=held), plan.budgets))
+            groups.append(
+                EntryGroup(name, action.reshape(N, W, -1, T), ControllerSpec(held=held), plan.budgets)
+            )
         elif name == "clock":
             steps_JxTxX = policy.step_costs(setup)
             action = np.stack([schedules.clock(space, target, may_control) for target in steps_JxTxX], 1)
-            jobs.append(Job(name, action.reshape(N, W, -1, T), Kind(held=held), plan.budgets))
+            groups.append(
+                EntryGroup(name, action.reshape(N, W, -1, T), ControllerSpec(held=held), plan.budgets)
+            )
         elif name == "swapped":
             # From half the text away, since neighbouring blocks are often of one document.
             action = np.roll(policy.action_NxWxJxT, N // 2, 0)
-            jobs.append(Job(name, action, Kind(held=held), plan.budgets))
+            groups.append(EntryGroup(name, action, ControllerSpec(held=held), plan.budgets))
         elif name == "random":
             for j in plan.drawn:  # a generator for each, so that a budget's draws do not depend on the others
                 rng = np.random.default_rng(seeds[j])
                 action = schedules.random(space, target_JxX[j], may_control, plan.num_random, rng)
                 asked = (plan.budgets[j],) * plan.num_random
-                jobs.append(Job(_draws_of(j), action.reshape(N, W, -1, T), Kind(held=held), asked))
+                groups.append(
+                    EntryGroup(_draws_of(j), action.reshape(N, W, -1, T), ControllerSpec(held=held), asked)
+                )
         else:
-            jobs.append(Job(name, _spread(target_JxX, N, setup), Kind(name, held), plan.budgets))
-    return jobs
+            groups.append(
+                EntryGroup(name, _spread(target_JxX, N, setup), ControllerSpec(name, held), plan.budgets)
+            )
+    return groups
 
 
 def _draws_of(budget: int) -> str:
     return f"random{budget}"
 
 
-def _rows(plan: Plan, found: Found, document_N: np.ndarray, setup: Setup) -> tuple[list[Row], list[Draw]]:
-    rows: list[Row] = []
-    draws: list[Draw] = []
+def _rows(
+    plan: ComparisonPlan, found: Found, document_N: np.ndarray, setup: Setup
+) -> tuple[list[ComparisonRow], list[RandomScheduleRow]]:
+    rows: list[ComparisonRow] = []
+    draws: list[RandomScheduleRow] = []
     for held, (j, requested) in itertools.product(plan.holds, enumerate(plan.budgets)):
-        own = _column(found[POLICY, held], j)
+        own = _entry(found[POLICY, held], j)
         compared = {POLICY: own}
         for name in plan.controllers:
             if name != "random":
-                compared[name] = _column(found[name, held], j)
+                compared[name] = _entry(found[name, held], j)
         if j in plan.drawn:
             drawn = found[_draws_of(j), held]
             nats_R = -drawn.logp_NxWxJxT.mean((0, 1, 3), dtype=np.float64)
             net_R = drawn.costs(setup).mean((0, 1, 3))
             draws += [
-                Draw(held, requested, r, *pair) for r, pair in enumerate(zip(net_R, nats_R, strict=True))
+                RandomScheduleRow(held, requested, r, *pair)
+                for r, pair in enumerate(zip(net_R, nats_R, strict=True))
             ]
-            compared |= {"random": drawn, "random_best": _column(drawn, int(np.argmin(nats_R)))}
+            compared |= {"random": drawn, "random_best": _entry(drawn, int(np.argmin(nats_R)))}
         compared["dense"] = found["dense", ""]
         reference_N = _by_block(own)
         for name, scores in compared.items():
@@ -211,28 +227,28 @@ def _rows(plan: Plan, found: Found, document_N: np.ndarray, setup: Setup) -> tup
     return rows, draws
 
 
-def _column(scores: Scores, j: int) -> Scores:
-    return Scores(*(array[:, :, j : j + 1] for array in scores))
+def _entry(scores: EntryScores, j: int) -> EntryScores:
+    return EntryScores(*(array[:, :, j : j + 1] for array in scores))
 
 
-def _by_block(scores: Scores) -> np.ndarray:
+def _by_block(scores: EntryScores) -> np.ndarray:
     return scores.logp_NxWxJxT.mean((1, 2, 3), dtype=np.float64)
 
 
 def _row(
     name: str,
     place: tuple[str, str, tuple[float, ...]],
-    scores: Scores,
+    scores: EntryScores,
     reference_N: np.ndarray,
     document_N: np.ndarray,
     setup: Setup,
-) -> Row:
+) -> ComparisonRow:
     logp_N = _by_block(scores)
     cost_X = scores.costs(setup).mean((0, 1, 2))
     nats = -float(logp_N.mean())
     N, W, _, T = scores.logp_NxWxJxT.shape
     gain = document_bootstrap(reference_N - logp_N, document_N)
-    return Row(
+    return ComparisonRow(
         name,
         *place,
         tuple(float(c) for c in cost_X),
@@ -247,7 +263,7 @@ def _row(
     )
 
 
-def level_shares(scores: Scores, setup: Setup) -> tuple[str, ...]:
+def level_shares(scores: EntryScores, setup: Setup) -> tuple[str, ...]:
     """Per axis the share of controllable steps at each level; levels never taken are left out."""
     N, W, _, T = scores.action_NxWxJxT.shape
     may_control = schedules.controllable(setup.episode, N).reshape(N, W, 1, T)
@@ -262,7 +278,7 @@ def _shares(space: ActionSpace, x: int, action: np.ndarray) -> str:
     )
 
 
-def summary(rows: Sequence[Row], setup: Setup) -> dict[str, float]:
+def summary(rows: Sequence[ComparisonRow], setup: Setup) -> dict[str, float]:
     """Scalars for the training log, averaged over the requested budgets.
 
     `eval/penalty` is the training penalty of the realised mean costs.  `eval/score`, which the best

@@ -4,24 +4,21 @@ import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from configs import default
 from sol_jax.digests import array_digest, digest
 from sol_jax.errors import UserError
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import FREE_FIELDS
-from sol_jax.runs.config import build_episode, flatten
+from sol_jax.runs.config import RunConfig
 from sol_jax.runs.policy_files import HASH_LENGTH
 from sol_jax.runs.session import Session, commit, open_session
-from sol_jax.runs.trained_policy import Subject
+from sol_jax.runs.trained_policy import TrainedPolicy
 from sol_jax.text import blocks as data
 from sol_jax.text.blocks import Batch
 from sol_jax.text.documents import document_hashes, read_documents
 
 
 def open_text(
-    config: ConfigDict,
+    config: RunConfig,
     source: str = "",
     document_start: str = "",
     protect: bool | None = None,
@@ -34,24 +31,21 @@ def open_text(
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
     `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
-    other = ConfigDict(config.to_dict())
+    fields: dict[str, Any] = {
+        "axes.kappa.protect": protect,
+        "kernels": kernels,
+        "policy.restate": restate,
+        "episode.prefix_len": prefix_len,
+    }
     if source:
-        other.data.source, other.data.document_start = source, document_start
-        other.data.validation_fraction, other.data.test_fraction = 0.0, 1.0
-    if protect is not None:
-        other.axes.kappa.protect = protect
-    if kernels is not None:
-        other.kernels = kernels
-    if restate is not None:
-        other.policy.restate = restate
-    if prefix_len is not None:
-        other.episode.prefix_len = prefix_len
-    return open_session(other)
+        fields |= {"data.source": source, "data.document_start": document_start}
+        fields |= {"data.validation_fraction": 0.0, "data.test_fraction": 1.0}
+    return open_session(config.with_fields({name: x for name, x in fields.items() if x is not None}))
 
 
-def training_documents(config: ConfigDict, session: Session) -> Collection[str]:
+def training_documents(config: RunConfig, session: Session) -> Collection[str]:
     """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
-    block_length = build_episode(config).block_length
+    block_length = config.episode.block_length
     same_blocks = session.setup.episode.block_length == block_length and "train" in session.blocks
     if session.config.data.source == config.data.source and same_blocks:
         blocks = session.blocks
@@ -87,28 +81,30 @@ def refuse_training_text(session: Session, split: str, trained_on: Collection[st
     )
 
 
-def describe(subject: Subject, session: Session, split: str, batches: Sequence[Batch]) -> dict[str, Any]:
+def describe(policy: TrainedPolicy, session: Session, split: str, batches: Sequence[Batch]) -> dict[str, Any]:
     """What every row of results says of where it comes from."""
-    episode, flat = session.setup.episode, flatten(subject.config)
+    episode, flat = session.setup.episode, policy.config.flat()
     # Defaults are left out: a field that is added later, and a run that knew nothing of it, change no digest.
-    usual = flatten(default.get_config())
+    usual = RunConfig().flat()
     trained = {
         name: value
         for name, value in flat.items()
         if not name.startswith(FREE_FIELDS) and value != usual.get(name)
     }
     return {
-        "run": subject.name,
-        "updates": subject.updates,
-        "model": policy_files.model_name(subject.config),
+        "run": policy.name,
+        "updates": policy.updates,
+        "model": policy_files.model_name(policy.config),
         "prefix": episode.prefix_len,
         "horizon": episode.horizon,
         "text": text_name(session.config.data.source, split),
         "protect": session.config.axes.kappa.protect,
         "restate": session.config.policy.restate,
         "blocks": sum(len(batch.tokens_BxN) for batch in batches),
-        "seed": subject.config.seed,
+        "seed": policy.config.seed,
         "config": digest(trained),
+        "text_digest": session.split(split).fingerprint,
+        **session.identity,
         "commit": commit(),
     }
 
@@ -120,15 +116,22 @@ def text_name(source: str, split: str) -> str:
 
 
 def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str, Any]:
-    """All that decides scores besides the controllers; it names the folder in which they are kept."""
-    setup = session.setup
+    """All that decides scores besides the controllers; it names the folder in which they are kept.
+
+    Explicit, rather than the `repr` of some class: renaming that would orphan what is stored.  Whoever adds
+    something that decides scores adds it here; if old scores stay right its default must leave no trace.
+    """
+    setup, episode = session.setup, session.setup.episode
     return {
-        "model": session.config.model.path,
-        "architecture": repr(setup.model),
-        "axes": repr(setup.space.axes),
+        "model": session.identity,
+        "dtype": setup.model.dtype,
+        "kernels": setup.model.kernels,
+        "axes": [axis.identity() for axis in setup.space.axes],
         "costs": {axis.name: [axis.cost(level) for level in axis.levels] for axis in setup.space.axes},
-        "episode": repr(setup.episode),
-        "text": session.config.data.source,
+        "prefix_len": episode.prefix_len,
+        "horizon": episode.horizon,
+        "episodes_per_prefix": episode.episodes_per_prefix,
+        "uncontrolled": episode.uncontrolled,
         "blocks": [array_digest([batch.tokens_BxN, batch.document_B]) for batch in batches],
         "stale_prefill": stale,
     }

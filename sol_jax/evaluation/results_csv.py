@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
-from sol_jax.evaluation.comparison import Draw, Row
+from sol_jax.evaluation.comparison import ComparisonRow, RandomScheduleRow
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
 IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
+CONTENT = ("weights", "tokenizer", "text_digest")  # likewise; files from before these columns do not say
 LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
 NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
 
 
 def records(
-    rows: Iterable[Row | Draw], axis_names: Sequence[str], about: Mapping[str, Any]
+    rows: Iterable[ComparisonRow | RandomScheduleRow], axis_names: Sequence[str], about: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """Rows as CSV fields, with `about` (seed, commit, config ...) repeated on each."""
     flat = [_flat(dataclasses.asdict(row), axis_names) | texts(about) for row in rows]
@@ -76,9 +77,9 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
         return
     ours = texts(about)
     for row in read(path):
-        for name in IDENTITY:
+        for name in (*IDENTITY, *CONTENT):
             theirs = row.get(name) or LATER.get(name)  # empty where rows were added to an older file
-            if theirs != ours[name]:
+            if theirs != ours[name] and (theirs or name not in CONTENT):
                 raise UserError(
                     f"{path} holds results of {name} {theirs!r}, and these are of {ours[name]!r}; "
                     "name another --output"
@@ -108,7 +109,7 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     write(path, [*kept, *rows])
 
 
-def table(rows: Sequence[Row], axis_names: Sequence[str]) -> str:
+def table(rows: Sequence[ComparisonRow], axis_names: Sequence[str]) -> str:
     """The rows as text, one block per requested budget."""
     costs = "cost " + "/".join(axis_names)
     shares = f"{'net':>6} {'bytes':>6} {'flops':>6}"

@@ -1,8 +1,8 @@
-"""Scores on disk: written as they are made, found again by what decides them, read back for analysis.
+"""EntryScores on disk: written as they are made, found again by what decides them, read back for analysis.
 
 They lie under a folder named by a digest of all that decides them besides the controllers: model, axes,
-episodes, text.  In it each job (a controller with what it is given) has a folder of its own, named by the
-same rule, with one file per batch and set of columns, written all at once or not at all.  So scores of
+episodes, text.  In it each group of entries (a controller with what it is given) has a folder of its own, named by the
+same rule, with one file per batch and set of entries, written all at once or not at all.  So scores of
 different configurations cannot be mixed, and a sweep that asks for more finds what it has.
 """
 
@@ -17,16 +17,16 @@ from absl import logging
 
 from sol_jax.digests import digest
 from sol_jax.errors import UserError
-from sol_jax.evaluation.scoring import Scores, join
+from sol_jax.evaluation.scoring import EntryScores, join
 
-VERSION = 1  # raise it when the same inputs would give other scores
+VERSION = 2  # raise it when the same inputs would give other scores
 
 
-class Store:
+class ScoreCache:
     """Files of scores under `root`; without a root nothing is kept.
 
     Args:
-      about: all that decides scores besides the jobs; anything JSON can hold.
+      about: all that decides scores besides the entries; anything JSON can hold.
 
     Raises `UserError` if the folder holds scores of something else.
     """
@@ -53,25 +53,25 @@ class Store:
         if self.folder is not None:
             self._write(self.folder / "blocks.npz", save)
 
-    def read(self, job: str, file: str, shape: tuple[int, ...]) -> Scores | None:
-        """Scores of so many blocks, episodes, columns and steps; None if there are none, or damaged ones."""
+    def read(self, group: str, file: str, shape: tuple[int, ...]) -> EntryScores | None:
+        """EntryScores of so many blocks, episodes, entries and steps; None if there are none, or damaged ones."""
         if self.folder is None:
             return None
-        path = self.folder / job / f"{file}.npz"
+        path = self.folder / group / f"{file}.npz"
         try:
             with np.load(path) as found:
-                scores = Scores(found["logp"], found["entropy"], found["action"])
+                scores = EntryScores(found["logp"], found["entropy"], found["action"])
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged file makes NumPy fail in many ways
-            logging.warning("%s is damaged (%s); its columns are run again", path, error)
+            logging.warning("%s is damaged (%s); its entries are run again", path, error)
             return None
         if scores.logp_NxWxJxT.shape != shape or scores.action_NxWxJxT.shape != shape:
-            logging.warning("%s is damaged (shapes); its columns are run again", path)
+            logging.warning("%s is damaged (shapes); its entries are run again", path)
             return None
         return scores
 
-    def write(self, job: str, file: str, scores: Scores) -> None:
+    def write(self, group: str, file: str, scores: EntryScores) -> None:
         """Keeps scores, all or nothing."""
 
         def save(path: pathlib.Path) -> None:
@@ -80,13 +80,13 @@ class Store:
                 np.savez(out, logp=logp, entropy=entropy, action=action)
 
         if self.folder is not None:
-            self._write(self.folder / job / f"{file}.npz", save)
+            self._write(self.folder / group / f"{file}.npz", save)
 
-    def describe(self, job: str, what: Mapping[str, Any]) -> None:
-        """What the files of a job are, in `job.json` beside them."""
+    def describe(self, group: str, what: Mapping[str, Any]) -> None:
+        """What the files of a group are, in `entries.json` beside them."""
         if self.folder is not None:
             text = json.dumps(what, indent=2)
-            self._write(self.folder / job / "job.json", lambda path: path.write_text(text))
+            self._write(self.folder / group / "entries.json", lambda path: path.write_text(text))
 
     def _write(self, file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
         unfinished = file.with_name(f"{file.name}.tmp")
@@ -99,17 +99,19 @@ class Store:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """A folder of scores, read back: the text, and by job what was asked for and what was scored."""
+class CachedScores:
+    """A folder of scores, read back: the text, and by controller what was asked for and what was scored."""
 
     about: dict[str, Any]
     tokens_NxM: np.ndarray
     document_N: np.ndarray
-    jobs: dict[tuple[str, str], tuple[list[tuple[float, ...]], Scores]]  # by controller and axis held dense
+    groups: dict[
+        tuple[str, str], tuple[list[tuple[float, ...]], EntryScores]
+    ]  # by controller and axis held dense
 
 
-def read_folder(folder: pathlib.Path) -> Scored:
-    """What `Store` keeps in a folder, complete jobs only and of equal ones the newest.
+def read_folder(folder: pathlib.Path) -> CachedScores:
+    """What `ScoreCache` keeps in a folder, complete groups only and of equal ones the newest.
 
     Raises `UserError` if it is no such folder.
     """
@@ -117,29 +119,29 @@ def read_folder(folder: pathlib.Path) -> Scored:
         about = json.loads((folder / "about.json").read_text())
         with np.load(folder / "blocks.npz") as blocks:
             tokens_NxM, document_N = blocks["tokens"], blocks["document"]
-        described = sorted(folder.glob("*/job.json"), key=lambda file: file.stat().st_mtime_ns)
-        jobs = {}
+        described = sorted(folder.glob("*/entries.json"), key=lambda file: file.stat().st_mtime_ns)
+        groups = {}
         for file in described:
             what = json.loads(file.read_text())
-            scores = _read_job(file.parent, len(about["blocks"]))
+            scores = _read_group(file.parent, len(about["blocks"]))
             if scores is not None:
                 asked = [tuple(budget) for budget in what["requested"]]
-                jobs[what["controller"], what["held"]] = (asked, scores)
+                groups[what["controller"], what["held"]] = (asked, scores)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} is not a whole folder of scores ({error}); name one in a .scores"
         ) from error
-    return Scored(about, tokens_NxM, document_N, jobs)
+    return CachedScores(about, tokens_NxM, document_N, groups)
 
 
-def _read_job(folder: pathlib.Path, batches: int) -> Scores | None:
-    """All scores of a job; None if some are missing."""
+def _read_group(folder: pathlib.Path, batches: int) -> EntryScores | None:
+    """All scores of a group; None if some are missing."""
     rows = []
     for b in range(batches):
         parts = []
         for file in sorted(folder.glob(f"{file_name(b, 0)[:10]}-*.npz")):
             with np.load(file) as found:
-                parts.append(Scores(found["logp"], found["entropy"], found["action"]))
+                parts.append(EntryScores(found["logp"], found["entropy"], found["action"]))
         if not parts:
             return None
         rows.append(join(parts, axis=2))
@@ -147,6 +149,6 @@ def _read_job(folder: pathlib.Path, batches: int) -> Scores | None:
     return join(rows, axis=0) if whole else None
 
 
-def file_name(batch: int, column: int) -> str:
-    """Of the scores of one batch, from one column on; without its suffix."""
-    return f"batch-{batch:04d}-column-{column:05d}"
+def file_name(batch: int, entry: int) -> str:
+    """Of the scores of one batch, from one entry on; without its suffix."""
+    return f"batch-{batch:04d}-entry-{entry:05d}"

@@ -1,7 +1,7 @@
 """Scores of many schedules on the same text: after one dense prefill per batch, some at a time.
 
-`Player` holds a batch of blocks ready; `Player.play` runs columns on it.  A column is one schedule of every
-episode: what a controller does when it is `given` a budget, or a schedule to replay.
+`BatchScorer` holds a batch of blocks ready; `BatchScorer.play` runs entries on it.  An *entry* is a controller
+asked for one budget (or given one schedule to replay) on every episode.  `J` counts entries.
 """
 
 import functools
@@ -18,23 +18,24 @@ from sol_jax.baselines import heuristics, schedules
 from sol_jax.costs import decode_step as costs
 from sol_jax.models import llama
 from sol_jax.models.llama import Weights
-from sol_jax.rl.rollout import Controller, Episode, policy_controller, replay
-from sol_jax.rl.train_step import Setup, prefill_blocks, run_schedules, score
+from sol_jax.rl.collect import prefill_blocks, run_schedules, score_labels
+from sol_jax.rl.rollout import Controller, PrefilledBlock, policy_controller, replay
+from sol_jax.rl.setup import Setup
 
 REPLAY = "replay"
 POLICY = "policy"
 HEURISTICS = ("entropy", "drift", "drift_official")
 
 
-class Kind(NamedTuple):
-    """How columns are run: who controls them, which axis is kept dense if any, and what else is measured."""
+class ControllerSpec(NamedTuple):
+    """Who controls entries, which axis is kept dense if any, and what else is measured."""
 
-    controller: str = REPLAY  # or POLICY, or one of HEURISTICS
+    name: str = REPLAY  # or POLICY, or one of HEURISTICS
     held: str = ""
     with_entropy: bool = False  # of each prediction
 
 
-class Scores(NamedTuple):
+class EntryScores(NamedTuple):
     """What J schedules of every episode did: N blocks, W episodes each."""
 
     logp_NxWxJxT: np.ndarray  # of the labels, nats
@@ -73,55 +74,57 @@ class Scores(NamedTuple):
         return Work(*(float(share) for share in spent / dense))
 
 
-def join(parts: list[Scores], axis: int) -> Scores:
-    """Scores of several batches (axis 0) or sets of columns (axis 2) as one."""
-    return Scores(*(np.concatenate(arrays, axis) for arrays in zip(*parts, strict=True)))
+def join(parts: list[EntryScores], axis: int) -> EntryScores:
+    """EntryScores of several batches (axis 0) or sets of entries (axis 2) as one."""
+    return EntryScores(*(np.concatenate(arrays, axis) for arrays in zip(*parts, strict=True)))
 
 
-class Prefilled(NamedTuple):
+class PrefilledBatch(NamedTuple):
     """A batch of blocks after the prefill, and what heuristics start from."""
 
-    episode: Episode
-    last_embed_BxWxD: jax.Array  # of the last token before each episode
+    blocks: PrefilledBlock  # leading axis B
+    last_embed: jax.Array  # [B, W, D], of the last token before each episode
 
 
 @functools.partial(jax.jit, static_argnames="setup")
-def prefill(weights: Weights, tokens_BxN: jax.Array, setup: Setup) -> Prefilled:
+def prefill_batch(weights: Weights, tokens_BxN: jax.Array, setup: Setup) -> PrefilledBatch:
     """Dense, always."""
-    return with_embeddings(weights, tokens_BxN, prefill_blocks(weights, tokens_BxN, setup)[0], setup)
+    return with_embeddings(weights, tokens_BxN, prefill_blocks(weights, tokens_BxN, setup), setup)
 
 
-def with_embeddings(weights: Weights, tokens_BxN: jax.Array, episode: Episode, setup: Setup) -> Prefilled:
-    """`episode` with the embeddings of the tokens before it."""
+def with_embeddings(
+    weights: Weights, tokens_BxN: jax.Array, blocks: PrefilledBlock, setup: Setup
+) -> PrefilledBatch:
+    """PrefilledBatch blocks with the embeddings of the tokens before their episodes."""
     shape = setup.episode
     last_W = shape.prefix_len + shape.horizon * np.arange(shape.episodes_per_prefix) - 1
-    return Prefilled(episode, llama.embed(weights, tokens_BxN[:, last_W]))
+    return PrefilledBatch(blocks, llama.embed(weights, tokens_BxN[:, last_W]))
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "kind"))
+@functools.partial(jax.jit, static_argnames=("setup", "spec"))
 def _play(
     weights: Weights,
     params: Any,
-    prefilled: Prefilled,
+    prefilled: PrefilledBatch,
     given_BxWxJxY: jax.Array,
     setup: Setup,
-    kind: Kind,
+    spec: ControllerSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The arrays of `Scores` for J columns at once; see `Player.play`."""
-    each, budget = _controllers(weights, params, prefilled, given_BxWxJxY, setup, kind.controller)
-    if kind.held:
+    """The arrays of `EntryScores` for J entries at once; see `BatchScorer.play`."""
+    each, budget = _controllers(weights, params, prefilled, given_BxWxJxY, setup, spec.name)
+    if spec.held:
         each = Controller(
-            _holding(each.act, jnp.asarray(schedules.held_dense(setup.space, kind.held))), each.memory
+            _holding(each.act, jnp.asarray(schedules.held_dense(setup.space, spec.held))), each.memory
         )
-    rollout = run_schedules(weights, prefilled.episode, jax.random.key(0), budget, each, setup)
+    rollout = run_schedules(weights, prefilled.blocks, jax.random.key(0), budget, each, setup)
     rows = setup.memory.head_rows
-    logp = score(weights, rollout, prefilled.episode.label_T, rows)
-    entropy = _entropy(weights, rollout.hidden_TxD, rows) if kind.with_entropy else logp[..., :0]
-    return logp, entropy, jnp.where(rollout.controllable_T, rollout.action_T, setup.space.dense)
+    logp = score_labels(weights, rollout.hidden, prefilled.blocks.episodes.label, rows)
+    entropy = _entropy(weights, rollout.hidden, rows) if spec.with_entropy else logp[..., :0]
+    return logp, entropy, jnp.where(rollout.controllable, rollout.action, setup.space.dense)
 
 
 def _controllers(
-    weights: Weights, params: Any, prefilled: Prefilled, given: jax.Array, setup: Setup, name: str
+    weights: Weights, params: Any, prefilled: PrefilledBatch, given: jax.Array, setup: Setup, name: str
 ) -> tuple[Controller, jax.Array]:
     """The controller of each schedule [B, W, J] and the budgets it is asked for."""
     shape = given.shape[:3]
@@ -139,7 +142,7 @@ def _controllers(
         steered = heuristics.entropy_controller(weights, setup.space, T)
         return Controller(steered.act, spread(steered.memory)), given
     official = name == "drift_official"
-    embed = prefilled.last_embed_BxWxD
+    embed = prefilled.last_embed
     steered = heuristics.drift_controller(setup.space, T, embed[0, 0], official)
     before = jnp.broadcast_to(embed[:, :, None], (*shape, embed.shape[-1]))
     return Controller(steered.act, spread(steered.memory)._replace(before_D=before)), given
@@ -166,13 +169,13 @@ def _entropy(weights: Weights, hidden: jax.Array, rows: int) -> jax.Array:
     return lax.map(one, flat, batch_size=min(rows, len(flat))).reshape(hidden.shape[:-1])
 
 
-class Player:
-    """Runs columns on a batch of blocks; the batch is filled up to `batch_size`, so that shapes compile once.
+class BatchScorer:
+    """Runs entries on a batch of blocks; the batch is filled up to `batch_size`, so that shapes compile once.
 
     Args:
       tokens_BxN: the blocks.
       batch_size: rows that are run; at least B.
-      num_parallel: columns run at a time; changes memory and speed, never results beyond rounding.
+      num_parallel: entries run at a time; changes memory and speed, never results beyond rounding.
     """
 
     def __init__(
@@ -189,39 +192,39 @@ class Player:
         self.rows = np.arange(batch_size) % len(tokens_BxN)
 
     @functools.cached_property
-    def dense(self) -> Prefilled:
+    def dense(self) -> PrefilledBatch:
         """After the dense prefill, which is run when it is first asked for."""
-        return prefill(self._weights, self._tokens_BxN[self.rows], self._setup)
+        return prefill_batch(self._weights, self._tokens_BxN[self.rows], self._setup)
 
     def play(
         self,
         given_BxWxJxY: np.ndarray,
-        kind: Kind,
-        prefilled: Prefilled | None = None,
-        progress: Callable[[int], None] = lambda columns: None,
-    ) -> Scores:
-        """Runs J columns.
+        spec: ControllerSpec,
+        prefilled: PrefilledBatch | None = None,
+        progress: Callable[[int], None] = lambda entries: None,
+    ) -> EntryScores:
+        """Runs J entries.
 
         Args:
           given_BxWxJxY: schedules for `REPLAY` (Y = T), the requested budgets for other controllers (Y = X).
-          kind: see `Kind`.
-          prefilled: what the columns start from; None is `dense`.
-          progress: told the number of columns done since the last call.
+          spec: see `ControllerSpec`.
+          prefilled: what the entries start from; None is `dense`.
+          progress: told the number of entries done since the last call.
         """
         B, J = len(self._tokens_BxN), given_BxWxJxY.shape[2]
         size = -(-J // -(-J // self._num_parallel))  # all chunks about as large
         parts = []
         for start in range(0, J, size):
-            columns = np.arange(start, start + size) % J
+            picked = np.arange(start, start + size) % J
             scores = _play(
                 self._weights,
-                self._params if kind.controller == POLICY else None,
+                self._params if spec.name == POLICY else None,
                 self.dense if prefilled is None else prefilled,
-                given_BxWxJxY[self.rows][:, :, columns],
+                given_BxWxJxY[self.rows][:, :, picked],
                 self._setup,
-                kind,
+                spec,
             )
             count = min(size, J - start)
-            parts.append(Scores(*(np.asarray(x)[:B, :, :count] for x in scores)))
+            parts.append(EntryScores(*(np.asarray(x)[:B, :, :count] for x in scores)))
             progress(count)
         return join(parts, axis=2)

@@ -4,7 +4,7 @@ Under Quest their loops set a number of tokens for each row at every decode step
 the next batch.  So from the second batch on each prefill query attends only to its best pages, as many as
 that number of tokens fills.  For comparison only; nothing else in this project prefills so.
 
-Source: sol.md section 9; the rule of the authors' mask (golden vectors, `causal_q5`).
+Source: docs/method.md, "What the authors' code does otherwise"; the authors' mask (vectors `causal_q5`).
 """
 
 import functools
@@ -20,11 +20,11 @@ from pallas_kernels.quest import page_bounds, page_scores
 from pallas_kernels.topk import at_least_kth
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.key_selection import float32_ceil
-from sol_jax.evaluation.scoring import Prefilled, with_embeddings
+from sol_jax.evaluation.scoring import PrefilledBatch, with_embeddings
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, Weights
-from sol_jax.rl.rollout import Episode
-from sol_jax.rl.train_step import Setup
+from sol_jax.rl.rollout import Episode, PrefilledBlock
+from sol_jax.rl.setup import Setup
 
 
 def leftover_rows(values_BxX: np.ndarray, kappa: int, num_rows: int) -> np.ndarray:
@@ -102,15 +102,16 @@ def sparse_prefill(
 
 
 @functools.partial(jax.jit, static_argnames="setup")
-def stale_prefill(weights: Weights, tokens_BxN: jax.Array, kappa: Any, setup: Setup) -> Prefilled:
+def stale_prefill(weights: Weights, tokens_BxN: jax.Array, kappa: Any, setup: Setup) -> PrefilledBatch:
     """A batch of blocks (one episode each) prefilled under the budget that level `kappa` left at its end."""
     quest = next(axis for axis in setup.space.axes if isinstance(axis, Quest))
     S, T = setup.episode.prefix_len, setup.episode.horizon
     num_tokens = jnp.minimum(float32_ceil(kappa, jnp.int32(S + T)), S + T)
 
-    def cut(tokens_N: jax.Array) -> Episode:
-        hidden_SxD, cache = sparse_prefill(weights, tokens_N[:S], num_tokens, quest.page_size, setup)
-        prefix = llama.make_prefix(cache, jnp.array([S]), setup.space.axes)
-        return Episode(prefix, hidden_SxD[-1:], tokens_N[None, S : S + T], tokens_N[None, S + 1 : S + T + 1])
+    def cut(tokens_N: jax.Array) -> PrefilledBlock:
+        hidden_SxD, kv = sparse_prefill(weights, tokens_N[:S], num_tokens, quest.page_size, setup)
+        token_1xT, label_1xT = tokens_N[None, S : S + T], tokens_N[None, S + 1 : S + T + 1]
+        episodes = Episode(jnp.array([S], jnp.int32), hidden_SxD[-1:], token_1xT, label_1xT)
+        return PrefilledBlock(llama.index_cache(kv, setup.space.axes), episodes)
 
     return with_embeddings(weights, tokens_BxN, lax.map(cut, tokens_BxN), setup)

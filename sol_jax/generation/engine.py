@@ -1,6 +1,6 @@
 """Batches of prompts through `decoding`: padding to few shapes, schedules to replay, and where texts end.
 
-    engine = Engine(weights, tokenizer, Decoder(model, space))
+    engine = Engine(weights, tokenizer, Decoder(EpisodeRules(model, space, EpisodeConfig())))
     for outputs in stream(engine, [Request(tokenizer.encode("Once"), budget=(1.0, 1.0, 1.0))]):
         ...  # after the prefill and after each episode: the texts so far
 
@@ -64,7 +64,7 @@ class Engine:
             )
 
 
-class Episode(NamedTuple):
+class EpisodeRecord(NamedTuple):
     """What one episode did to one text."""
 
     start: int  # keys before its first step
@@ -82,7 +82,7 @@ class Output:
 
     request: Request
     transcript: Transcript
-    episodes: list[Episode]
+    episodes: list[EpisodeRecord]
 
     def token_actions(self, dense: int) -> tuple[np.ndarray, np.ndarray]:
         """For each token the action of the step that drew it, and whether that was the controller's choice.
@@ -163,7 +163,7 @@ def plan(engine: Engine, request: Request) -> np.ndarray:
     # A lossless episode may add a single token.
     episodes = request.max_tokens if cfg.lossless else -(-request.max_tokens // T)
     keys = len(request.prompt) + 1 + np.arange(episodes * T).reshape(episodes, T)
-    target, may_control = np.array(request.budget), keys > cfg.uncontrolled
+    target, may_control = np.array(request.budget), keys > cfg.rules.episode.uncontrolled
     if engine.controller == "fixed":
         return schedules.fixed(cfg.space, target, may_control)
     if engine.controller == "random":
@@ -208,16 +208,16 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     budget = [dense if engine.controller == "dense" else request.budget for request in requests]
     budget_BxX = jnp.array(budget, jnp.float32)
     plan_BxE = [plan(engine, request) for request in requests]
-    row_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
-    for output, token in zip(outputs, np.asarray(row_B.token), strict=False):
+    text_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
+    for output, token in zip(outputs, np.asarray(text_B.token), strict=False):
         output.transcript.add(int(token))
     yield outputs
     for e in range(max(map(len, plan_BxE))):
         if all(output.transcript.finish for output in outputs):
             return
         plan_BxT = jnp.asarray(np.stack([plan[e % len(plan)] for plan in plan_BxE]))
-        begin_B = np.asarray(row_B.length)
-        row_B, played = decoding.play(engine.weights, engine.params, row_B, budget_BxX, plan_BxT, cfg)
+        begin_B = np.asarray(text_B.length)
+        text_B, played = decoding.play(engine.weights, engine.params, text_B, budget_BxX, plan_BxT, cfg)
         played = jax.device_get(played)
         for b, output in enumerate(outputs):
             if not output.transcript.finish:
@@ -228,15 +228,15 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
 def _take(output: Output, begin: int, played: decoding.Played, cfg: Decoder) -> None:
     """Adds one episode's tokens to a text, up to its end."""
     before = len(output.transcript.ids)
-    for token in played.token_N[: played.num_new]:
+    for token in played.token[: played.num_new]:
         output.transcript.add(int(token))
         if output.transcript.finish:
             break
     tokens = len(output.transcript.ids) - before
     steps = cfg.horizon if cfg.lossless else tokens
     replaced = cfg.lossless and tokens == int(played.num_new)  # unless the text ended before
-    actions = np.asarray(played.action_T), np.asarray(played.controllable_T)
-    output.episodes.append(Episode(begin, *actions, tokens, steps, np.asarray(played.seen_TxD), replaced))
+    actions = np.asarray(played.action), np.asarray(played.controllable)
+    output.episodes.append(EpisodeRecord(begin, *actions, tokens, steps, np.asarray(played.seen), replaced))
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[Output]:

@@ -1,21 +1,21 @@
 """Generation as pure functions: a dense prefill, then episodes of T steps that write their own tokens.
 
-A `Row` is one text between episodes: the cache of all its tokens but the last, which is drawn and not yet
-consumed.  `start` makes rows of prompts; `play` runs one episode: the controller picks each step's action
+A `TextState` is one text between episodes: the cache of all its tokens but the last, which is drawn and not yet
+consumed.  `start` makes them of prompts; `play` runs one episode: the controller picks each step's action
 (its state starts anew), each token is drawn from the compressed step's logits, and at the end
 
   - the entries written under compression are replaced by dense ones (*KV refresh*), or
   - stay as they are (`refresh=False`), or
   - the dense pass also checks the tokens, and those that the dense model would not have drawn are taken back
-    (`lossless`, see `speculate`).
+    (`lossless`, see the module of that name).
 
-The maths is one row's.  Rows of a batch share nothing but the time they take: what comes of a row depends
-neither on the others nor on padding.  Source: sol.md section 8.
+The maths is one text's.  Rows of a batch share nothing but the time they take: what comes of a text depends
+neither on the others nor on padding.  Source: docs/method.md, "Generation".
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,12 @@ from sol_jax.generation.lossless import accept
 from sol_jax.generation.sampling import GREEDY, Sampling, draw, token_logp
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, LlamaConfig, Suffix, Weights
-from sol_jax.rl.policy import Policy, PolicyConfig
+from sol_jax.rl.policy import Policy, PolicySpec
 from sol_jax.rl.rollout import (
     Carry,
     Controller,
+    EpisodeRules,
+    Step,
     begin,
     controlled_step,
     label_logp,
@@ -45,15 +47,29 @@ HEAD_ROWS = 256  # hidden states whose vocabulary logits exist at a time when a 
 class Decoder:
     """Everything static about generation; hashable, a static argument of the jitted functions."""
 
-    model: LlamaConfig
-    space: ActionSpace
-    horizon: int = 16  # T
-    uncontrolled: int = 7  # steps with at most this many keys take the dense action
-    policy: PolicyConfig | None = None  # None: schedules are replayed
+    rules: EpisodeRules
+    policy: PolicySpec | None = None  # None: schedules are replayed
     sampling: Sampling = GREEDY
     refresh: bool = True
     lossless: bool = False
     prefill_batch: int = 1  # prompts prefilled at a time, see `usual_prefill_batch`
+
+    @property
+    def model(self) -> LlamaConfig:
+        return self.rules.model
+
+    @property
+    def space(self) -> ActionSpace:
+        return self.rules.space
+
+    @property
+    def horizon(self) -> int:
+        """T, the steps of an episode."""
+        return self.rules.episode.horizon
+
+    def with_rules(self, **fields: Any) -> Self:
+        """A copy with some of the rules replaced: `model`, `space`, `episode`."""
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, **fields))
 
     def __post_init__(self):
         if self.policy and self.horizon > self.policy.horizon:
@@ -69,17 +85,17 @@ def usual_prefill_batch() -> int:
     return 1 if current_platform() == "cpu" else 32
 
 
-class Row(NamedTuple):
+class TextState(NamedTuple):
     """One text between two episodes."""
 
     cache: KVCache  # [L, Hkv, capacity, d]
     length: jax.Array  # entries of it that are filled
-    hidden_D: jax.Array  # final-norm hidden state of the last of them
+    hidden: jax.Array  # [D], final-norm hidden state of the last of them
     token: jax.Array  # the next one: drawn, not yet consumed
     key: jax.Array  # of the text; what is drawn at a position depends on this and the position alone
 
 
-class Keys(NamedTuple):
+class RandomKeys(NamedTuple):
     """Random keys of one position of a text."""
 
     draw: jax.Array
@@ -88,29 +104,29 @@ class Keys(NamedTuple):
     replace: jax.Array
 
 
-def keys_at(key: jax.Array, position: jax.Array) -> Keys:
+def keys_at(key: jax.Array, position: jax.Array) -> RandomKeys:
     """The keys of the token at `position`, whoever draws it: any batch, any horizon."""
-    return Keys(*jax.random.split(jax.random.fold_in(key, position), 4))
+    return RandomKeys(*jax.random.split(jax.random.fold_in(key, position), 4))
 
 
 class Steps(NamedTuple):
     """What the T steps of an episode did."""
 
-    token_T: jax.Array  # drawn after each step
-    action_T: jax.Array  # taken
-    controllable_T: jax.Array  # False where that was the dense action, whatever the controller chose
-    logp_TxV: jax.Array  # the distributions that the tokens were drawn from
-    seen_TxD: jax.Array  # the hidden state that each step's controller saw
+    token: jax.Array  # [T], drawn after each step
+    action: jax.Array  # [T], taken
+    controllable: jax.Array  # [T], False where that was the dense action, whatever the controller chose
+    logp: jax.Array  # [T, V], the distributions that the tokens were drawn from
+    seen: jax.Array  # [T, D], the hidden state that each step's controller saw
 
 
 class Played(NamedTuple):
-    """One episode as the host sees it: the first `num_new` of `token_N` are new, N is T (lossless: T + 1)."""
+    """One episode as the host sees it: the first `num_new` of its N tokens are new, N is T (lossless: T + 1)."""
 
-    token_N: jax.Array
+    token: jax.Array  # [N]
     num_new: jax.Array
-    action_T: jax.Array
-    controllable_T: jax.Array
-    seen_TxD: jax.Array
+    action: jax.Array  # [T]
+    controllable: jax.Array  # [T]
+    seen: jax.Array  # [T, D]
 
 
 def prefill_prompt(
@@ -134,108 +150,94 @@ def start(
     key_B: jax.Array,
     capacity: int,
     cfg: Decoder,
-) -> Row:
+) -> TextState:
     """Rows of prompts, the first `length` tokens of each line, with room for `capacity` entries."""
 
-    def one(tokens_S: jax.Array, length: jax.Array, key: jax.Array) -> Row:
+    def one(tokens_S: jax.Array, length: jax.Array, key: jax.Array) -> TextState:
         hidden_D, cache = prefill_prompt(weights, tokens_S, length, capacity, cfg.model)
         logp_V = token_logp(llama.logits(weights, hidden_D), cfg.sampling)
         token = draw(keys_at(key, length).draw, logp_V, cfg.sampling)
-        return Row(cache, length, hidden_D, token, key)
+        return TextState(cache, length, hidden_D, token, key)
 
     batch = min(cfg.prefill_batch, len(tokens_BxS))
     return lax.map(lambda prompt: one(*prompt), (tokens_BxS, length_B, key_B), batch_size=batch)
 
 
 def draft(
-    weights: Weights, row: Row, budget_X: jax.Array, controller: Controller, cfg: Decoder
+    weights: Weights, text: TextState, budget_X: jax.Array, controller: Controller, cfg: Decoder
 ) -> tuple[Steps, Suffix, jax.Array]:
     """T steps under `controller`, each consuming the token that the one before drew.
 
     Returns what they did, the cache entries they wrote and the last hidden state.
     """
     T, space = cfg.horizon, cfg.space
-    prefix = llama.make_prefix(row.cache, row.length, space.axes)
+    prefix = llama.index_cache(text.cache, space.axes).prefix(text.length)
 
     def step(carry: tuple[Carry, jax.Array], t: jax.Array) -> tuple[tuple[Carry, jax.Array], Steps]:
         state, token = carry
-        keys, seen_D = keys_at(row.key, row.length + t + 1), state.hidden_D
-        state, did = controlled_step(
-            weights,
-            prefix,
-            state,
-            t,
-            token,
-            keys.act,
-            budget_X,
-            controller.act,
-            space,
-            cfg.model,
-            cfg.uncontrolled,
-            T,
-        )
+        keys, seen_D = keys_at(text.key, text.length + t + 1), state.hidden
+        given = Step(t, token, keys.act)
+        state, did = controlled_step(weights, cfg.rules, prefix, controller.act, budget_X, state, given)
         with jax.named_scope("head"):
-            logp_V = token_logp(llama.logits(weights, state.hidden_D), cfg.sampling)
+            logp_V = token_logp(llama.logits(weights, state.hidden), cfg.sampling)
             token = draw(keys.draw, logp_V, cfg.sampling)
-        action = jnp.where(did.controllable_T, did.action_T, space.dense)
-        return (state, token), Steps(token, action, did.controllable_T, logp_V, seen_D)
+        action = jnp.where(did.controllable, did.action, space.dense)
+        return (state, token), Steps(token, action, did.controllable, logp_V, seen_D)
 
-    start = begin(prefix, row.hidden_D, controller, T, space), row.token
+    start = begin(prefix, text.hidden, controller, T, space), text.token
     (state, _), steps = lax.scan(step, start, jnp.arange(T))
-    return steps, state.suffix, state.hidden_D
+    return steps, state.suffix, state.hidden
 
 
 def keep_all(
-    weights: Weights, row: Row, steps: Steps, suffix: Suffix, hidden_D: jax.Array, cfg: Decoder
-) -> tuple[Row, Played]:
-    """The row once all T tokens stay: with dense cache entries, or with the compressed ones."""
+    weights: Weights, text: TextState, steps: Steps, suffix: Suffix, hidden_D: jax.Array, cfg: Decoder
+) -> tuple[TextState, Played]:
+    """The text once all T tokens stay: with dense cache entries, or with the compressed ones."""
     entries = suffix.cache
     if cfg.refresh:
-        consumed_T = jnp.concatenate([row.token[None], steps.token_T[:-1]])
+        consumed_T = jnp.concatenate([text.token[None], steps.token[:-1]])
         with jax.named_scope("refresh"):
-            dense_TxD, entries = llama.extend(weights, consumed_T, row.cache, row.length, cfg.model)
+            dense_TxD, entries = llama.extend(weights, consumed_T, text.cache, text.length, cfg.model)
         hidden_D = dense_TxD[-1]
-    cache = llama.append(row.cache, entries, row.length)
-    after = Row(cache, row.length + cfg.horizon, hidden_D, steps.token_T[-1], row.key)
-    return after, Played(
-        steps.token_T, jnp.int32(cfg.horizon), steps.action_T, steps.controllable_T, steps.seen_TxD
-    )
+    cache = llama.append(text.cache, entries, text.length)
+    after = TextState(cache, text.length + cfg.horizon, hidden_D, steps.token[-1], text.key)
+    return after, Played(steps.token, jnp.int32(cfg.horizon), steps.action, steps.controllable, steps.seen)
 
 
-def keep_agreed(weights: Weights, row: Row, steps: Steps, cfg: Decoder) -> tuple[Row, Played]:
-    """The row once the dense model has checked the T tokens: those it accepts stay, and one of its own."""
+def keep_agreed(weights: Weights, text: TextState, steps: Steps, cfg: Decoder) -> tuple[TextState, Played]:
+    """The text once the dense model has checked the T tokens: those it accepts stay, and one of its own."""
     T = cfg.horizon
-    consumed_N = jnp.concatenate([row.token[None], steps.token_T])
+    consumed_N = jnp.concatenate([text.token[None], steps.token])
     with jax.named_scope("refresh"):
-        dense_NxD, entries = llama.extend(weights, consumed_N, row.cache, row.length, cfg.model)
+        dense_NxD, entries = llama.extend(weights, consumed_N, text.cache, text.length, cfg.model)
         dense_NxV = llama.logits(weights, dense_NxD)
         dense_NxV = jax.vmap(lambda logits_V: token_logp(logits_V, cfg.sampling))(dense_NxV)
-    keys_N = jax.vmap(lambda t: keys_at(row.key, row.length + t + 1))(jnp.arange(T + 1))
-    agreed, token = accept(
-        keys_N.accept, keys_N.replace, steps.token_T, steps.logp_TxV, dense_NxV, cfg.sampling
-    )
-    cache = llama.append(row.cache, entries, row.length)  # those of refused tokens lie beyond the new length
-    after = Row(cache, row.length + agreed + 1, dense_NxD[agreed], token, row.key)
-    token_N = jnp.append(steps.token_T, 0).at[agreed].set(token)
-    return after, Played(token_N, agreed + 1, steps.action_T, steps.controllable_T, steps.seen_TxD)
+    keys_N = jax.vmap(lambda t: keys_at(text.key, text.length + t + 1))(jnp.arange(T + 1))
+    agreed, token = accept(keys_N.accept, keys_N.replace, steps.token, steps.logp, dense_NxV, cfg.sampling)
+    cache = llama.append(
+        text.cache, entries, text.length
+    )  # those of refused tokens lie beyond the new length
+    after = TextState(cache, text.length + agreed + 1, dense_NxD[agreed], token, text.key)
+    token_N = jnp.append(steps.token, 0).at[agreed].set(token)
+    return after, Played(token_N, agreed + 1, steps.action, steps.controllable, steps.seen)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="row_B")
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
 def play(
-    weights: Weights, params: Any, row_B: Row, budget_BxX: jax.Array, plan_BxT: jax.Array, cfg: Decoder
-) -> tuple[Row, Played]:
-    """One episode of every row: under the greedy policy, or replaying `plan` if `params` is None."""
+    weights: Weights, params: Any, text_B: TextState, budget_BxX: jax.Array, plan_BxT: jax.Array, cfg: Decoder
+) -> tuple[TextState, Played]:
+    """One episode of every text: under the greedy policy, or replaying `plan` if `params` is None."""
 
-    def one(row: Row, budget_X: jax.Array, plan_T: jax.Array) -> tuple[Row, Played]:
+    def one(text: TextState, budget_X: jax.Array, plan_T: jax.Array) -> tuple[TextState, Played]:
         controller = replay(plan_T)
         if cfg.policy is not None:
             controller = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
-        steps, suffix, hidden_D = draft(weights, row, budget_X, controller, cfg)
+        steps, suffix, hidden_D = draft(weights, text, budget_X, controller, cfg)
         if cfg.lossless:
-            return keep_agreed(weights, row, steps, cfg)
-        return keep_all(weights, row, steps, suffix, hidden_D, cfg)
+            return keep_agreed(weights, text, steps, cfg)
+        return keep_all(weights, text, steps, suffix, hidden_D, cfg)
 
-    return jax.vmap(one)(row_B, budget_BxX, plan_BxT)
+    return jax.vmap(one)(text_B, budget_BxX, plan_BxT)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

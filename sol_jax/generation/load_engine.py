@@ -2,24 +2,26 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 
-from configs import sol_j_fl
 from pallas_kernels.dispatch import choose
 from pallas_kernels.errors import UnavailableError
-from sol_jax.axes.base import ActionSpace, held_full
+from sol_jax.axes.base import ActionSpace, AxisContext, held_full
+from sol_jax.axes.config import full_levels
 from sol_jax.errors import UserError
-from sol_jax.generation.engine import Engine
+from sol_jax.generation.engine import Engine, Request, check_request
 from sol_jax.generation.episodes import Decoder, usual_prefill_batch
+from sol_jax.generation.options import GenerateOptions
 from sol_jax.models import weights as load
+from sol_jax.models.identity import model_identity
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.models.tokenizer import check_vocabulary, load_tokenizer
-from sol_jax.rl.train_step import Setup
-from sol_jax.runs import config as config_lib
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.rollout import EpisodeRules
+from sol_jax.rl.setup import Setup
 from sol_jax.runs import policy_files
 from sol_jax.runs.trained_policy import open_run, policy_of_run
 
@@ -29,27 +31,28 @@ def show_log() -> None:
     logging.set_verbosity(logging.INFO)
 
 
-def open_policy(name: str, model_path: str, model: LlamaConfig) -> tuple[Any, Setup]:
+def open_policy(
+    name: str, model_path: str, model: LlamaConfig, identity: Mapping[str, str]
+) -> tuple[Any, Setup]:
     """A policy's parameters, and the setup of its training with `model` in place of its own.
 
     Raises `UserError` if there is none, or if it was trained for another model or other actions.
     """
     workdir = pathlib.Path(name).expanduser()
+    about: Mapping[str, Any] = {}
     if (workdir / "checkpoints").is_dir():
         config, checkpoints = open_run(workdir)
-        run, setup = _with_model(config, model_path, model)
-        params = policy_of_run(checkpoints, config, setup, name).params
+        checkpoints.bind(identity)
+        run = config.with_fields({"model.path": model_path})
+        setup = run.setup(model)
+        trained = policy_of_run(checkpoints, config, setup, name)
+        params, about = trained.params, {"identity": checkpoints.identity_of(trained.updates)}
     else:
-        params, config, _ = policy_files.load_policy(name)
-        run, setup = _with_model(config, model_path, model)
-    policy_files.check_fits(name, params, config, run, setup)
+        params, config, about = policy_files.load_policy(name)
+        run = config.with_fields({"model.path": model_path})
+        setup = run.setup(model)
+    policy_files.check_fits(name, params, config, about, run, setup, identity)
     return params, setup
-
-
-def _with_model(config: ConfigDict, model_path: str, model: LlamaConfig) -> tuple[ConfigDict, Setup]:
-    """A run's config and setup with another model in place of its own."""
-    run = config_lib.unflatten(config_lib.flatten(config) | {"model.path": model_path})
-    return run, config_lib.build(run, model)
 
 
 def open_engine(
@@ -89,15 +92,16 @@ def open_engine(
     cfg = dataclasses.replace(load.load_config(path, dtype), kernels=kernels)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, cfg)
+    identity = model_identity(path, tokenizer)
     params, network = None, None
     if policy:
-        params, setup = open_policy(policy, model, cfg)
+        params, setup = open_policy(policy, model, cfg, identity)
         space, episode, network = setup.space, setup.episode, setup.policy
         if restate is not None:
-            network = dataclasses.replace(network, restate=restate)
+            asked = dataclasses.replace(network.config, restate=restate)
+            network = dataclasses.replace(network, config=asked)
     else:
-        config = sol_j_fl.get_config()
-        space, episode = ActionSpace(config_lib.build_axes(config)), config_lib.build_episode(config)
+        space, episode = ActionSpace(full_levels().build(AxisContext(kernels))), EpisodeConfig()
     space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))
     if controller == "dense":
         space = ActionSpace(held_full(space.axes))
@@ -107,9 +111,33 @@ def open_engine(
         options["refresh"] = False  # without compression there is nothing to refresh
     options.setdefault("prefill_batch", usual_prefill_batch())
     try:
-        decoder = Decoder(cfg, space, episode.horizon, episode.uncontrolled, network, **options)
+        decoder = Decoder(EpisodeRules(cfg, space, episode), network, **options)
         engine = Engine({}, tokenizer, decoder, controller, params)
         check(engine)
     except ValueError as error:
         raise UserError(str(error)) from None
     return dataclasses.replace(engine, weights=load.load_weights(path, cfg))
+
+
+def engine_for(options: GenerateOptions) -> tuple[Engine, Request]:
+    """The engine and the request of a command line, checked before the weights are loaded."""
+    options.costs()  # a slip there is told before anything is opened
+    found: list[Request] = []
+
+    def check(engine: Engine) -> None:
+        found.append(options.request(engine.tokenizer))
+        check_request(found[0], engine.cfg, engine.controller)
+
+    engine = open_engine(
+        options.model,
+        options.policy,
+        options.chosen_controller,
+        options.dtype,
+        options.kernels,
+        check,
+        options.restate,
+        sampling=options.sampling,
+        refresh=options.refresh,
+        lossless=options.lossless,
+    )
+    return engine, found[0]

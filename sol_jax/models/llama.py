@@ -23,7 +23,7 @@ from pallas_kernels.decode import attend, split_attention
 from pallas_kernels.mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.prefill import causal_attention
-from sol_jax.axes.base import Axis, effective, mlp_input, mlp_output
+from sol_jax.axes.base import Axis, acting, effective, mlp_input, mlp_output
 from sol_jax.axes.key_selection import Keys
 
 Weights = dict[str, Any]
@@ -143,6 +143,17 @@ class Prefix(NamedTuple):
     cache: KVCache
     axis_index: tuple[Any, ...]
     length: jax.Array  # int32 scalar
+
+
+class IndexedCache(NamedTuple):
+    """A dense cache and what each axis keeps about its keys: what episodes of one prefill share."""
+
+    cache: KVCache
+    axis_index: tuple[Any, ...]
+
+    def prefix(self, length: jax.Array) -> Prefix:
+        """Its first `length` entries, as what the schedules of an episode decode against."""
+        return Prefix(self.cache, self.axis_index, jnp.asarray(length, jnp.int32))
 
 
 class Suffix(NamedTuple):
@@ -283,10 +294,9 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
     return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
 
 
-def make_prefix(cache: KVCache, length: jax.Array, axes: tuple[Axis, ...]) -> Prefix:
-    """The first `length` entries of a dense cache as a prefix that schedules decode against."""
-    index = tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes))
-    return Prefix(cache, index, jnp.asarray(length, jnp.int32))
+def index_cache(cache: KVCache, axes: tuple[Axis, ...]) -> IndexedCache:
+    """A dense cache with what each axis keeps about its keys, computed once for all that decode against it."""
+    return IndexedCache(cache, tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes)))
 
 
 def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suffix:
@@ -317,7 +327,7 @@ def decode_step(
     """Consumes `token` at position `prefix.length + step` under the levels `action_X` (one per axis).
 
     Returns the final-norm hidden state [D] (float32) and the suffix with this step's entries, which are
-    those of the *compressed* step: later steps see them (sol.md section 3).
+    those of the *compressed* step: later steps see them (docs/method.md, "The episode").
     """
     rope, layers, axes = rope_at(prefix.length + step, cfg), weights["layers"], effective(axes)
     # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
@@ -333,10 +343,9 @@ def decode_step(
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
             keys = Keys(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
             S, keep = prefix.cache.k.shape[2], None
-            for axis, value, whole, own in zip(axes, action_X, prefix.axis_index, suffix_index, strict=True):
-                chosen = axis.select(value, q_HxGxd, keys, whole, own, i)
-                if chosen is not None:
-                    keep = chosen if keep is None else keep.both(chosen, S)
+            for x, axis, value in acting(axes, action_X, "keys"):
+                chosen = axis.select(value, q_HxGxd, keys, prefix.axis_index[x], suffix_index[x], i)
+                keep = chosen if keep is None else keep.both(chosen, S)
             keep = keys.valid if keep is None else keep._replace(suffix=keep.suffix & keys.valid.suffix)
             mixed_HxGxd = attend(
                 q_HxGxd,

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sol_jax.rl.config import PolicyConfig
+
 # Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
 # tiny, so matrix products stay in true float32 on every device.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -24,41 +26,37 @@ _LAYER_NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes of the policy; the defaults are the paper's (appendix B)."""
+class PolicySpec:
+    """Everything static about a policy: its config, and what of the model, the actions and episodes it fits."""
 
     hidden_size: int  # of the LLM (D)
     num_actions: int  # A
     horizon: int  # learned positions: the longest episode
     num_axes: int = 3  # X
-    d_model: int = 512  # E
-    num_heads: int = 4
-    num_layers: int = 1
-    mlp_ratio: float = 4.0
+    config: PolicyConfig = PolicyConfig()
+    level_counts: tuple[int, ...] = ()  # of the axes; needed by a factored head
+    page_size: int = 0  # keys of a page; needed where the policy is shown the newest one
     action_embed_size: int = 32
     scalar_embed_size: int = 64
     budget_embed_size: int = 32
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
-    # Not the paper's: a head that scores the levels of each axis (so many of them) and adds up the scores,
-    # a LayerNorm on each of the two inputs from the LLM, and targets restated before each step (`restated`).
-    factors: tuple[int, ...] = ()
-    normalize_inputs: bool = False
-    restate: bool = False
-    page_size: int = 0  # not the paper's: also told how many keys the newest page of so many holds; 0: not
 
     def __post_init__(self):
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
-        if self.factors and math.prod(self.factors) != self.num_actions:
-            raise ValueError(f"factors {self.factors} do not multiply to num_actions {self.num_actions}")
+        if self.config.factored_head and math.prod(self.level_counts) != self.num_actions:
+            raise ValueError(
+                f"level_counts {self.level_counts} do not multiply to num_actions {self.num_actions}"
+            )
+        if self.config.page_input and self.page_size < 1:
+            raise ValueError("a policy that is shown the newest page needs the page_size")
 
     @property
     def num_scores(self) -> int:
         """What the heads score: joint actions, or the levels of every axis."""
-        return sum(self.factors) if self.factors else self.num_actions
+        return sum(self.level_counts) if self.config.factored_head else self.num_actions
 
     @property
     def num_scalars(self) -> int:
+        """Numbers of an observation: progress, the controllable flag, and a target and a gap per axis."""
         return 2 + 2 * self.num_axes
 
     @property
@@ -69,9 +67,12 @@ class PolicyConfig:
 class Observation(NamedTuple):
     """What the policy sees before one step; of a whole episode, every field has a leading T."""
 
-    hidden_D: jax.Array  # the LLM's final-norm hidden state of the previous token
-    embed_D: jax.Array  # the LLM's embedding of the current token
-    scalars_N: jax.Array  # see `observation_scalars`
+    hidden: jax.Array  # [D], the LLM's final-norm hidden state of the previous token
+    embed: jax.Array  # [D], the LLM's embedding of the current token
+    progress: jax.Array  # (t + 1) / T
+    controllable: jax.Array  # 1 where the step may be controlled, else 0
+    target: jax.Array  # [X], requested mean costs
+    gap: jax.Array  # [X], mean costs so far less the targets; 0 before the first controllable step
     prev_action: jax.Array  # int32; num_actions where there is none yet
     num_keys: jax.Array  # int32, in the step's reach; the paper's policy does not look at it
 
@@ -84,57 +85,60 @@ class PolicyCarry(NamedTuple):
     step: jax.Array
 
 
-def initial_carry(config: PolicyConfig) -> PolicyCarry:
+def initial_carry(spec: PolicySpec) -> PolicyCarry:
     """The carry before the first step of an episode."""
-    return _empty_carry(config, config.horizon)
+    return _empty_carry(spec, spec.horizon)
 
 
-def example_observation(config: PolicyConfig) -> Observation:
-    """Zeros of the right shapes, for `Policy(cfg).init(key, example, initial_carry(cfg), method="step")`."""
+def example_observation(spec: PolicySpec) -> Observation:
+    """Zeros of the right shapes, for `Policy(spec).init(key, example, initial_carry(spec), method="step")`."""
     return Observation(
-        jnp.zeros(config.hidden_size),
-        jnp.zeros(config.embed_size),
-        jnp.zeros(config.num_scalars),
-        jnp.full((), config.num_actions, jnp.int32),
-        jnp.zeros((), jnp.int32),
+        hidden=jnp.zeros(spec.hidden_size),
+        embed=jnp.zeros(spec.embed_size),
+        progress=jnp.zeros(()),
+        controllable=jnp.zeros(()),
+        target=jnp.zeros(spec.num_axes),
+        gap=jnp.zeros(spec.num_axes),
+        prev_action=jnp.full((), spec.num_actions, jnp.int32),
+        num_keys=jnp.zeros((), jnp.int32),
     )
 
 
-def observation_scalars(step, horizon, controllable, budget_X, cost_sum_X, num_counted) -> jax.Array:
-    """The 2 + 2X scalars of an observation (paper section 4).
+def progress(step: jax.Array, horizon: int) -> jax.Array:
+    """`(step + 1) / horizon`, float32; `step` counts from 0."""
+    return (jnp.asarray(step, jnp.float32) + 1.0) / horizon
 
-    In this order: progress `(step + 1) / horizon` (`step` from 0), the controllable flag, the X targets, and
-    per axis the mean cost so far minus its target.  `cost_sum_X` and `num_counted` run over the
-    *controllable* steps taken so far; before the first of them the differences are 0.
+
+def budget_gap(cost_sum_X: jax.Array, num_counted: jax.Array, target_X: jax.Array) -> jax.Array:
+    """`gap_X`: each axis' mean cost so far less its target.
+
+    `cost_sum_X` and `num_counted` run over the *controllable* steps taken so far; before the first of them the
+    gaps are 0.
     """
-    budget_X = jnp.asarray(budget_X, jnp.float32)
     mean_cost_X = jnp.asarray(cost_sum_X, jnp.float32) / jnp.maximum(num_counted, 1)
-    gap_X = jnp.where(num_counted > 0, mean_cost_X - budget_X, 0.0)
-    progress = (jnp.asarray(step, jnp.float32) + 1.0) / horizon
-    head_2 = jnp.stack([progress, jnp.asarray(controllable, jnp.float32)])
-    return jnp.concatenate([head_2, budget_X, gap_X])
+    return jnp.where(num_counted > 0, mean_cost_X - jnp.asarray(target_X, jnp.float32), 0.0)
 
 
-def restated(scalars_N: jax.Array, num_axes: int, horizon: int) -> jax.Array:
-    """The scalars of an observation as if the episode began there, to make budgets hold (not the paper's).
+def restated(seen: Observation, horizon: int) -> Observation:
+    """An observation as if the episode began there, to make budgets hold (not the paper's).
 
-    Targets are what is left of the budget per step, and differences from them 0.  Steps that may not be
-    controlled count as if they had met the target, which only prompts of a few tokens have.
+    Targets are what is left of the budget per step, and gaps 0.  Steps that may not be controlled count as if
+    they had met the target, which only prompts of a few tokens have.
     """
-    progress, target_X, gap_X = scalars_N[0], scalars_N[2 : 2 + num_axes], scalars_N[2 + num_axes :]
-    steps_left = horizon * (1.0 - progress) + 1.0
-    left_X = steps_left * target_X - (horizon - steps_left) * gap_X
-    return jnp.concatenate([scalars_N[:2], jnp.clip(left_X / steps_left, 0.0, 1.0), jnp.zeros(num_axes)])
+    steps_left = horizon * (1.0 - seen.progress) + 1.0
+    left_X = steps_left * seen.target - (horizon - steps_left) * seen.gap
+    target_X = jnp.clip(left_X / steps_left, 0.0, 1.0)
+    return seen._replace(target=target_X, gap=jnp.zeros_like(seen.gap))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block; attention without biases, MLP with."""
 
-    config: PolicyConfig
+    spec: PolicySpec
 
     def setup(self):
-        width = self.config.d_model
-        mlp_width = int(width * self.config.mlp_ratio)
+        width = self.spec.config.d_model
+        mlp_width = int(width * self.spec.config.mlp_ratio)
         self.norm_attention = _layer_norm()
         self.query = _linear(width, width, bias=False)
         self.key = _linear(width, width, bias=False)
@@ -173,28 +177,30 @@ class Block(nn.Module):
 class Policy(nn.Module):
     """Observations -> action logits, for one schedule."""
 
-    config: PolicyConfig
+    spec: PolicySpec
 
     def setup(self):
-        cfg = self.config
+        spec, cfg = self.spec, self.spec.config
         self.action_embed = nn.Embed(
-            cfg.num_actions + 1, cfg.action_embed_size, embedding_init=nn.initializers.normal(1.0)
+            spec.num_actions + 1, spec.action_embed_size, embedding_init=nn.initializers.normal(1.0)
         )
-        self.scalar_in = _linear(cfg.num_scalars, cfg.scalar_embed_size)
+        self.scalar_in = _linear(spec.num_scalars, spec.scalar_embed_size)
         self.scalar_norm = _layer_norm()
-        input_size = cfg.hidden_size + cfg.embed_size + cfg.scalar_embed_size + cfg.action_embed_size
+        input_size = spec.hidden_size + spec.embed_size + spec.scalar_embed_size + spec.action_embed_size
         self.observation_in = _linear(input_size, cfg.d_model)
         if cfg.normalize_inputs:
             self.hidden_norm, self.embed_norm = _layer_norm(), _layer_norm()
-        self.position_TxE = self.param("position", nn.initializers.normal(1.0), (cfg.horizon, cfg.d_model))
-        if cfg.page_size:
-            self.page_embed = nn.Embed(cfg.page_size, cfg.d_model, embedding_init=nn.initializers.normal(1.0))
-        self.blocks = [Block(cfg) for _ in range(cfg.num_layers)]
+        self.position_TxE = self.param("position", nn.initializers.normal(1.0), (spec.horizon, cfg.d_model))
+        if cfg.page_input:
+            self.page_embed = nn.Embed(
+                spec.page_size, cfg.d_model, embedding_init=nn.initializers.normal(1.0)
+            )
+        self.blocks = [Block(spec) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.
-        self.head = _linear(cfg.d_model, cfg.num_scores, bias_init=nn.initializers.zeros)
-        self.budget_in = _linear(cfg.num_axes, cfg.budget_embed_size)
-        self.budget_out = _linear(cfg.budget_embed_size, cfg.num_scores)
+        self.head = _linear(cfg.d_model, spec.num_scores, bias_init=nn.initializers.zeros)
+        self.budget_in = _linear(spec.num_axes, spec.budget_embed_size)
+        self.budget_out = _linear(spec.budget_embed_size, spec.num_scores)
 
     def __call__(self, obs_T: Observation) -> jax.Array:
         """`logits_TxA` of a whole episode; step t sees the observations up to t."""
@@ -203,9 +209,9 @@ class Policy(nn.Module):
     def features(self, obs_T: Observation) -> jax.Array:
         """`features_TxE`, the output of the final LayerNorm: what the head reads, besides the targets."""
         num_steps = obs_T.prev_action.shape[0]
-        if num_steps > self.config.horizon:
-            raise ValueError(f"an episode of {num_steps} steps exceeds the horizon {self.config.horizon}")
-        return self._trunk(obs_T, _empty_carry(self.config, num_steps))[0]
+        if num_steps > self.spec.horizon:
+            raise ValueError(f"an episode of {num_steps} steps exceeds the horizon {self.spec.horizon}")
+        return self._trunk(obs_T, _empty_carry(self.spec, num_steps))[0]
 
     def step(self, obs: Observation, carry: PolicyCarry) -> tuple[jax.Array, PolicyCarry]:
         """`logits_A` of the next step; past the horizon they are NaN, since there is no such position."""
@@ -226,34 +232,39 @@ class Policy(nn.Module):
         return self.norm_out(x_NxE), PolicyCarry(jnp.stack(keys), jnp.stack(values), next_step)
 
     def _embed(self, obs_N: Observation, start) -> jax.Array:
-        _check_observation(self.config, obs_N)
+        _check_observation(self.spec, obs_N)
         # The LLM is frozen: no gradient may run back through the episode that produced these.
-        hidden_NxD = jax.lax.stop_gradient(obs_N.hidden_D).astype(jnp.float32)
-        embed_NxD = jax.lax.stop_gradient(obs_N.embed_D).astype(jnp.float32)
-        if self.config.normalize_inputs:
+        hidden_NxD = jax.lax.stop_gradient(obs_N.hidden).astype(jnp.float32)
+        embed_NxD = jax.lax.stop_gradient(obs_N.embed).astype(jnp.float32)
+        if self.spec.config.normalize_inputs:
             hidden_NxD, embed_NxD = self.hidden_norm(hidden_NxD), self.embed_norm(embed_NxD)
-        scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(self._scalars(obs_N))))
+        scalar_NxF = self.scalar_norm(_gelu(self.scalar_in(jax.vmap(_scalars)(self._asked(obs_N)))))
         action_NxF = self.action_embed(obs_N.prev_action)
         x_NxF = jnp.concatenate([hidden_NxD, embed_NxD, scalar_NxF, action_NxF], axis=-1)
         position_N = start + jnp.arange(x_NxF.shape[0])
         # Clamping would reuse the last position without a word; a step past the horizon must show.
         position_NxE = jnp.take(self.position_TxE, position_N, axis=0, mode="fill", fill_value=jnp.nan)
-        if self.config.page_size:
-            position_NxE += self.page_embed(obs_N.num_keys % self.config.page_size)
+        if self.spec.config.page_input:
+            position_NxE += self.page_embed(obs_N.num_keys % self.spec.page_size)
         return self.observation_in(x_NxF) + position_NxE
 
-    def _scalars(self, obs_N: Observation) -> jax.Array:
-        """What the network is told of budgets and progress."""
-        scalars_NxS = obs_N.scalars_N.astype(jnp.float32)
-        if not self.config.restate:
-            return scalars_NxS
-        return jax.vmap(lambda seen: restated(seen, self.config.num_axes, self.config.horizon))(scalars_NxS)
+    def _asked(self, obs_N: Observation) -> Observation:
+        """The observations with targets as the network is told them."""
+        if not self.spec.config.restate:
+            return obs_N
+        return jax.vmap(lambda seen: restated(seen, self.spec.horizon))(obs_N)
 
     def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
         """The head on the features, plus the direct head on the targets."""
-        target_NxX = self._scalars(obs_N)[:, 2 : 2 + self.config.num_axes]
+        target_NxX = self._asked(obs_N).target.astype(jnp.float32)
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
-        return join_scores(scores, self.config.factors) if self.config.factors else scores
+        return join_scores(scores, self.spec.level_counts) if self.spec.config.factored_head else scores
+
+
+def _scalars(seen: Observation) -> jax.Array:
+    """The numbers of one observation in the order of the authors' code."""
+    parts = jnp.stack([seen.progress, seen.controllable]), seen.target, seen.gap
+    return jnp.concatenate(parts).astype(jnp.float32)
 
 
 def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:
@@ -265,19 +276,19 @@ def join_scores(scores: jax.Array, factors: tuple[int, ...]) -> jax.Array:
     return joint
 
 
-def _empty_carry(config: PolicyConfig, num_steps: int) -> PolicyCarry:
+def _empty_carry(spec: PolicySpec, num_steps: int) -> PolicyCarry:
+    config = spec.config
     head_size = config.d_model // config.num_heads
     zeros_LxTxHxd = jnp.zeros((config.num_layers, num_steps, config.num_heads, head_size))
     return PolicyCarry(zeros_LxTxHxd, zeros_LxTxHxd, jnp.zeros((), jnp.int32))
 
 
-def _check_observation(config: PolicyConfig, obs_N: Observation) -> None:
+def _check_observation(spec: PolicySpec, obs_N: Observation) -> None:
     num_steps = obs_N.prev_action.shape[0]
-    sizes = (config.hidden_size, config.embed_size, config.num_scalars)
-    wanted = [(num_steps, size) for size in sizes] + [(num_steps,)] * 2
-    for name, field, shape in zip(Observation._fields, obs_N, wanted, strict=True):
+    for name, field, example in zip(Observation._fields, obs_N, example_observation(spec), strict=True):
+        shape = (num_steps, *example.shape)
         if field.shape != shape:
-            raise ValueError(f"{name} has shape {field.shape}; the config asks for {shape}")
+            raise ValueError(f"{name} has shape {field.shape}; the spec asks for {shape}")
 
 
 def _layer_norm() -> nn.LayerNorm:

@@ -1,9 +1,10 @@
 """One episode under one controller: a scan over T teacher-forced decode steps of one schedule.
 
 Everything is written for one schedule of one sequence.  `group_rollout` vmaps it over the K schedules
-of an episode, with the prefix unbatched; callers vmap that over sequences.
+of an episode, with the prefix unbatched; callers vmap that over the W episodes of a block, which share its
+cache, and over the B blocks.
 
-Source: sol.md section 3; arXiv 2605.10875 section 3.
+Source: docs/method.md, "The episode"; arXiv 2605.10875 section 3.
 """
 
 import dataclasses
@@ -17,54 +18,56 @@ from jax import lax
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.models import llama
-from sol_jax.models.llama import LlamaConfig, Prefix, Suffix, Weights
+from sol_jax.models.llama import IndexedCache, LlamaConfig, Prefix, Suffix, Weights
+from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.grpo import action_logp
-from sol_jax.rl.policy import Observation, Policy, PolicyCarry, initial_carry, observation_scalars
+from sol_jax.rl.policy import Observation, Policy, PolicyCarry, budget_gap, initial_carry, progress
+
+Act = Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodeConfig:
-    """The shape of an episode and of the block of text it is cut from."""
+class EpisodeRules:
+    """All that is static about an episode: the model, the actions, and how long it is.  Hashable."""
 
-    prefix_len: int  # S, tokens prefilled densely before the first episode of a block
-    horizon: int  # T, decode steps of an episode
-    episodes_per_prefix: int = 1  # W, episodes of one block, `horizon` tokens apart
-    uncontrolled: int = 7  # steps with at most this many keys take the dense action (sinks + window + 1)
-    # In training, tokens by which the episodes of a block start earlier at most, drawn for each block.  It is
-    # not in the repr, by which stored scores know the shape they are of.
-    jitter: int = dataclasses.field(default=0, repr=False)
-
-    @property
-    def block_length(self) -> int:
-        """Tokens of a block: every episode's tokens and the last label."""
-        return self.prefix_len + self.episodes_per_prefix * self.horizon + 1
+    model: LlamaConfig
+    space: ActionSpace
+    episode: EpisodeConfig
 
 
 class Episode(NamedTuple):
-    """What the K schedules of one episode share."""
+    """What the schedules of one episode share, besides the cache that it shares with others."""
 
-    prefix: Prefix
-    hidden_D: jax.Array  # final-norm hidden state of the prefix' last token
-    token_T: jax.Array  # consumed by the steps
-    label_T: jax.Array  # to be predicted by them
+    length: jax.Array  # entries of the cache that come before it
+    hidden: jax.Array  # [D], final-norm hidden state of the last of these tokens
+    token: jax.Array  # [T], consumed by the steps
+    label: jax.Array  # [T], to be predicted by them
+
+
+class PrefilledBlock(NamedTuple):
+    """A block after its dense prefill."""
+
+    cache: IndexedCache
+    episodes: Episode  # leading axis W
+    dense_hidden: jax.Array | None = None  # [W, T, D], the dense model's at the decoded positions
 
 
 class Controller(NamedTuple):
     """Who picks the actions: `act(key, observation, memory) -> (action, log-probability, memory)`."""
 
-    act: Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]]
+    act: Act
     memory: Any  # before the first step
 
 
 class Rollout(NamedTuple):
-    """What happened in one schedule; `observation` is what the controller saw, [T, ...] each."""
+    """What happened in one schedule, step by step: every field leads with T, and batches go before it."""
 
-    observation: Observation
-    action_T: jax.Array  # chosen by the controller
-    logp_T: jax.Array  # of that action, under the controller
-    cost_TxX: jax.Array  # of the action taken
-    controllable_T: jax.Array  # False where the dense action was taken instead
-    hidden_TxD: jax.Array  # final-norm hidden state after each step
+    observation: Observation  # what the controller saw
+    action: jax.Array  # chosen by the controller
+    logp: jax.Array  # of that action, under the controller
+    cost: jax.Array  # [T, X], of the action taken
+    controllable: jax.Array  # False where the dense action was taken instead
+    hidden: jax.Array  # [T, D], final-norm hidden state after each step
 
 
 def replay(action_T: jax.Array) -> Controller:
@@ -87,39 +90,31 @@ def policy_controller(policy: Policy, params: Any, temperature: float, greedy: b
         action = jnp.argmax(logits_A) if greedy else jax.random.categorical(key, logits_A)
         return action.astype(jnp.int32), action_logp(logits_A, action), carry
 
-    return Controller(act, initial_carry(policy.config))
+    return Controller(act, initial_carry(policy.spec))
 
 
-def cut_episodes(
+def prefill_block(
     weights: Weights,
     tokens_N: jax.Array,
-    space: ActionSpace,
-    cfg: LlamaConfig,
-    shape: EpisodeConfig,
-    with_reference: bool = False,
+    rules: EpisodeRules,
+    with_dense: bool = False,
     early: jax.Array | int = 0,
-) -> tuple[Episode, jax.Array | None]:
-    """The W episodes of one block of `shape.block_length` tokens, all from a single dense prefill.
+) -> PrefilledBlock:
+    """One dense prefill of a block of `block_length` tokens, and its W episodes, each of which sees its past.
 
-    They start `early` tokens before the prefix' end, so that they begin anywhere in a page.
-
-    Returns the episodes, with a leading W where `EPISODE_AXES` says 0 (the cache is one, and each episode
-    sees its own past only), and, `with_reference`, the dense model's hidden states at the decoded
-    positions [W, T, D], for which the same prefill runs on to the end of the block.
+    They start `early` tokens before the prefix' end, so that they begin anywhere in a page.  `with_dense`: the
+    prefill runs on to the end of the block, and the hidden states at the decoded positions are kept.
     """
-    S, T, W = shape.prefix_len, shape.horizon, shape.episodes_per_prefix
+    S, T, W = rules.episode.prefix_len, rules.episode.horizon, rules.episode.episodes_per_prefix
     start_W = S + T * np.arange(W) - early
     step_WxT = start_W[:, None] + np.arange(T)
-    prefilled = S + T * (W - 1) + (T if with_reference else 0)
-    hidden_MxD, cache = llama.prefill(weights, tokens_N[:prefilled], cfg)
-    prefix = llama.make_prefix(cache, jnp.asarray(start_W, jnp.int32), space.axes)
-    episode_W = Episode(prefix, hidden_MxD[start_W - 1], tokens_N[step_WxT], tokens_N[step_WxT + 1])
-    return episode_W, hidden_MxD[step_WxT] if with_reference else None
-
-
-# What of an episode has a leading W: everything but the shared cache and its index.  These are vmap's axes
-# in place of the arrays, hence the ignored types.
-EPISODE_AXES = Episode(Prefix(cache=None, axis_index=None, length=0), 0, 0, 0)  # type: ignore[arg-type]
+    prefilled = S + T * (W - 1) + (T if with_dense else 0)
+    hidden_MxD, kv = llama.prefill(weights, tokens_N[:prefilled], rules.model)
+    cache = llama.index_cache(kv, rules.space.axes)
+    episodes = Episode(
+        jnp.asarray(start_W, jnp.int32), hidden_MxD[start_W - 1], tokens_N[step_WxT], tokens_N[step_WxT + 1]
+    )
+    return PrefilledBlock(cache, episodes, hidden_MxD[step_WxT] if with_dense else None)
 
 
 class Carry(NamedTuple):
@@ -127,50 +122,62 @@ class Carry(NamedTuple):
 
     suffix: Suffix
     memory: Any  # of the controller
-    hidden_D: jax.Array
+    hidden: jax.Array  # [D]
     prev_action: jax.Array
-    cost_sum_X: jax.Array  # over the steps that count
+    cost_sum: jax.Array  # [X], over the steps that count
     counted: jax.Array
 
 
+class Step(NamedTuple):
+    """What a controlled step starts from besides the carry."""
+
+    t: jax.Array  # of the episode, from 0
+    token: jax.Array
+    key: jax.Array  # of what the controller draws
+
+
 def begin(
-    prefix: Prefix, hidden_D: jax.Array, controller: Controller, steps: int, space: ActionSpace
+    prefix: Prefix, hidden_D: jax.Array, controller: Controller, num_steps: int, space: ActionSpace
 ) -> Carry:
-    """Before the first of `steps` steps; `hidden_D` is that of the prefix' last token."""
-    suffix = llama.empty_suffix(prefix, steps, space.axes)
+    """Before the first of `num_steps` steps; `hidden_D` is that of the prefix' last token."""
+    suffix = llama.empty_suffix(prefix, num_steps, space.axes)
     no_action, no_cost_X = jnp.int32(space.num_actions), jnp.zeros(len(space.axes))
     return Carry(suffix, controller.memory, hidden_D, no_action, no_cost_X, jnp.int32(0))
 
 
 def controlled_step(
     weights: Weights,
+    rules: EpisodeRules,
     prefix: Prefix,
-    carry: Carry,
-    t: jax.Array,
-    token: jax.Array,
-    key: jax.Array,
+    act: Act,
     budget_X: jax.Array,
-    act: Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]],
-    space: ActionSpace,
-    cfg: LlamaConfig,
-    uncontrolled: int,
-    horizon: int,
+    carry: Carry,
+    step: Step,
 ) -> tuple[Carry, Rollout]:
-    """Step `t` of an episode of `horizon`, as `rollout` says; what it did is without the T of `Rollout`."""
-    num_keys = jnp.int32(prefix.length + t + 1)
-    controllable = num_keys > uncontrolled
-    scalars = observation_scalars(t, horizon, controllable, budget_X, carry.cost_sum_X, carry.counted)
-    seen = Observation(carry.hidden_D, llama.embed(weights, token), scalars, carry.prev_action, num_keys)
+    """One step of an episode, as `rollout` says; what it did is a `Rollout` without the T."""
+    space, horizon = rules.space, rules.episode.horizon
+    num_keys = jnp.int32(prefix.length + step.t + 1)
+    controllable = num_keys > rules.episode.uncontrolled
+    seen = Observation(
+        hidden=carry.hidden,
+        embed=llama.embed(weights, step.token),
+        progress=progress(step.t, horizon),
+        controllable=jnp.float32(controllable),
+        target=jnp.float32(budget_X),
+        gap=budget_gap(carry.cost_sum, carry.counted, budget_X),
+        prev_action=carry.prev_action,
+        num_keys=num_keys,
+    )
     with jax.named_scope("controller"):
-        chosen, logp, memory = act(key, seen, carry.memory)
+        chosen, logp, memory = act(step.key, seen, carry.memory)
         action = jnp.where(controllable, chosen, space.dense)
     with jax.named_scope("llama"):
         value_X = jnp.asarray(space.values_AxX)[action]
         hidden_D, suffix = llama.decode_step(
-            weights, prefix, carry.suffix, token, t, value_X, space.axes, cfg
+            weights, prefix, carry.suffix, step.token, step.t, value_X, space.axes, rules.model
         )
     cost_X = jnp.asarray(space.costs_AxX)[action]
-    cost_sum_X, counted = carry.cost_sum_X + controllable * cost_X, carry.counted + controllable
+    cost_sum_X, counted = carry.cost_sum + controllable * cost_X, carry.counted + controllable
     # The controller's own choice is what it is trained on and told of, as in the authors' code.
     after = Carry(suffix, memory, hidden_D, chosen, cost_sum_X, counted)
     return after, Rollout(seen, chosen, logp, cost_X, controllable, hidden_D)
@@ -178,60 +185,45 @@ def controlled_step(
 
 def rollout(
     weights: Weights,
+    rules: EpisodeRules,
+    cache: IndexedCache,
     episode: Episode,
     key: jax.Array,
     budget_X: jax.Array,
     controller: Controller,
-    space: ActionSpace,
-    cfg: LlamaConfig,
-    uncontrolled: int,
-    horizon: int | None = None,
 ) -> Rollout:
     """One schedule of one episode under `controller`, asked for the mean costs `budget_X`.
 
     Steps with at most `uncontrolled` keys take the dense action, whatever the controller chose, and do not
     count towards the costs that it sees.  An episode of `horizon` steps can end early, with its tokens.
     """
-    T = episode.token_T.shape[0]
+    T, prefix = episode.token.shape[0], cache.prefix(episode.length)
 
-    def step(carry: Carry, inputs: tuple) -> tuple[Carry, Rollout]:
-        t, token, key = inputs
-        return controlled_step(
-            weights,
-            episode.prefix,
-            carry,
-            t,
-            token,
-            key,
-            budget_X,
-            controller.act,
-            space,
-            cfg,
-            uncontrolled,
-            horizon or T,
-        )
+    def step(carry: Carry, given: Step) -> tuple[Carry, Rollout]:
+        return controlled_step(weights, rules, prefix, controller.act, budget_X, carry, given)
 
-    start = begin(episode.prefix, episode.hidden_D, controller, T, space)
-    return lax.scan(step, start, (jnp.arange(T), episode.token_T, jax.random.split(key, T)))[1]
+    start = begin(prefix, episode.hidden, controller, T, rules.space)
+    return lax.scan(step, start, Step(jnp.arange(T), episode.token, jax.random.split(key, T)))[1]
 
 
 def group_rollout(
     weights: Weights,
+    rules: EpisodeRules,
+    cache: IndexedCache,
     episode: Episode,
     key_K: jax.Array,
     budget_KxX: jax.Array,
-    controller_K: Controller,
-    space: ActionSpace,
-    cfg: LlamaConfig,
-    uncontrolled: int,
+    controller: Controller,
 ) -> Rollout:
-    """K schedules of one episode: `rollout` vmapped over keys, budgets and memories; one prefix for all."""
+    """K schedules of one episode: `rollout` vmapped over keys, budgets and the controller's memories [K, ...].
+
+    The prefix is one for all.
+    """
 
     def one(key: jax.Array, budget_X: jax.Array, memory: Any) -> Rollout:
-        controller = Controller(controller_K.act, memory)
-        return rollout(weights, episode, key, budget_X, controller, space, cfg, uncontrolled)
+        return rollout(weights, rules, cache, episode, key, budget_X, Controller(controller.act, memory))
 
-    return jax.vmap(one)(key_K, budget_KxX, controller_K.memory)
+    return jax.vmap(one)(key_K, budget_KxX, controller.memory)
 
 
 def label_logp(weights: Weights, hidden_D: jax.Array, label: jax.Array) -> jax.Array:
@@ -249,7 +241,7 @@ def dense_divergence(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) 
 def acceptance_logp(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) -> jax.Array:
     """Log of the chance that the dense model keeps a token drawn from the compressed step.
 
-    That is the sum of min(p_dense, p_sparse) under the rule of `speculate`, at temperature 1.
+    That is the sum of min(p_dense, p_sparse) under the rule of `generation.lossless`, at temperature 1.
     """
     dense_V, sparse_V = (jax.nn.log_softmax(llama.logits(weights, h)) for h in (dense_D, hidden_D))
     return jax.nn.logsumexp(jnp.minimum(dense_V, sparse_V))

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written while training goes on, verified when read, resumed exactly.
 
-    checkpoints = Checkpoints(workdir, flatten(config), keep=3)
+    checkpoints = Checkpoints(workdir, config.flat(), keep=3)
     found = checkpoints.restore(state)  # (step, state, iterator state), or None in a new workdir
     checkpoints.save(step, state, iterator.state(), score)
     checkpoints.close()
@@ -23,6 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sol_jax.errors import UserError
+from sol_jax.models.identity import differences
 from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
 
 # What changes how a run goes, but not what it learns (beyond rounding).
@@ -55,6 +56,7 @@ class Checkpoints:
         self._directory = self._workdir / "checkpoints"
         self._config = json.loads(json.dumps(dict(config)))  # as a checkpoint will give it back
         self._read_only, self._commit = read_only, commit
+        self._identity: dict[str, str] = {}
         self._saving = -1  # the step of the last write
         if not complete_steps(self._directory):  # else once `restore` has found that the config is theirs
             self._write_config()
@@ -75,6 +77,14 @@ class Checkpoints:
     def commit_of(self, step: int) -> str:
         """The commit of the code that wrote a checkpoint; empty if it does not say, or is damaged."""
         return self._read(step)[2].get("commit", "")
+
+    def bind(self, identity: Mapping[str, str]) -> None:
+        """Says which model the run is of (see `models.identity`): saved, and compared when restoring."""
+        self._identity = dict(identity)
+
+    def identity_of(self, step: int) -> dict[str, str]:
+        """The model that a checkpoint's run is of; empty if it does not say, or is damaged."""
+        return self._read(step)[2].get("identity", {})
 
     def save(self, step: int, state: Any, iterator: Mapping[str, Any], score: float | None = None) -> None:
         """Copies `state` and writes it in the background; skips a step that exists.
@@ -98,6 +108,7 @@ class Checkpoints:
             "leaves": kinds(state),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "commit": self._commit,
+            "identity": self._identity,
         }
         self._saving = step
         with self._save_errors():
@@ -137,6 +148,7 @@ class Checkpoints:
             if self._read_only:  # a field that came after the run has its default, and says nothing of it
                 now = {name: value for name, value in now.items() if name in saved}
             self._check_same("config", candidate, saved, now)
+            self._check_identity(candidate, meta.get("identity", {}))  # older checkpoints do not say
             self._check_same("model or version", candidate, meta["leaves"], kinds(like))
             self._write_config()
             self._pass_over(damaged, candidate)
@@ -182,6 +194,13 @@ class Checkpoints:
             raise UserError(
                 f"{self._directory}: the checkpoint of step {step} is of another {what}: "
                 f"{', '.join(told[:5])}{more}; use another workdir, or what the checkpoint was made with"
+            )
+
+    def _check_identity(self, step: int, saved: Mapping[str, str]) -> None:
+        if told := differences(saved, self._identity):
+            raise UserError(
+                f"{self._directory}: the checkpoint of step {step} is of another model: {told}; "
+                "use another workdir, or the model files that the run began with"
             )
 
     def _write_config(self) -> None:

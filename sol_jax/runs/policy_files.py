@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
 from sol_jax.errors import UserError
-from sol_jax.rl.train_step import Setup, init_state
-from sol_jax.runs.config import flatten, restored
+from sol_jax.models.identity import differences
+from sol_jax.rl.setup import Setup
+from sol_jax.rl.train_step import init_state
+from sol_jax.runs.config import RunConfig
 
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 15_000_000
@@ -30,11 +31,11 @@ BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.page_input"
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 
-def save_policy(folder: pathlib.Path, params: Any, config: ConfigDict, about: Mapping[str, Any]) -> None:
+def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Mapping[str, Any]) -> None:
     """Writes `policy.safetensors`, `config.json` and the card `README.md`.
 
     `about` says what the policy is and what it was trained on: anything JSON can hold, and of these
-    `title`, `model`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used.
+    `title`, `model`, `identity`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used.
 
     Raises `UserError` if the policy is too large to be committed, or the folder cannot be written.
     """
@@ -49,14 +50,14 @@ def save_policy(folder: pathlib.Path, params: Any, config: ConfigDict, about: Ma
         folder.mkdir(parents=True, exist_ok=True)
         save_file(half, folder / "policy.safetensors")
         # Thousands of documents: on one line, that the file stays one to read.
-        described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": flatten(config)}
+        described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
         (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
         (folder / "README.md").write_text(card(config, about, size))
     except OSError as error:
         raise UserError(f"{folder}: a policy cannot be written there ({error.strerror})") from error
 
 
-def load_policy(name: str | pathlib.Path) -> tuple[Any, ConfigDict, dict[str, Any]]:
+def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any]]:
     """Parameters (float32), config and `about` of a policy, by name or by folder.
 
     Raises `UserError` if there is none of that name, or its files are damaged.
@@ -64,7 +65,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, ConfigDict, dict[str, An
     folder = _folder(name)
     try:
         described = json.loads((folder / "config.json").read_text())
-        config = restored(described["config"])
+        config = RunConfig.from_flat(described["config"])
         about = {**described["about"], "documents": described["about"]["documents"].split()}
         flat = load_file(folder / "policy.safetensors")
     except Exception as error:  # each layer has its own for what is missing, short or garbled
@@ -88,11 +89,27 @@ def _folder(name: str | pathlib.Path) -> pathlib.Path:
     raise UserError(f"there is no policy {str(name)!r}; give a folder that has one, or one of: {names}")
 
 
-def check_fits(name: str, params: Any, config: ConfigDict, run: ConfigDict, setup: Setup) -> None:
-    """Raises `UserError` if a policy of `config` cannot control the model and axes of `run` and `setup`."""
-    theirs, ours = flatten(config), flatten(run)
-    if model_name(config) != model_name(run):
-        raise UserError(f"the policy {name} is for the model {model_name(config)}, not for {model_name(run)}")
+def check_fits(
+    name: str,
+    params: Any,
+    own: RunConfig,
+    about: Mapping[str, Any],
+    run: RunConfig,
+    setup: Setup,
+    identity: Mapping[str, str],
+) -> None:
+    """Raises `UserError` if a policy cannot control the model and axes of `run` and `setup`.
+
+    Args:
+      own: the config that it was trained with; `about` is what its file says of it.
+      identity: of the model here, which is compared with the policy's own where that is known.
+    """
+    theirs, ours = own.flat(), run.flat()
+    known = about.get("identity", {})
+    if told := differences(known, identity):
+        raise UserError(f"the policy {name} is for another model than {run.model.path}: {told}")
+    if not known and model_name(own) != model_name(run):
+        raise UserError(f"the policy {name} is for the model {model_name(own)}, not for {model_name(run)}")
     for field in filter(re.compile(BOUND).fullmatch, sorted({*theirs, *ours})):
         its, here = theirs.get(field), ours.get(field)
         if its != here:
@@ -112,7 +129,7 @@ def check_fits(name: str, params: Any, config: ConfigDict, run: ConfigDict, setu
         )
 
 
-def model_name(config: ConfigDict) -> str:
+def model_name(config: RunConfig) -> str:
     """The last part of the model's path: the same for a hub id and a local copy."""
     return pathlib.PurePath(config.model.path.removeprefix("hub:")).name
 
@@ -126,9 +143,9 @@ def document_names(hashes: Iterable[str]) -> list[str]:
     return sorted(digest[:HASH_LENGTH] for digest in hashes)
 
 
-def card(config: ConfigDict, about: Mapping[str, Any], size: int) -> str:
+def card(config: RunConfig, about: Mapping[str, Any], size: int) -> str:
     """The model card, in Markdown."""
-    levels = {axis: tuple(config.axes[axis].levels) for axis in ("kappa", "rho", "eta")}
+    levels = {name: axis.levels for name, axis in config.axes.each().items()}
     lines = [
         f"# {about['title']}",
         "",

@@ -4,18 +4,16 @@ Cheap checks come before heavy loading, so that a mistake is reported in seconds
 """
 
 import dataclasses
-import json
 import pathlib
 import subprocess
 
-from ml_collections import ConfigDict
-
 from sol_jax.errors import UserError
 from sol_jax.models import weights as load
+from sol_jax.models.identity import model_identity
 from sol_jax.models.llama import Weights
 from sol_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from sol_jax.rl.train_step import Setup
-from sol_jax.runs import config as config_lib
+from sol_jax.rl.setup import Setup
+from sol_jax.runs.config import RunConfig
 from sol_jax.text import blocks as data
 
 
@@ -23,11 +21,12 @@ from sol_jax.text import blocks as data
 class Session:
     """A checked config with its model, tokenizer and blocks of text by split."""
 
-    config: ConfigDict
+    config: RunConfig
     setup: Setup
     weights: Weights
     tokenizer: Tokenizer
     blocks: dict[str, data.Blocks]
+    identity: dict[str, str]  # of the model, see `models.identity`
 
     def split(self, name: str) -> data.Blocks:
         """The blocks of one split; `UserError` if the corpus was cut without it."""
@@ -38,14 +37,14 @@ class Session:
         return self.blocks[name]
 
 
-def open_session(config: ConfigDict) -> Session:
-    """Checks `config` and loads what it names; raises `UserError` for whatever is wrong with it."""
-    config_lib.check(config)
+def open_session(config: RunConfig) -> Session:
+    """Loads what a config names; raises `UserError` for whatever is wrong with it."""
     path = load.resolve(config.model.path)
     model = load.load_config(path, config.model.dtype)
-    setup = config_lib.build(config, model)
+    setup = config.setup(model)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model)
+    identity = model_identity(path, tokenizer)
     blocks = data.prepare(
         config.data.source,
         tokenizer,
@@ -55,19 +54,7 @@ def open_session(config: ConfigDict) -> Session:
         document_start=config.data.document_start,
         cache_dir=config.data.cache_dir or None,
     )
-    return Session(config, setup, load.load_weights(path, model), tokenizer, blocks)
-
-
-def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The config a training run left in its workdir."""
-    file = workdir / "config.json"
-    try:
-        flat = dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}); --workdir must be the folder of a training run"
-        ) from None
-    return config_lib.restored(flat)
+    return Session(config, setup, load.load_weights(path, model), tokenizer, blocks, identity)
 
 
 def commit() -> str:

@@ -4,39 +4,38 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from sol_jax.errors import UserError
-from sol_jax.rl.train_step import Setup, init_state
+from sol_jax.rl.setup import Setup
+from sol_jax.rl.train_step import init_state
 from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import flatten
-from sol_jax.runs.session import read_config
+from sol_jax.runs.config import RunConfig, read_config
 
 
-class Subject(NamedTuple):
+class TrainedPolicy(NamedTuple):
     """A policy, the config of the run it comes from, and that run's name."""
 
     params: Any
-    config: ConfigDict
+    config: RunConfig
     name: str
     updates: int
 
 
-def open_run(workdir: pathlib.Path) -> tuple[ConfigDict, Checkpoints]:
+def open_run(workdir: pathlib.Path) -> tuple[RunConfig, Checkpoints]:
     """The config and the checkpoints of a run; `UserError` if it has none."""
     config = read_config(workdir)
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
+    checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, read_only=True)
     if not checkpoints.steps():
         raise UserError(f"{workdir} holds no checkpoint; --workdir must be the folder of a training run")
     return config, checkpoints
 
 
 def policy_of_run(
-    checkpoints: Checkpoints, config: ConfigDict, setup: Setup, name: str, step: int | None = None
-) -> Subject:
+    checkpoints: Checkpoints, config: RunConfig, setup: Setup, name: str, step: int | None = None
+) -> TrainedPolicy:
     """The policy of the best checkpoint of the run `name`, or of that of update `step`."""
     like = jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
     restored = checkpoints.restore(like, checkpoints.best_step() if step is None else step)
     assert restored is not None
     updates, state, _ = restored
-    return Subject(state.params, config, name, updates)
+    return TrainedPolicy(state.params, config, name, updates)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sol_jax.digests import CACHE_DIR
 from sol_jax.errors import UserError
 from sol_jax.text.documents import source_fingerprint
 
 if TYPE_CHECKING:
     from sol_jax.text.tfds_builder import Tokenizer
-
-DEFAULT_CACHE_DIR = "~/.cache/sol_jax"
 
 
 class Batch(NamedTuple):
@@ -98,7 +97,7 @@ def prepare(
         test_fraction=test_fraction,
         tokenizer=tokenizer,
     )
-    folder = token_blocks.write_once(config, pathlib.Path(cache_dir or DEFAULT_CACHE_DIR).expanduser())
+    folder = token_blocks.write_once(config, pathlib.Path(cache_dir or CACHE_DIR).expanduser())
     opened = token_blocks.open_dataset(folder)
     return {split: Blocks(records, documents, fingerprint) for split, (records, documents) in opened.items()}
 

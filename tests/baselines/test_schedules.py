@@ -12,7 +12,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.baselines import schedules
-from sol_jax.rl.rollout import EpisodeConfig
+from sol_jax.rl.config import EpisodeConfig
 
 
 def space_of(kappa=(0.1, 1.0), rho=(0.4, 0.7, 1.0), bits=(5.0, 8.0, 16.0)):

@@ -19,7 +19,7 @@ from sol_jax.errors import UserError
 from sol_jax.evaluate import Options
 from sol_jax.evaluation import provenance as subject
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import Plan
+from sol_jax.evaluation.comparison import ComparisonPlan
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import Checkpoints
@@ -269,7 +269,7 @@ def test_another_checkpoint_than_the_best(session, tmp_path):
 def test_plans(session):
     config, setup = session.config, session.setup
     plan = evaluate.plan_of(Options(), config, setup)
-    assert plan == Plan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
+    assert plan == ComparisonPlan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
     plan = evaluate.plan_of(
         Options(grid=20, random_budgets=6, num_random=500, hold=["eta"], seed=3), config, setup
     )

@@ -12,8 +12,8 @@ from sol_jax import evaluate
 from sol_jax.errors import UserError
 from sol_jax.evaluation import comparison
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import Draw, Plan, Row
-from sol_jax.evaluation.scoring import Scores
+from sol_jax.evaluation.comparison import RandomScheduleRow, ComparisonPlan, Row
+from sol_jax.evaluation.scoring import EntryScores
 
 BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
 AXES = ("kappa", "rho", "eta")
@@ -24,18 +24,18 @@ AXES = ("kappa", "rho", "eta")
 
 def made_up(logp_NxJ, T=4):
     logp = np.repeat(np.array(logp_NxJ, float)[:, None, :, None], T, -1)
-    return Scores(logp, logp[..., :0], np.zeros(logp.shape, int))
+    return EntryScores(logp, logp[..., :0], np.zeros(logp.shape, int))
 
 
 def test_the_best_random_schedule_is_the_best_in_the_mean(tiny_session):
-    """Draw 1 wins in one block by far and draw 2 in both by little; the mean decides."""
+    """RandomScheduleRow 1 wins in one block by far and draw 2 in both by little; the mean decides."""
     scores = {
         ("policy", ""): made_up([[-1.0], [-1.0]]),
         ("dense", ""): made_up([[-0.5], [-0.5]]),
         ("fixed", ""): made_up([[-2.0], [-2.0]]),
         ("random0", ""): made_up([[-3.0, -1.0, -1.5], [-3.0, -9.0, -1.5]]),
     }
-    plan, documents = Plan(BUDGETS[:1], num_random=3), np.array([0, 1])
+    plan, documents = ComparisonPlan(BUDGETS[:1], num_random=3), np.array([0, 1])
     found, draws = comparison._rows(plan, scores, documents, tiny_session.setup)
     rows = {row.controller: row for row in found}
     assert list(rows) == ["policy", "fixed", "random", "random_best", "dense"]
@@ -53,7 +53,7 @@ def test_the_interval_is_over_documents(tiny_session):
     """Two documents, of three blocks and one: resampled whole, so the gain is 1, 1.5 or 3 at the most."""
     policy, fixed = made_up([[-1.0]] * 4), made_up([[-2.0]] * 3 + [[-4.0]])
     scores = {("policy", ""): policy, ("dense", ""): policy, ("fixed", ""): fixed}
-    plan = Plan(BUDGETS[:1], ("fixed",))
+    plan = ComparisonPlan(BUDGETS[:1], ("fixed",))
     rows, _ = comparison._rows(plan, scores, np.array([0, 0, 0, 1]), tiny_session.setup)
     row = rows[1]
     assert (row.gain, row.gain_low, row.gain_high) == pytest.approx((1.5, 1.0, 3.0))
@@ -121,7 +121,7 @@ def test_rows_are_replaced_or_added(tmp_path):
         ]
         results.merge(path, results.records([row_of("front")], AXES, ABOUT | change))
         assert len(results.read(path)) == 5
-    draws = [Draw("", (0.5, 0.5, 0.5), d, 0.5, 2.0 + d) for d in range(3)]
+    draws = [RandomScheduleRow("", (0.5, 0.5, 0.5), d, 0.5, 2.0 + d) for d in range(3)]
     results.merge(tmp_path / "draws.csv", results.records(draws, AXES, ABOUT))
     assert [row["draw"] for row in results.read(tmp_path / "draws.csv")] == ["0", "1", "2"]
 

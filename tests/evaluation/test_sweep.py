@@ -16,17 +16,17 @@ from sol_jax.costs.decode_step import policy_step
 from sol_jax.errors import UserError
 from sol_jax.evaluation import score_cache as score_files
 from sol_jax.evaluation import stale_prefill
-from sol_jax.evaluation.comparison import Plan, run
-from sol_jax.evaluation.score_cache import Store
-from sol_jax.evaluation.scoring import POLICY, REPLAY, Kind, Player
-from sol_jax.evaluation.sweep import Job, Sweep
+from sol_jax.evaluation.comparison import ComparisonPlan, run
+from sol_jax.evaluation.score_cache import ScoreCache
+from sol_jax.evaluation.scoring import POLICY, REPLAY, ControllerSpec, BatchScorer
+from sol_jax.evaluation.sweep import EntryGroup, Sweep
 from sol_jax.models import llama
-from sol_jax.rl.rollout import EpisodeConfig
+from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.train_step import init_state
 from sol_jax.text.blocks import evaluation_batches
 
 BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
-REPLAYED = Kind(REPLAY)
+REPLAYED = ControllerSpec(REPLAY)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def make(tiny_session, params, batches):
 
     def made(root=None, **fields):
         session = tiny_session
-        store = Store(root, {"model": "tiny"})
+        store = ScoreCache(root, {"model": "tiny"})
         whole = Sweep(session.weights, params, batches, session.setup, store, num_parallel=4)
         return dataclasses.replace(whole, **fields)
 
@@ -59,13 +59,13 @@ def given(budgets=BUDGETS):
 
 @pytest.fixture(scope="module")
 def policy(make):
-    return make().run([Job("policy", given(), Kind(POLICY))])[0]
+    return make().run([EntryGroup("policy", given(), ControllerSpec(POLICY))])[0]
 
 
 @pytest.fixture(scope="module")
 def replayed(make, policy):
     """The policy's own actions, played as schedules."""
-    return make().run([Job("again", policy.action_NxWxJxT, REPLAYED)])[0]
+    return make().run([EntryGroup("again", policy.action_NxWxJxT, REPLAYED)])[0]
 
 
 def test_replaying_the_policys_actions_gives_its_scores(policy, replayed):
@@ -78,9 +78,9 @@ def test_replaying_the_policys_actions_gives_its_scores(policy, replayed):
 def test_padding_of_batches_and_schedules_changes_nothing(make, policy, replayed, batches):
     """The last batch of 1 block was filled up to 2; here 5 schedules are run 3 at a time."""
     odd = policy.action_NxWxJxT[:, :, [0, 1, 0, 1, 0]]
-    (scores,) = make(num_parallel=3).run([Job("odd", odd, REPLAYED)])
+    (scores,) = make(num_parallel=3).run([EntryGroup("odd", odd, REPLAYED)])
     np.testing.assert_allclose(scores.logp_NxWxJxT, replayed.logp_NxWxJxT[:, :, [0, 1, 0, 1, 0]], atol=1e-5)
-    (alone,) = make(batches=batches[2:]).run([Job("alone", policy.action_NxWxJxT[4:], REPLAYED)])
+    (alone,) = make(batches=batches[2:]).run([EntryGroup("alone", policy.action_NxWxJxT[4:], REPLAYED)])
     np.testing.assert_allclose(alone.logp_NxWxJxT, replayed.logp_NxWxJxT[4:], atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_the_dense_schedule_is_the_plain_model(tiny_session, make, batches):
     setup = tiny_session.setup
     T, S = setup.episode.horizon, setup.episode.prefix_len
     dense = schedules.dense(setup.space, 5, T)[:, None, None]
-    (scores,) = make().run([Job("dense", dense, Kind(with_entropy=True))])
+    (scores,) = make().run([EntryGroup("dense", dense, ControllerSpec(with_entropy=True))])
     for n, tokens_M in enumerate(np.concatenate([batch.tokens_BxN for batch in batches])):
         hidden_MxD, _ = llama.prefill(tiny_session.weights, jnp.asarray(tokens_M[:-1]), setup.model)
         logits = np.asarray(jax.vmap(lambda h: llama.logits(tiny_session.weights, h))(hidden_MxD[S:]))
@@ -145,14 +145,14 @@ def test_work_by_hand(tiny_session, policy):
 def test_an_axis_held_dense(tiny_session, make):
     space = tiny_session.setup.space
     for x, axis in enumerate(space.axes):
-        (scores,) = make().run([Job("policy", given(), Kind(POLICY, axis.name))])
+        (scores,) = make().run([EntryGroup("policy", given(), ControllerSpec(POLICY, axis.name))])
         assert np.all(space.values_AxX[scores.action_NxWxJxT][..., x] == axis.levels[-1])
 
 
 @pytest.mark.parametrize("name", ["entropy", "drift", "drift_official"])
 def test_heuristics_meet_their_budgets(tiny_session, make, name):
     """To half a level in four steps; each schedule by itself."""
-    (scores,) = make().run([Job(name, given(), Kind(name))])
+    (scores,) = make().run([EntryGroup(name, given(), ControllerSpec(name))])
     span_X = np.array([a.cost(a.levels[-1]) - a.cost(a.levels[0]) for a in tiny_session.setup.space.axes])
     miss = np.abs(scores.costs(tiny_session.setup) - given())
     assert np.all(miss <= span_X / 4 + 1e-6)
@@ -162,7 +162,7 @@ def test_heuristics_meet_their_budgets(tiny_session, make, name):
 
 
 def jobs_of(policy):
-    return [Job("again", policy.action_NxWxJxT, REPLAYED), Job("policy", given(), Kind(POLICY))]
+    return [EntryGroup("again", policy.action_NxWxJxT, REPLAYED), EntryGroup("policy", given(), ControllerSpec(POLICY))]
 
 
 def files(root: pathlib.Path) -> dict[str, float]:
@@ -183,7 +183,7 @@ def test_scores_on_disk_are_not_run_again(make, policy, tmp_path, monkeypatch):
     written = files(tmp_path)
     assert len(written) == 6
     with monkeypatch.context() as patch:
-        patch.setattr(Player, "play", refuse)
+        patch.setattr(BatchScorer, "play", refuse)
         again = make(tmp_path).run(jobs)
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -199,17 +199,17 @@ def test_scores_on_disk_are_not_run_again(make, policy, tmp_path, monkeypatch):
 
 
 def test_what_decides_scores_decides_their_folder(make, policy, params, tmp_path):
-    job = Job("policy", given(), Kind(POLICY))
+    job = EntryGroup("policy", given(), ControllerSpec(POLICY))
     other_params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
     make(tmp_path).run([job])
     assert make(tmp_path).columns([job])[1] == 6
     assert make(tmp_path, params=other_params).columns([job])[1] == 0
-    assert make(tmp_path).columns([Job("policy", given(), Kind(POLICY, "rho"))])[1] == 0
-    assert make(tmp_path).columns([Job("policy", given(BUDGETS[::-1]), Kind(POLICY))])[1] == 0
-    replay = Job("again", policy.action_NxWxJxT, REPLAYED)
+    assert make(tmp_path).columns([EntryGroup("policy", given(), ControllerSpec(POLICY, "rho"))])[1] == 0
+    assert make(tmp_path).columns([EntryGroup("policy", given(BUDGETS[::-1]), ControllerSpec(POLICY))])[1] == 0
+    replay = EntryGroup("again", policy.action_NxWxJxT, REPLAYED)
     make(tmp_path).run([replay])
     assert make(tmp_path, params=other_params).columns([replay])[1] == 6  # the policy has no part in it
-    assert Store(tmp_path, {"model": "other"}).folder != make(tmp_path).store.folder
+    assert ScoreCache(tmp_path, {"model": "other"}).folder != make(tmp_path).store.folder
 
 
 def test_a_folder_of_another_evaluation_is_refused(make, tmp_path):
@@ -273,7 +273,7 @@ def test_stale_prefill_moves_what_follows_a_sparse_batch_only(make, tiny_session
     space, T = tiny_session.setup.space, tiny_session.setup.episode.horizon
     ends = [space.dense, int(space.join(np.array([0, 1, 1])))]
     action = np.broadcast_to(np.array(ends)[:, None], (5, 1, 2, T)).copy()
-    job = Job("ends", action, REPLAYED)
+    job = EntryGroup("ends", action, REPLAYED)
     clean, stale = make().run([job])[0], make(stale=True).run([job])[0]
     difference = np.abs(clean.logp_NxWxJxT - stale.logp_NxWxJxT)[:, 0]
     assert difference[:2].max() == 0
@@ -286,7 +286,7 @@ def test_stale_prefill_goes_by_the_row(make, tiny_session):
     space, T = tiny_session.setup.space, tiny_session.setup.episode.horizon
     low, dense = int(space.join(np.array([0, 1, 1]))), space.dense
     action = np.broadcast_to(np.array([low, dense, low, dense, dense])[:, None, None, None], (5, 1, 3, T))
-    job = Job("rows", action, REPLAYED)
+    job = EntryGroup("rows", action, REPLAYED)
     clean, stale = make().run([job])[0], make(stale=True).run([job])[0]
     moved = np.abs(clean.logp_NxWxJxT - stale.logp_NxWxJxT).max((1, 2, 3)) > 1e-3
     np.testing.assert_array_equal(moved, [False, False, True, False, True])
@@ -309,7 +309,7 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
     """All controllers at once, also with an axis held dense."""
     heuristics = ("entropy", "drift", "drift_official")
     controllers = ("fixed", "fixed_official", "front", "clock", "swapped", "random", *heuristics)
-    plan = Plan(BUDGETS, controllers, num_random=3, random_at=(1,), hold=("kappa",))
+    plan = ComparisonPlan(BUDGETS, controllers, num_random=3, random_at=(1,), hold=("kappa",))
     labels = []
 
     def progress(total, done, label):
@@ -349,8 +349,8 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
 
 def test_blind_controllers_see_the_policys_costs_and_not_its_text(make, batches, tiny_session, tmp_path):
     """`swapped` plays the schedules of other blocks; `clock` has the mean costs of each step."""
-    sweep = make(store=Store(tmp_path, {"blocks": [""] * len(batches)}))
-    run(sweep, Plan(BUDGETS, ("clock", "swapped")))
+    sweep = make(store=ScoreCache(tmp_path, {"blocks": [""] * len(batches)}))
+    run(sweep, ComparisonPlan(BUDGETS, ("clock", "swapped")))
     jobs = score_files.read_folder(sweep.store.folder).jobs
     own, clock, swapped = (jobs[name, ""][1] for name in ("policy", "clock", "swapped"))
     N, W = own.action_NxWxJxT.shape[:2]
@@ -370,8 +370,8 @@ def test_level_shares_by_hand(policy, tiny_session):
 
 
 def test_draws_do_not_depend_on_what_else_is_run(make):
-    few = run(make(), Plan(BUDGETS, ("random",), num_random=2, random_at=(1,)))[1]
-    all_of_them = run(make(), Plan(BUDGETS, ("random", "fixed"), num_random=2))[1]
+    few = run(make(), ComparisonPlan(BUDGETS, ("random",), num_random=2, random_at=(1,)))[1]
+    all_of_them = run(make(), ComparisonPlan(BUDGETS, ("random", "fixed"), num_random=2))[1]
     assert few == all_of_them[2:]
 
 

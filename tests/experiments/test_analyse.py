@@ -11,10 +11,10 @@ from configs import sol_j_2l
 from experiments.figures import plots
 from experiments.studies import analyse
 from sol_jax.errors import UserError
-from sol_jax.evaluation.comparison import Plan, run
+from sol_jax.evaluation.comparison import ComparisonPlan, run
 from sol_jax.evaluation.provenance import decides
-from sol_jax.evaluation.score_cache import Scored, Store, read_folder
-from sol_jax.evaluation.scoring import Scores
+from sol_jax.evaluation.score_cache import CachedScores, ScoreCache, read_folder
+from sol_jax.evaluation.scoring import EntryScores
 from sol_jax.evaluation.sweep import Sweep
 from sol_jax.rl.train_step import init_state
 from sol_jax.text.blocks import evaluation_batches
@@ -24,15 +24,15 @@ BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
 
 @pytest.fixture(scope="module")
 def folders(tiny_session, tmp_path_factory):
-    """Scores of an untrained policy and schedules on five blocks: clean, and with a stale prefill."""
+    """EntryScores of an untrained policy and schedules on five blocks: clean, and with a stale prefill."""
     root = tmp_path_factory.mktemp("scores")
     params = init_state(jax.random.key(0), tiny_session.setup).params
     batches = list(evaluation_batches(tiny_session.split("test"), 2, 5))
     found = []
     for stale in (False, True):
-        store = Store(root, decides(tiny_session, batches, stale))
+        store = ScoreCache(root, decides(tiny_session, batches, stale))
         sweep = Sweep(tiny_session.weights, params, batches, tiny_session.setup, store, 4, stale)
-        run(sweep, Plan(BUDGETS, num_random=3))
+        run(sweep, ComparisonPlan(BUDGETS, num_random=3))
         found.append(store.folder)
     return found
 
@@ -163,10 +163,10 @@ def test_spending_of_a_made_up_policy():
     action[:, 0, 1, 0] = 2
     blank = np.zeros((N, 1, 2, T))
     costs = {"kappa": [0.1, 1.0], "rho": [0.4, 1.0], "eta": [0.3, 1.0]}
-    dense = Scores(rng.normal(size=(N, 1, 1, T)), rng.random((N, 1, 1, T)), np.full((N, 1, 1, T), 7))
-    policy = Scores(blank, blank[..., :0], action)
+    dense = EntryScores(rng.normal(size=(N, 1, 1, T)), rng.random((N, 1, 1, T)), np.full((N, 1, 1, T), 7))
+    policy = EntryScores(blank, blank[..., :0], action)
     jobs = {("dense", ""): ([], dense), ("policy", ""): ([(0.5, 0.7, 0.6), (0.2, 0.5, 0.4)], policy)}
-    scored = Scored({"costs": costs}, tokens, np.arange(N) // 2, jobs)
+    scored = CachedScores({"costs": costs}, tokens, np.arange(N) // 2, jobs)
     found = {(r["axis"], r["feature"], r["budget"]): r for r in analyse.spending(scored, Texts())}
     first, second = "0.5/0.7/0.6", "0.2/0.5/0.4"
     for axis in ("net", "kappa"):
@@ -200,7 +200,7 @@ def test_over_fixed_by_hand():
 
     def job(*logp):
         columns = np.broadcast_to(np.array(logp)[None, None, :, None], (6, 1, len(logp), 3))
-        return Scores(columns, columns[..., :0], np.zeros(columns.shape, int))
+        return EntryScores(columns, columns[..., :0], np.zeros(columns.shape, int))
 
     one, two = (0.5, 0.7), (0.2, 0.4)
     jobs = {("fixed", ""): ([one, two], job(-2.0, -3.0)), ("clock", ""): ([two, one], job(-3.25, -1.5))}
@@ -209,7 +209,7 @@ def test_over_fixed_by_hand():
         ("random0", ""): ([one], job(-4.0)),
         ("clock", "rho"): ([one], job(0)),
     }
-    found = analyse.over_fixed(Scored({}, np.zeros((6, 9), int), np.arange(6), jobs), "x")
+    found = analyse.over_fixed(CachedScores({}, np.zeros((6, 9), int), np.arange(6), jobs), "x")
     assert {(r["run"], r["controller"], r["budget"]): r["gain"] for r in found} == {
         ("x", "clock", "0.2/0.4"): -0.25,
         ("x", "clock", "0.5/0.7"): 0.5,

@@ -5,8 +5,8 @@ import pytest
 
 from experiments.studies import quest_pages as pages
 from sol_jax.errors import UserError
-from sol_jax.evaluation.score_cache import Scored
-from sol_jax.evaluation.scoring import Scores
+from sol_jax.evaluation.score_cache import CachedScores
+from sol_jax.evaluation.scoring import EntryScores
 
 N, W, T, S = 6, 2, 8, 13
 COSTS = {"kappa": [0.1, 1.0], "rho": [0.4, 1.0]}
@@ -14,7 +14,7 @@ COSTS = {"kappa": [0.1, 1.0], "rho": [0.4, 1.0]}
 
 def scores(logp, action=None):
     logp = np.broadcast_to(logp, (N, W, 1, T)).astype(float)
-    return Scores(logp, logp[..., :0], np.zeros(logp.shape, int) if action is None else action)
+    return EntryScores(logp, logp[..., :0], np.zeros(logp.shape, int) if action is None else action)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def scored():
         ("policy", ""): ([(0.5, 0.5)], scores(-2.0, action)),
         ("fixed", ""): ([(0.5, 0.5)], scores(np.where(second, -3.0, -2.0)[None, :, None])),
     }
-    return Scored({"costs": COSTS}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, jobs)
+    return CachedScores({"costs": COSTS}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, jobs)
 
 
 def test_places_by_hand(scored):
@@ -49,7 +49,7 @@ def test_budgets_are_paired_by_value(scored):
     (asked, policy), (_, fixed) = scored.jobs["policy", ""], scored.jobs["fixed", ""]
 
     def beside(scores, other):
-        return Scores(*(np.concatenate([part, other(part)], 2) for part in scores))
+        return EntryScores(*(np.concatenate([part, other(part)], 2) for part in scores))
 
     cheap = [(0.2, 0.5)]
     scored.jobs["policy", ""] = (asked + cheap, beside(policy, lambda part: part))

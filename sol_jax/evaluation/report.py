@@ -1,0 +1,162 @@
+"""Comparisons of a policy, run and written: at the end of a training, and as `sol_jax.evaluate` asks for them."""
+
+import pathlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from sol_jax.errors import UserError
+from sol_jax.evaluation import results_csv
+from sol_jax.evaluation.budget_grid import Budgets
+from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, Progress, run
+from sol_jax.evaluation.options import EvaluateOptions
+from sol_jax.evaluation.provenance import (
+    decides,
+    describe,
+    open_text,
+    refuse_training_text,
+    training_documents,
+)
+from sol_jax.evaluation.score_cache import ScoreCache
+from sol_jax.evaluation.sweep import Sweep
+from sol_jax.models.llama import Weights
+from sol_jax.rl.learn import TrainState
+from sol_jax.rl.setup import Setup
+from sol_jax.runs import policy_files
+from sol_jax.runs.config import read_config
+from sol_jax.runs.metrics import progress
+from sol_jax.runs.session import Session
+from sol_jax.runs.trained_policy import TrainedPolicy, open_run, policy_of_run
+from sol_jax.text.blocks import Batch, evaluation_batches
+
+RESULTS = "results.csv"  # in a workdir
+
+
+def compare_quietly(
+    weights: Weights,
+    params: Any,
+    batches: Sequence[Batch],
+    asked: Budgets,
+    num_random: int,
+    setup: Setup,
+    seed: int = 0,
+) -> list[ComparisonRow]:
+    """The policy, fixed and random schedules at each budget, without bars and files."""
+    sweep = Sweep(weights, params, batches, setup, ScoreCache(None, {}), setup.grpo.num_schedules)
+    return run(sweep, ComparisonPlan(asked, num_random=num_random, seed=seed))[0]
+
+
+def report_run(
+    session: Session, state: TrainState, workdir: pathlib.Path, pause: Callable[[], None] = lambda: None
+) -> list[ComparisonRow]:
+    """The comparison at the end of a training, on its test text: a new `results.csv`, and a table.
+
+    The files of an earlier policy stay until everything is computed.  `pause` is called now and then, and may
+    raise.
+    """
+    cfg, setup = session.config, session.setup
+    plan = ComparisonPlan(cfg.requested(setup.space), num_random=cfg.eval.num_random, seed=cfg.seed)
+    batches = list(evaluation_batches(session.split("test"), cfg.eval.batch_size, cfg.eval.num_test_blocks))
+    sweep = Sweep(session.weights, state.params, batches, setup, ScoreCache(None, {}), cfg.grpo.num_schedules)
+    policy = TrainedPolicy(state.params, cfg, workdir.absolute().name, int(state.step))
+    about = describe(policy, session, "test", batches) | {"run_updates": policy.updates}
+    return run_and_write(sweep, plan, about, workdir / RESULTS, fresh=True, pause=pause)
+
+
+def is_reported(workdir: pathlib.Path, updates: int) -> bool:
+    """Whether `results.csv` is of a run that had made so many updates."""
+    path = workdir / RESULTS
+    rows = results_csv.read(path) if path.exists() else []
+    # An older file lacks the column, and its rows are mostly of the last policy.
+    return any(row.get("run_updates", row.get("updates")) == str(updates) for row in rows)
+
+
+def run_and_write(
+    sweep: Sweep,
+    plan: ComparisonPlan,
+    about: dict[str, Any],
+    output: pathlib.Path,
+    fresh: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> list[ComparisonRow]:
+    """Runs the plan, adds its rows to the CSV `output`, prints them as a table; draws have their own CSV.
+
+    With `fresh` the new rows replace all that are there.
+    """
+    about = about | {"stale_prefill": sweep.stale, "num_random": plan.num_random}
+    beside = output.with_name(f"{output.stem}-draws.csv")
+    for path in () if fresh else (output, beside):
+        results_csv.check_same(path, about)
+    names = [axis.name for axis in sweep.setup.space.axes]
+
+    def bar(total: int, done: int, label: str) -> Progress:
+        return _bar(total, done, f"{label}, {about['text']}", pause)
+
+    rows, draws = run(sweep, plan, bar)
+    put = results_csv.write if fresh else results_csv.merge
+    if draws:
+        put(beside, results_csv.records(draws, names, about))
+    elif fresh:
+        beside.unlink(missing_ok=True)  # of an earlier policy
+    put(output, results_csv.records(rows, names, about))  # last: with it, everything is there
+    print(results_csv.table(rows, names))
+    return rows
+
+
+def _bar(total: int, done: int, label: str, pause: Callable[[], None]) -> Progress:
+    """A bar that counts entries times batches, with an ETA."""
+    bar = progress(total, done, label)
+    count = done
+
+    def tell(entries: int) -> None:
+        nonlocal count
+        count += entries
+        bar.update(count)
+        if count == total:
+            bar.close()
+        pause()
+
+    return tell
+
+
+def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
+    """All that `sol_jax.evaluate` does; raises `UserError` for whatever is wrong."""
+    options.check_complete()
+    workdir = pathlib.Path(options.workdir or ".")
+    policy, session, trained_on, of_run = _opened(options, workdir)
+    refuse_training_text(session, options.split, trained_on)
+    print(f"evaluating the policy of update {policy.updates}")
+    config = session.config
+    plan = options.plan(config, session.setup.space)
+    limit = options.num_blocks or config.eval.num_test_blocks or None
+    blocks = session.split(options.split)
+    batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
+    if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
+        raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
+    output = pathlib.Path(options.output) if options.output else workdir / RESULTS
+    store = ScoreCache(output.with_suffix(".scores"), decides(session, batches, options.stale_prefill))
+    parallel = options.parallel or config.grpo.num_schedules
+    sweep = Sweep(
+        session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
+    )
+    return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
+
+
+def _opened(
+    options: EvaluateOptions, workdir: pathlib.Path
+) -> tuple[TrainedPolicy, Session, Collection[str], dict[str, Any]]:
+    """The policy, the session of its model on the text, its training documents, and what rows say of its run."""
+    text = options.source, options.document_start, options.protect, options.kernels
+    if options.policy:
+        params, own, about = policy_files.load_policy(options.policy)
+        config = read_config(workdir) if options.workdir else own
+        restate = own.policy.restate if options.restate is None else options.restate
+        session = open_text(config, *text, restate, options.prefix_len)
+        policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
+        policy = TrainedPolicy(params, own, options.policy, about["updates"])
+        return policy, session, about["documents"], {}
+    config, checkpoints = open_run(workdir)  # before anything heavy
+    session = open_text(config, *text, options.restate, options.prefix_len)
+    checkpoints.bind(session.identity)
+    policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
+    # The best policy may be an earlier one.
+    return policy, session, training_documents(config, session), {"run_updates": checkpoints.latest_step()}

@@ -1,0 +1,170 @@
+"""The options of learning: an episode, the policy, GRPO, the optimizer, and how much runs at once.
+
+Defaults are the paper's (arXiv 2605.10875, appendix B, and its authors' configs); what is not the paper's says
+so and is off.
+"""
+
+import dataclasses
+from typing import Literal
+
+from sol_jax.errors import UserError
+from sol_jax.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeConfig(Options):
+    """The shape of an episode and of the block of text that it is cut from."""
+
+    where = "config.episode."
+    prefix_len: int = option(
+        1024, "S: tokens prefilled densely before the first episode of a block", at_least=1
+    )
+    horizon: int = option(16, "T: decode steps of an episode", at_least=1)
+    episodes_per_prefix: int = option(1, "W: episodes of one block, T tokens apart", at_least=1)
+    jitter: int = option(
+        0,
+        "not the paper's: in training the episodes of a block start up to so many tokens earlier, at random",
+        at_least=0,
+    )
+    sinks: int = option(4, "Ts: tokens at the start that recency and relevancy always keep", at_least=0)
+    window: int = option(
+        2, "Tw: recent tokens likewise; steps with up to Ts + Tw + 1 keys are not controlled", at_least=0
+    )
+
+    @property
+    def uncontrolled(self) -> int:
+        """Steps with at most so many keys take the dense action."""
+        return self.sinks + self.window + 1
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block: every episode's tokens and the last label."""
+        return self.prefix_len + self.episodes_per_prefix * self.horizon + 1
+
+    def check_context(self, max_position: int) -> None:
+        """Raises `UserError` unless episodes fit a model's context."""
+        if self.block_length - 1 > max_position:
+            raise UserError(
+                f"config.episode: prefix_len + episodes_per_prefix * horizon = {self.block_length - 1} tokens "
+                f"exceed the model's context of {max_position}"
+            )
+        if self.jitter >= self.prefix_len:
+            raise UserError(
+                f"config.episode.jitter = {self.jitter} must be less than prefix_len, {self.prefix_len}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig(Options):
+    """Sizes of the policy's network and what it is shown."""
+
+    where = "config.policy."
+    d_model: int = option(512, "width", at_least=1)
+    num_heads: int = option(4, "heads of its attention over the steps of an episode", at_least=1)
+    num_layers: int = option(1, "transformer blocks", at_least=1)
+    mlp_ratio: float = option(4.0, "width of a block's MLP, in units of d_model", above=0)
+    factored_head: bool = option(
+        False, "not the paper's: score the levels of each axis and add the scores up, not joint actions"
+    )
+    normalize_inputs: bool = option(
+        False, "not the paper's: LayerNorm on the LLM's hidden states and embeddings"
+    )
+    page_input: bool = option(False, "not the paper's: show how many keys Quest's newest page holds")
+    restate: bool = option(
+        False, "not the paper's: ask before each step for what is left of the budget per step"
+    )
+
+    def check(self) -> None:
+        if self.d_model % self.num_heads:
+            raise self.wrong("d_model", f"a multiple of policy.num_heads = {self.num_heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(Options):
+    """What is learned from."""
+
+    where = "config.grpo."
+    batch_size: int = option(8, "B: blocks of an update", at_least=1)
+    num_schedules: int = option(16, "K: schedules that are compared on the same tokens", at_least=2)
+    gamma: float = option(0.85, "discount of the return", at_least=0, at_most=1)
+    returns: Literal["sum", "max", "none"] = option(
+        "sum", "R_t = r_t + gamma R_{t+1}; max: the larger of the two; none: r_t (the authors' reward_agg)"
+    )
+    level: Literal["process", "outcome"] = option(
+        "process", "compare schedules step by step; outcome: by their sums over an episode"
+    )
+    norm: Literal["center", "zscore"] = option(
+        "center", "take the group's mean off; zscore: also divide by its standard deviation"
+    )
+    whiten: bool = option(True, "shift and scale the advantages of a batch to mean 0 and deviation 1")
+    temperature: float = option(1.3, "of the policy in rollouts and in the loss", above=0)
+    clip: float = option(0.2, "epsilon: how far the ratio of probabilities counts", above=0)
+    entropy_coef: float = option(0.05, "reward for entropy in the loss", at_least=0)
+    dead_zone: float = option(0.02, "budget misses up to this cost nothing", at_least=0)
+    penalty_gradient: Literal["sampled", "expected"] = option(
+        "sampled",
+        "learn from the penalty as part of the return of what was sampled; expected (not the paper's): through "
+        "the expected cost of each step under the policy, which leaves returns to likelihood",
+    )
+    max_price: float = option(
+        2.0,
+        "with expected penalties the most that a unit of cost is worth, in standard deviations of the advantages; "
+        "rewards for acceptance have less noise, and with 4 budgets hold better there",
+        above=0,
+    )
+    quality_weight: float = option(
+        1.0, "of the returns beside the penalties; 0 is an ablation that rewards budgets alone", at_least=0
+    )
+    reward: Literal["likelihood", "acceptance"] = option(
+        "likelihood",
+        "the label's log-probability; acceptance (not the paper's): the log of the chance that the dense model "
+        "keeps a token drawn from the step, for lossless generation",
+    )
+    divergence_weight: float = option(
+        0.0, "w: share of KL(dense || compressed) in the reward", at_least=0, at_most=1
+    )
+    reference_kl_coef: float = option(
+        0.0, "beta: pull towards the policy that the run started from", at_least=0
+    )
+
+    def check(self) -> None:
+        if self.penalty_gradient == "expected" and self.norm != "center":
+            raise self.wrong("norm", "center where grpo.penalty_gradient is expected")
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether rewards compare each step with the dense model."""
+        return self.divergence_weight > 0 or self.reward == "acceptance"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Options):
+    """AdamW and how a batch is cut for it."""
+
+    where = "config.optim."
+    learning_rate: float = option(1e-4, "of AdamW", above=0)
+    weight_decay: float = option(0.01, "of AdamW", at_least=0)
+    clip_norm: float = option(2.0, "global norm that gradients are clipped to", above=0)
+    warmup: int = option(0, "optimizer steps of linear warm-up", at_least=0)
+    decay_steps: int = option(
+        0, "optimizer steps of a cosine decay to 0, warm-up included; 0 keeps the rate constant", at_least=0
+    )
+    minibatch_steps: int = option(
+        512, "decode steps of a minibatch: whole schedules, one at least", at_least=1
+    )
+    accumulate: int = option(8, "minibatches of one optimizer step", at_least=1)
+
+    def check(self) -> None:
+        if 0 < self.decay_steps <= self.warmup:
+            raise self.wrong("decay_steps", f"0, or above optim.warmup = {self.warmup}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig(Options):
+    """How much runs at once: this changes memory and speed, never results beyond rounding."""
+
+    where = "config.memory."
+    prefill_batch: int = option(
+        1, "blocks prefilled at a time: 1 suits a CPU's caches, more fill an accelerator", at_least=1
+    )
+    head_rows: int = option(256, "hidden states whose vocabulary logits exist at a time", at_least=1)

@@ -1,0 +1,1 @@
+"""Training: the loop around the update, with its logs, evaluations and checkpoints."""
