@@ -18,6 +18,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready

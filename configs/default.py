@@ -37,6 +37,7 @@ def vary(config: ConfigDict, variants: str) -> ConfigDict:
 
 
 def _smoke(config: ConfigDict) -> None:
+    """Three tiny updates: does everything run?"""
     config.episode.prefix_len, config.episode.horizon = 32, 4
     config.policy.d_model = 32
     config.grpo.batch_size, config.grpo.num_schedules = 2, 4
@@ -46,6 +47,7 @@ def _smoke(config: ConfigDict) -> None:
 
 
 def _cpu(config: ConfigDict) -> None:
+    """A prefix of 256 tokens: a training of hours, not days, on two CPU cores."""
     config.episode.prefix_len = 256
 
 
@@ -88,6 +90,7 @@ def _horizon(steps: int):
     def apply(config: ConfigDict) -> None:
         config.episode.horizon = steps
 
+    apply.__doc__ = f"{steps} decode steps of an episode."
     return apply
 
 
@@ -98,6 +101,7 @@ def _model(path: str, prefix_len: int = 0):
             config.episode.prefix_len = prefix_len
         config.memory.prefill_batch = config.grpo.batch_size
 
+    apply.__doc__ = f"{path.removeprefix('hub:')} from the hub, in bfloat16."
     return apply
 
 

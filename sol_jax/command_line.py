@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from sol_jax.errors import UserError, exits_on_user_error, reason
@@ -83,6 +83,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(reason(error)) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not expected; options start with --")
+    if flags.FLAGS["verbosity"].using_default_value:
+        # What a program has to say it prints; logs of libraries, and ours of what compiles, are for those who
+        # ask for them (--verbosity=0, or 1 for more).
+        logging.set_verbosity(logging.WARNING)
     return rest
 
 

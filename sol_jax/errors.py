@@ -1,6 +1,8 @@
 """The one exception for mistakes a user can mend, and how entry points end on it."""
 
 import functools
+import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,18 +16,29 @@ class UserError(ValueError):
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an entry point print a `UserError` as one line, without a traceback, and exit with status 2.
+    """Makes an entry point end as programs on a terminal do, without a traceback.
 
-    A kernel that was asked for by name and cannot run here counts as one.
+    A `UserError`, or a kernel that was asked for by name and cannot run here, is printed as one line, with exit
+    status 2.  If whoever reads the output has gone (`| head`), the program stops.  Characters that the
+    terminal's encoding lacks are replaced.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
         except (UserError, UnavailableError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except BrokenPipeError:
+            # Python flushes stdout once more when it ends; there is nobody to read that either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        return result
 
     return wrapped
 

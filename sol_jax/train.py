@@ -6,7 +6,7 @@ Starting again in the same workdir resumes.  The loop is in `sol_jax.training.lo
 import pathlib
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from sol_jax.command_line import define_run_flags, given_config, parse_flags
 from sol_jax.errors import UserError, exits_on_user_error
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         train(given_config(), pathlib.Path(flags.FLAGS.workdir))
     except Interrupted as stopped:
-        logging.info("%s", stopped)
+        print(stopped, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Floating-point operations of an update, and the rate that this machine's large matrix products reach."""
 
+import functools
 import time
 
 import jax
@@ -52,6 +53,7 @@ def update_flops(setup: Setup, batch_size: int) -> dict[str, float]:
     }
 
 
+@functools.cache
 def matmul_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of a large square product with operands of `dtype` and float32 accumulation; best of several."""
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)

@@ -141,6 +141,23 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 
+def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[ComparisonRow]:
+    """How good a policy is at requested budgets, beside schedules of the same cost.
+
+    Args:
+      policy: its name or folder, which needs `output=`, a CSV file; or the workdir of a training run.
+      options: fields of `EvaluateOptions`, as the flags of `sol_jax.evaluate`: `source="wiki.txt"`,
+        `budgets="0.4,0.6,0.5"`, `controllers=("fixed", "random")`, `num_blocks=8` ...
+
+    Returns:
+      One row per controller and budget.
+
+    Raises `UserError` for whatever is wrong with these.
+    """
+    is_run = (pathlib.Path(policy).expanduser() / "checkpoints").is_dir()
+    return evaluate(EvaluateOptions.from_dict({"workdir" if is_run else "policy": str(policy), **options}))
+
+
 def _opened(
     options: EvaluateOptions, workdir: pathlib.Path
 ) -> tuple[TrainedPolicy, Session, Collection[str], dict[str, Any]]:

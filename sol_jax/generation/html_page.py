@@ -105,6 +105,25 @@ character, &#x25a0; one that ends the text and is not of it: an end token, or cu
 """
 
 
+def fragment(pieces: Sequence[str], cost_NxX: np.ndarray, axis_names: Sequence[str], written: int) -> str:
+    """A shaded text alone, for a notebook: no scripts, and styles that touch nothing beside it."""
+    tokens = []
+    for n, (piece, cost_X) in enumerate(zip(pieces, cost_NxX, strict=True)):
+        told = _told(cost_X, axis_names)
+        colour = SHADES[shade(float(np.mean(cost_X)))]
+        shown = _text(piece) if n < written else ""
+        tokens.append(f'<span style="background:{colour};color:#000" title="{told}">{shown}</span>')
+    swatches = "".join(
+        f'<span style="background:{colour};color:#000;padding:0 .4em">{(i + 1) / 10:.1f}</span>'
+        for i, colour in enumerate(SHADES)
+    )
+    box = "white-space:pre-wrap;overflow-wrap:anywhere;background:#fff;padding:.6em .8em;border:1px solid #767676"
+    return (
+        f'<div style="font-size:85%">net keep rate up to {swatches}</div>'
+        f'<div dir="auto" style="{box}">{"".join(tokens)}</div>'
+    )
+
+
 def write(path: pathlib.Path, page: str) -> None:
     """Writes the page.  Raises `UserError` if it cannot."""
     try:
@@ -147,11 +166,15 @@ def _section(side: Side, axis_names: Sequence[str]) -> str:
 
 
 def _token(piece: str, cost_X: np.ndarray, axis_names: Sequence[str], ends: bool) -> str:
-    net = float(np.mean(cost_X))
-    values = ", ".join(f"{name} {cost:.2f}" for name, cost in zip(axis_names, cost_X, strict=True))
     # Nothing is seen of a token that is but a line's end, less than a character, or not of the text.
     mark = " x" if ends else " e" if not piece else " n" if "\n" in piece and piece.isspace() else ""
-    return f'<span class="k{shade(net)}{mark}" title="net {net:.2f}: {_text(values)}">{_text(piece)}</span>'
+    return f'<span class="k{shade(float(np.mean(cost_X)))}{mark}" title="{_told(cost_X, axis_names)}">{_text(piece)}</span>'
+
+
+def _told(cost_X: np.ndarray, axis_names: Sequence[str]) -> str:
+    """What a token was given, for whoever points at it."""
+    values = ", ".join(f"{name} {cost:.2f}" for name, cost in zip(axis_names, cost_X, strict=True))
+    return f"net {float(np.mean(cost_X)):.2f}: {_text(values)}"
 
 
 def _strip(name: str, cost_N: np.ndarray) -> str:

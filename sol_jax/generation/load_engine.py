@@ -15,10 +15,8 @@ from sol_jax.errors import UserError
 from sol_jax.generation.engine import Engine, Request, check_request
 from sol_jax.generation.episodes import Decoder, usual_prefill_batch
 from sol_jax.generation.options import GenerateOptions
-from sol_jax.models import weights as load
-from sol_jax.models.identity import model_identity
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from sol_jax.models.model import Model, open_model
 from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
@@ -31,10 +29,8 @@ def show_log() -> None:
     logging.set_verbosity(logging.INFO)
 
 
-def open_policy(
-    name: str, model_path: str, model: LlamaConfig, identity: Mapping[str, str]
-) -> tuple[Any, Setup]:
-    """A policy's parameters, and the setup of its training with `model` in place of its own.
+def open_policy(name: str, model: Model, cfg: LlamaConfig) -> tuple[Any, Setup]:
+    """A policy's parameters, and the setup of its training with `model`, run as `cfg`, in place of its own.
 
     Raises `UserError` if there is none, or if it was trained for another model or other actions.
     """
@@ -42,21 +38,21 @@ def open_policy(
     about: Mapping[str, Any] = {}
     if (workdir / "checkpoints").is_dir():
         config, checkpoints = open_run(workdir)
-        checkpoints.bind(identity)
-        run = config.with_fields({"model.path": model_path})
-        setup = run.setup(model)
+        checkpoints.bind(model.identity)
+        run = config.with_fields({"model.path": model.name})
+        setup = run.setup(cfg)
         trained = policy_of_run(checkpoints, config, setup, name)
         params, about = trained.params, {"identity": checkpoints.identity_of(trained.updates)}
     else:
         params, config, about = policy_files.load_policy(name)
-        run = config.with_fields({"model.path": model_path})
-        setup = run.setup(model)
-    policy_files.check_fits(name, params, config, about, run, setup, identity)
+        run = config.with_fields({"model.path": model.name})
+        setup = run.setup(cfg)
+    policy_files.check_fits(name, params, config, about, run, setup, model.identity)
     return params, setup
 
 
 def open_engine(
-    model: str,
+    model: str | Model,
     policy: str | None = None,
     controller: str | None = None,
     dtype: str = "float32",
@@ -68,7 +64,7 @@ def open_engine(
     """The engine of a model and a controller, over the levels of a policy or, without one, of SOL-J-FL.
 
     Args:
-      model: what `load.resolve` takes.
+      model: a model, or the name of one (see `open_model`), which is then opened in `dtype`.
       policy: a policy's name or folder, or the workdir of a training run.
       controller: default: the policy, if there is one, else dense.
       check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
@@ -84,18 +80,15 @@ def open_engine(
         raise UserError(
             f"--restate says how a policy is asked, and the controller is {controller}; leave it out"
         )
-    path = load.resolve(model)
+    opened = model if isinstance(model, Model) else open_model(model, dtype)
     try:
         choose("attend", kernels)
     except UnavailableError as error:
         raise UserError(f"--kernels: {error}") from None
-    cfg = dataclasses.replace(load.load_config(path, dtype), kernels=kernels)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, cfg)
-    identity = model_identity(path, tokenizer)
+    cfg = dataclasses.replace(opened.config, kernels=kernels)
     params, network = None, None
     if policy:
-        params, setup = open_policy(policy, model, cfg, identity)
+        params, setup = open_policy(policy, opened, cfg)
         space, episode, network = setup.space, setup.episode, setup.policy
         if restate is not None:
             asked = dataclasses.replace(network.config, restate=restate)
@@ -112,11 +105,11 @@ def open_engine(
     options.setdefault("prefill_batch", usual_prefill_batch())
     try:
         decoder = Decoder(EpisodeRules(cfg, space, episode), network, **options)
-        engine = Engine({}, tokenizer, decoder, controller, params)
+        engine = Engine({}, opened.tokenizer, decoder, controller, params)
         check(engine)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return dataclasses.replace(engine, weights=load.load_weights(path, cfg))
+    return dataclasses.replace(engine, weights=opened.weights)
 
 
 def engine_for(options: GenerateOptions) -> tuple[Engine, Request]:

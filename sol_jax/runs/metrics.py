@@ -158,17 +158,23 @@ class Progress:
                 total=total, initial=start, desc=label, unit=" steps", file=stream, dynamic_ncols=True
             )
 
-    def update(self, step: int, **shown: float) -> None:
-        """Sets the number of steps done, and the values to show beside it."""
-        postfix = ", ".join(f"{name}={value:.4g}" for name, value in shown.items())
+    def update(self, step: int, shown: str = "") -> None:
+        """Sets the number of steps done, and what to say beside it."""
         if self._bar is not None:
-            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._stream is not None:
             now = time.monotonic()
             if now - self._printed >= PLAIN_SECONDS or step >= self._total:
                 self._printed = now
-                print(self._line(step, now - self._started, postfix), file=self._stream, flush=True)
+                print(self._line(step, now - self._started, shown), file=self._stream, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif self._stream is not None:
+            print(line, file=self._stream, flush=True)
 
     def _line(self, step: int, seconds: float, postfix: str) -> str:
         return tqdm.format_meter(

@@ -76,7 +76,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
     return params, config, about
 
 
-def known() -> list[str]:
+def known_policies() -> list[str]:
     """The names of the committed policies."""
     return sorted(str(file.parent.relative_to(POLICIES)) for file in POLICIES.rglob("policy.safetensors"))
 
@@ -85,7 +85,7 @@ def _folder(name: str | pathlib.Path) -> pathlib.Path:
     for folder in (POLICIES / name, pathlib.Path(name).expanduser()):
         if (folder / "policy.safetensors").is_file():
             return folder
-    names = ", ".join(known()) or "none yet"
+    names = ", ".join(known_policies()) or "none yet"
     raise UserError(f"there is no policy {str(name)!r}; give a folder that has one, or one of: {names}")
 
 

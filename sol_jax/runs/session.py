@@ -8,10 +8,9 @@ import pathlib
 import subprocess
 
 from sol_jax.errors import UserError
-from sol_jax.models import weights as load
-from sol_jax.models.identity import model_identity
 from sol_jax.models.llama import Weights
-from sol_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from sol_jax.models.model import open_model
+from sol_jax.models.tokenizer import Tokenizer
 from sol_jax.rl.setup import Setup
 from sol_jax.runs.config import RunConfig
 from sol_jax.text import blocks as data
@@ -39,22 +38,18 @@ class Session:
 
 def open_session(config: RunConfig) -> Session:
     """Loads what a config names; raises `UserError` for whatever is wrong with it."""
-    path = load.resolve(config.model.path)
-    model = load.load_config(path, config.model.dtype)
-    setup = config.setup(model)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, model)
-    identity = model_identity(path, tokenizer)
+    model = open_model(config.model.path, config.model.dtype)
+    setup = config.setup(model.config)
     blocks = data.prepare(
         config.data.source,
-        tokenizer,
+        model.tokenizer,
         block_length=setup.episode.block_length,
         validation_fraction=config.data.validation_fraction,
         test_fraction=config.data.test_fraction,
         document_start=config.data.document_start,
         cache_dir=config.data.cache_dir or None,
     )
-    return Session(config, setup, load.load_weights(path, model), tokenizer, blocks, identity)
+    return Session(config, setup, model.weights, model.tokenizer, blocks, model.identity)
 
 
 def commit() -> str:

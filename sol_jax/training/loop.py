@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import logging
 
 from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
@@ -27,6 +26,7 @@ from sol_jax.runs.checkpoints import Checkpoints
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
+from sol_jax.training.estimate import clock, estimated_seconds, updates_of
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
@@ -85,7 +85,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
-    num_updates = config.train.num_updates or len(blocks) // config.grpo.batch_size
+    num_updates = updates_of(config, blocks)
     if not num_updates:
         raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
     state, start = init_state(jax.random.key(config.seed), setup), 0
@@ -93,10 +93,11 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
-        logging.info("resuming after update %d of %d", start, num_updates)
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
+    for line in announcement(session, workdir, start, num_updates):
+        bar.say(line)
     with StopRequest() as stop:
         with (
             contextlib.closing(checkpoints),
@@ -119,13 +120,14 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                 if due:
                     scalars |= validate(session, state)
                     rate.restart(step)
+                    bar.say(f"update {step}: {in_words(scalars, validated=True)}")
                 if log:
                     writer.scalars(step, scalars)
                 if last or due or step % config.train.checkpoint_every == 0:
                     checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
                 for hook in hooks:
                     hook(step)
-                bar.update(step, reward=scalars["reward"], penalty=scalars["penalty"])
+                bar.update(step, in_words(scalars))
                 if stopping:
                     checkpoints.wait()
                     raise Interrupted(step)
@@ -135,6 +137,40 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         if config.eval.num_test_blocks and not known:
             report_run(session, state, workdir, pause=lambda: stop.check(updates))
     return state
+
+
+def announcement(session: Session, workdir: pathlib.Path, start: int, num_updates: int) -> list[str]:
+    """What the run will do, how long it will take and where things go."""
+    config, setup, cfg = session.config, session.setup, session.config.grpo
+    blocks, episode = session.split("train"), setup.episode
+    levels = ", ".join(f"{len(axis.levels)} of {axis.name}" for axis in setup.space.axes)
+    lines = [
+        f"training a policy over {setup.space.num_actions} actions (levels: {levels}) for {config.model.path}, "
+        f"{config.model.dtype}, on {len(blocks)} blocks of {config.data.source}",
+        f"an update compares {cfg.num_schedules} schedules of {episode.horizon} steps in each of "
+        f"{cfg.batch_size * episode.episodes_per_prefix} episodes after {episode.prefix_len} tokens",
+    ]
+    seconds = estimated_seconds(config, setup, num_updates - start)
+    resumed = f"goes on after update {start}; " if start else ""
+    tested = f", then {clock(seconds['evaluation'])} of evaluation" if config.eval.num_test_blocks else ""
+    lines += [
+        f"{resumed}{num_updates - start} updates take about {clock(seconds['training'])} here{tested}, at half the "
+        "rate of a large matrix product; compilation comes first",
+        f"checkpoints, metrics.jsonl and results.csv go to {workdir}; stop it at any time, the same command goes on",
+    ]
+    return lines
+
+
+def in_words(scalars: Mapping[str, float], validated: bool = False) -> str:
+    """The handful of numbers to watch; all of them are in metrics.jsonl."""
+    if validated:
+        missed = [value for name, value in scalars.items() if name.startswith("eval/budget_gap/")]
+        gain = scalars.get("eval/gain_over_fixed")
+        over = f"{gain:+.3f} nats a token over the fixed schedule of its cost, " if gain is not None else ""
+        return f"on held-out text {over}budgets missed by {max(missed):.3f} at most"
+    missed = [value for name, value in scalars.items() if name.startswith("budget_gap/")]
+    told = f"reward {scalars['reward']:.3f} a token, budgets missed by {max(missed):.2f}"
+    return f"{told}, entropy {scalars['policy/entropy']:.2f} nats"
 
 
 class Rates:

@@ -1,0 +1,41 @@
+"""A frozen language model by name: its files, architecture and tokenizer at once, its weights when they are needed."""
+
+import dataclasses
+import functools
+import pathlib
+
+from sol_jax.models.identity import model_identity
+from sol_jax.models.llama import LlamaConfig, Weights
+from sol_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from sol_jax.models.weights import EMBEDDED, load_config, load_weights, resolve
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """What everything that decodes needs of a model."""
+
+    name: str  # as it was asked for
+    path: pathlib.Path  # of its folder or file
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    identity: dict[str, str]  # see `models.identity`
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """Loaded at the first use, onto the default device."""
+        return load_weights(self.path, self.config)
+
+
+def open_model(name: str = EMBEDDED, dtype: str = "float32") -> Model:
+    """Opens a model: `smollm2-135m`, a Hugging Face folder, a `.gguf` file or `hub:OWNER/NAME`.
+
+    Args:
+      dtype: of weights, caches and matmul operands; sums are float32.
+
+    Raises `UserError` if there is no such model, or if it has something that would not be honoured.
+    """
+    path = resolve(name)
+    config = load_config(path, dtype)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, config)
+    return Model(name, path, config, tokenizer, model_identity(path, tokenizer))
