@@ -5,6 +5,7 @@ begins: `RunConfig.from_dict(config.to_dict())` refuses impossible values by nam
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ class EvalConfig(Options):
             (0.7, 0.8, 0.75),
             (0.85, 0.9, 0.875),
         ),
-        "requested mean costs, one number per axis",
+        "requested mean costs, one number per axis; axes left out at the end ask for their dearest level",
     )
     num_random: int = option(16, "random schedules per block and budget", at_least=0)
 
@@ -120,9 +121,9 @@ class RunConfig(Options):
         if not self.eval.budgets:
             raise self.eval.wrong("budgets", "a list of at least one budget")
         for budget in self.eval.budgets:
-            if len(budget) != len(axes):
+            if not 0 < len(budget) <= len(axes):
                 raise self.eval.wrong("budgets", f"tuples of {len(axes)} costs, one per axis")
-            for axis, cost in zip(axes, budget, strict=True):
+            for axis, cost in zip(axes, budget, strict=False):
                 if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
                     check_budgets(axis, (cost,), "config.eval.budgets")
         if self.kernels not in ("auto", "xla"):  # which need no device to be looked for yet
@@ -162,14 +163,17 @@ class RunConfig(Options):
     def requested(self, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
         """The keep rates of `eval.budgets` as mean costs, in the unit of the axes.
 
-        Of an axis with a single level it is that level's cost, as in training.
+        Of an axis with a single level it is that level's cost, as in training; of axes that a budget leaves out
+        at its end, that of the dearest level.
         """
 
-        def cost(axis: Axis, rate: float) -> float:
-            return float(axis.budget_for(rate) if len(axis.levels) > 1 else axis.cost(axis.levels[0]))
+        def cost(axis: Axis, rate: float | None) -> float:
+            if len(axis.levels) == 1 or rate is None:
+                return float(axis.cost(axis.levels[-1]))
+            return float(axis.budget_for(rate))
 
         return tuple(
-            tuple(cost(axis, rate) for axis, rate in zip(space.axes, rates, strict=True))
+            tuple(cost(axis, rate) for axis, rate in itertools.zip_longest(space.axes, rates))
             for rates in self.eval.budgets
         )
 
