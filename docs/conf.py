@@ -1,0 +1,128 @@
+"""How Sphinx builds this site: `make docs` writes it to `docs/_build/html`, and a warning is an error.
+
+Two checks keep the pages true.  A name in code face that begins with one of our packages must be something
+that can be imported, and a path into the checkout must exist; else the build warns, and so fails.  The names
+that the API pages describe become links to them.
+"""
+
+import importlib
+import pathlib
+import re
+import sys
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+project = "sol_jax"
+author = "The sol_jax developers"
+copyright = "The sol_jax developers"
+version = release = "0.2.0"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the formulas' fonts and scripts come with the site: it reads without a network
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "sol_jax"
+html_copy_source = False
+html_static_path: list[str] = []
+
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+# Docstrings of this project put names in single backticks.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"show-inheritance": False}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+PACKAGES = ("sol_jax", "pallas_kernels", "configs", "experiments")
+# A dotted name, or a path from the root of the checkout; a placeholder such as NAME is neither.
+NAME = re.compile(rf"({'|'.join(PACKAGES)})(\.[A-Za-z_]\w*)+")
+PATH = re.compile(rf"({'|'.join((*PACKAGES, 'tests', 'docs'))})(/[a-z0-9_.-]+)+/?")
+
+_log = logging.getLogger(__name__)
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:]:
+            fields = getattr(found, "__dataclass_fields__", {}) | dict.fromkeys(getattr(found, "_fields", ()))
+            if part in fields:
+                return part == parts[-1]
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def check_names(app: Sphinx, doctree: nodes.document) -> None:
+    """Warns of names and paths that are not there; turns names into references, which may stay unresolved."""
+    for literal in list(doctree.findall(nodes.literal)):
+        text = literal.astext().removesuffix("()")
+        if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
+            continue
+        if PATH.fullmatch(text) and not (ROOT / text).exists():
+            _log.warning("there is no %s in the checkout", text, location=literal)
+        if not NAME.fullmatch(text) or (ROOT / text).exists():
+            continue
+        if not _exists(text):
+            _log.warning("there is no %s to import", text, location=literal)
+            continue
+        reference = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=text, refexplicit=True)
+        reference["refdoc"] = app.env.docname
+        literal.replace_self(reference)
+        reference += literal
+
+
+def mark_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Our docstrings indent examples and tables by four; reStructuredText wants two colons before them."""
+    marked: list[str] = []
+    inside = False  # of an example
+    for line in lines:
+        indented, blank = line.startswith("    "), not line.strip()
+        if indented and not inside and marked and not marked[-1].strip():
+            marked += ["::", ""]
+            inside = True
+        elif not indented and not blank:
+            inside = False
+        marked.append(line)
+    lines[:] = marked
+
+
+def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out the fields of NamedTuples, of which Python says no more than their numbers."""
+    is_field = type(obj).__name__ == "_tuplegetter"
+    return True if is_field else None
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", check_names)
+    # Before napoleon, which has priority 500 and rewrites "Args:" and the like.
+    app.connect("autodoc-process-docstring", mark_examples, priority=400)
+    app.connect("autodoc-skip-member", skip_member)
