@@ -1,12 +1,13 @@
 """How Sphinx builds this site: `make docs` writes it to `docs/_build/html`, and a warning is an error.
 
-Two checks keep the pages true.  A name in code face that begins with one of our packages must be something
-that can be imported, and a path into the checkout must exist; else the build warns, and so fails.  The names
-that the API pages describe become links to them.
+Three checks keep the pages true.  A name in code face that begins with one of our packages must be something
+that can be imported; a path into the checkout must exist; and the map in `architecture` names every module.
+Else the build warns, and so fails.  The names that the API pages describe become links to them.
 """
 
 import importlib
 import pathlib
+import pkgutil
 import re
 import sys
 from typing import Any
@@ -30,7 +31,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
-    "sphinx-mathjax-offline",  # the formulas' fonts and scripts come with the site: it reads without a network
+    "sphinx-mathjax-offline",  # formulas need no network: MathJax comes with the site
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -41,8 +42,6 @@ html_static_path: list[str] = []
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 
-# Docstrings of this project put names in single backticks.
-default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -65,6 +64,8 @@ _log = logging.getLogger(__name__)
 def _exists(name: str) -> bool:
     """Whether a dotted name is a module, or something in one."""
     parts = name.split(".")
+    if (ROOT / pathlib.Path(*parts)).with_suffix(".py").is_file():
+        return True  # some modules need an extra to be imported
     for count in range(len(parts), 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:count]))
@@ -100,19 +101,44 @@ def check_names(app: Sphinx, doctree: nodes.document) -> None:
         reference += literal
 
 
-def mark_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Our docstrings indent examples and tables by four; reStructuredText wants two colons before them."""
+def check_map(app: Sphinx, doctree: nodes.document) -> None:
+    """Warns of modules that the map of the architecture leaves out."""
+    if app.env.docname != "architecture":
+        return
+    import sol_jax
+
+    named = {literal.astext() for literal in doctree.findall(nodes.literal)}
+    for module in pkgutil.walk_packages(sol_jax.__path__, "sol_jax."):
+        if module.name not in named:
+            _log.warning("the map leaves out %s", module.name, location=doctree)
+
+
+def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Our docstrings are plain text with `code` and indented examples; this is them in reStructuredText."""
     marked: list[str] = []
-    inside = False  # of an example
+    prose: list[str] = []
+    inside = False  # of an example, or a table, indented by four
     for line in lines:
         indented, blank = line.startswith("    "), not line.strip()
-        if indented and not inside and marked and not marked[-1].strip():
-            marked += ["::", ""]
-            inside = True
+        if indented and not inside and prose and not prose[-1].strip():
+            marked += [*_code(prose), "::", ""]
+            prose, inside = [], True
         elif not indented and not blank:
             inside = False
-        marked.append(line)
-    lines[:] = marked
+        (marked if inside else prose).append(line)
+    lines[:] = [*marked, *_code(prose)]
+
+
+def _code(lines: list[str]) -> list[str]:
+    """Prose with `code` in double backticks; outside of it, stars and bars stand for themselves."""
+    parts = re.split(r"(?<!`)`([^`]+)`(?!`)", "\n".join(lines))
+    # A letter right behind code, as in "`value`s", needs a separator that does not show.
+    plain = [
+        re.sub(r"[*|]", r"\\\g<0>", re.sub(r"^(?=\w)", r"\\ ", part) if n else part)
+        for n, part in enumerate(parts[::2])
+    ]
+    coded = [f"``{part}``" for part in parts[1::2]]
+    return "".join(text for pair in zip(plain, [*coded, ""], strict=True) for text in pair).split("\n")
 
 
 def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -123,6 +149,7 @@ def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options
 
 def setup(app: Sphinx) -> None:
     app.connect("doctree-read", check_names)
+    app.connect("doctree-read", check_map)
     # Before napoleon, which has priority 500 and rewrites "Args:" and the like.
-    app.connect("autodoc-process-docstring", mark_examples, priority=400)
+    app.connect("autodoc-process-docstring", mark_up, priority=400)
     app.connect("autodoc-skip-member", skip_member)
