@@ -34,6 +34,7 @@ extensions = [
     "sphinx-mathjax-offline",  # formulas need no network: MathJax comes with the site
 ]
 exclude_patterns = ["_build"]
+highlight_language = "none"
 html_theme = "furo"
 html_title = "sol_jax"
 html_copy_source = False
@@ -46,7 +47,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"show-inheritance": False}
+toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
@@ -57,6 +58,9 @@ PACKAGES = ("sol_jax", "pallas_kernels", "configs", "experiments")
 # A dotted name, or a path from the root of the checkout; a placeholder such as NAME is neither.
 NAME = re.compile(rf"({'|'.join(PACKAGES)})(\.[A-Za-z_]\w*)+")
 PATH = re.compile(rf"({'|'.join((*PACKAGES, 'tests', 'docs'))})(/[a-z0-9_.-]+)+/?")
+
+# Stands for a colon that napoleon is not to see.
+COLON = "\N{MODIFIER LETTER COLON}"
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +119,8 @@ def check_map(app: Sphinx, doctree: nodes.document) -> None:
 
 def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings are plain text with `code` and indented examples; this is them in reStructuredText."""
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(":", COLON)
     marked: list[str] = []
     prose: list[str] = []
     inside = False  # of an example, or a table, indented by four
@@ -127,6 +133,11 @@ def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
             inside = False
         (marked if inside else prose).append(line)
     lines[:] = [*marked, *_code(prose)]
+
+
+def restore_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """To be called after napoleon, which takes what precedes the colon of a property for its type."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def _code(lines: list[str]) -> list[str]:
@@ -152,4 +163,5 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", check_map)
     # Before napoleon, which has priority 500 and rewrites "Args:" and the like.
     app.connect("autodoc-process-docstring", mark_up, priority=400)
+    app.connect("autodoc-process-docstring", restore_colons, priority=600)
     app.connect("autodoc-skip-member", skip_member)
