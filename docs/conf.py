@@ -5,6 +5,7 @@ that can be imported; a path into the checkout must exist; and the map in `archi
 Else the build warns, and so fails.  The names that the API pages describe become links to them.
 """
 
+import configparser
 import importlib
 import pathlib
 import pkgutil
@@ -20,10 +21,12 @@ from sphinx.util import logging
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+_metadata = configparser.ConfigParser()
+_metadata.read(ROOT / "setup.cfg", encoding="utf-8")
 project = "sol_jax"
 author = "The sol_jax developers"
 copyright = "The sol_jax developers"
-version = release = "0.2.0"
+version = release = _metadata["metadata"]["version"]
 
 extensions = [
     "myst_parser",
