@@ -144,15 +144,28 @@ def restore_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
 
 
 def _code(lines: list[str]) -> list[str]:
-    """Prose with `code` in double backticks; outside of it, stars and bars stand for themselves."""
+    """Prose with `code` in double backticks, as reStructuredText wants it."""
     parts = re.split(r"(?<!`)`([^`]+)`(?!`)", "\n".join(lines))
-    # A letter right behind code, as in "`value`s", needs a separator that does not show.
-    plain = [
-        re.sub(r"[*|]", r"\\\g<0>", re.sub(r"^(?=\w)", r"\\ ", part) if n else part)
-        for n, part in enumerate(parts[::2])
-    ]
+    plain = [_escaped(part, after_code=n > 0) for n, part in enumerate(parts[::2])]
     coded = [f"``{part}``" for part in parts[1::2]]
     return "".join(text for pair in zip(plain, [*coded, ""], strict=True) for text in pair).split("\n")
+
+
+def _escaped(text: str, after_code: bool) -> str:
+    """Prose in which stars and bars stand for themselves, but for *emphasis*."""
+    if after_code and re.match(r"\w", text):  # as in "`value`s": a separator that does not show
+        text = rf"\ {text}"
+    emphasis = r"(?<![\w*])\*(\w[^*\n]*)\*(?![\w*])"
+    return re.sub(rf"{emphasis}|[*|]", lambda found: found[0] if found[1] else rf"\{found[0]}", text)
+
+
+def shorten_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Leaves out the two arguments that Flax adds to every module."""
+    if what == "class" and signature and "_Sentinel" in signature:
+        signature = re.sub(r", parent: .*", ")", signature)
+    return signature, returns
 
 
 def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -167,4 +180,5 @@ def setup(app: Sphinx) -> None:
     # Before napoleon, which has priority 500 and rewrites "Args:" and the like.
     app.connect("autodoc-process-docstring", mark_up, priority=400)
     app.connect("autodoc-process-docstring", restore_colons, priority=600)
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-skip-member", skip_member)

@@ -8,6 +8,7 @@ import shlex
 import pytest
 from test_readme import ROOT, load_config
 
+from sol_jax.evaluation.comparison import BASELINES
 from sol_jax.runs import config as config_lib
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -49,3 +50,18 @@ def test_commands_name_modules_configs_and_flags_that_exist(page, command):
             assert known, f"{page}: {words[2]} has no --{flag}"
     if config is not None:
         config_lib.check(config)
+
+
+def test_the_page_on_evaluation_names_every_controller_and_column():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    results = ROOT / "experiments" / "results" / "smollm2-135m"
+    files = list(results.glob("sol-j-*-s?.csv")) + list(results.glob("sol-j-*-draws.csv"))
+    assert files
+    columns = {
+        re.sub("_(kappa|rho|eta)$", "_*", column)
+        for file in files
+        for column in file.read_text().splitlines()[0].split(",")
+    }
+    wanted = columns | {"policy", "dense", "random_best", *BASELINES}
+    missing = sorted(name for name in wanted if f"`{name}`" not in page)
+    assert not missing, f"docs/evaluation.md does not explain {missing}"
