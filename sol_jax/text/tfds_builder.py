@@ -1,6 +1,6 @@
 """The TFDS builder that turns a text source into blocks of tokens, and what writes and opens its dataset.
 
-`sol_jax.data.prepare` is the way in.  TensorFlow is not needed.
+`sol_jax.text.blocks.prepare` is the way in.  TensorFlow is not needed.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class TokenBlocksConfig(tfds.core.BuilderConfig):
-    """The arguments of `sol_jax.data.prepare`; `name` is the digest that names the folder."""
+    """The arguments of `sol_jax.text.blocks.prepare`; `name` is the digest that names the folder."""
 
     source: str = ""
     document_start: str = ""

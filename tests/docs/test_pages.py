@@ -1,0 +1,67 @@
+"""What the pages under docs promise can be run: modules, configs with their variants and fields, flags."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+from test_readme import ROOT, load_config
+
+from sol_jax.evaluation.comparison import BASELINES
+from sol_jax.runs import config as config_lib
+
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+
+
+def commands(page: pathlib.Path) -> list[str]:
+    """The lines of all blocks without a language."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.S | re.M)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = sorted({(page.name, line) for page in PAGES for line in commands(page)})
+PYTHON = [(page, line) for page, line in COMMANDS if line.startswith("python -m ")]
+
+
+def test_pages_have_commands():
+    assert len(PYTHON) > 20
+
+
+@pytest.mark.parametrize(("page", "command"), [c for c in COMMANDS if c[1].startswith("make ")])
+def test_make_targets_exist(page, command):
+    target = shlex.split(command, comments=True)[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"{page}: no target {target}"
+
+
+@pytest.mark.parametrize(("page", "command"), PYTHON)
+def test_commands_name_modules_configs_and_flags_that_exist(page, command):
+    words = shlex.split(command, comments=True)
+    spec = importlib.util.find_spec(words[2])
+    assert spec is not None, f"{page}: no module {words[2]}"
+    source = pathlib.Path(spec.origin).read_text()
+    config = load_config(words[words.index("--config") + 1]) if "--config" in words else None
+    for word in words[3:]:
+        flag = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--config."):
+            config_lib.field(config, flag.removeprefix("config."))
+        elif word.startswith("--") and words[2] != "sol_jax.lm_eval_adapter":  # its flags are the harness'
+            known = re.search(rf'["\'](--)?(no)?{flag}["\']', source)
+            assert known, f"{page}: {words[2]} has no --{flag}"
+    if config is not None:
+        config_lib.check(config)
+
+
+def test_the_page_on_evaluation_names_every_controller_and_column():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    results = ROOT / "experiments" / "results" / "smollm2-135m"
+    files = list(results.glob("sol-j-*-s?.csv")) + list(results.glob("sol-j-*-draws.csv"))
+    assert files
+    columns = {
+        re.sub("_(kappa|rho|eta)$", "_*", column)
+        for file in files
+        for column in file.read_text().splitlines()[0].split(",")
+    }
+    wanted = columns | {"policy", "dense", "random_best", *BASELINES}
+    missing = sorted(name for name in wanted if f"`{name}`" not in page)
+    assert not missing, f"docs/evaluation.md does not explain {missing}"
