@@ -8,7 +8,13 @@ from experiments import FIGURES, RESULTS
 from experiments.figures import plots
 from sol_jax.errors import UserError
 
-NAMES = (*(f"figure{number}" for number in range(2, 12)), "blind_controllers", "quest_pages", "generation")
+NAMES = (
+    *(f"figure{number}" for number in range(2, 12)),
+    "blind_controllers",
+    "quest_pages",
+    "generation",
+    "shaded_text",
+)
 
 
 def draw_all(results: pathlib.Path, figures: pathlib.Path) -> dict[str, str]:
