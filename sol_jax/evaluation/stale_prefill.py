@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.norm import rms_norm
 from pallas_kernels.quest import page_bounds, page_scores
 from pallas_kernels.topk import at_least_kth
 from sol_jax.axes.kappa import Quest
@@ -70,10 +69,9 @@ def sparse_prefill(
 ) -> tuple[jax.Array, KVCache]:
     """`llama.prefill` with `num_tokens` to attend to in every layer and head."""
     cfg = setup.model
-    rope = llama.rope_at(jnp.arange(len(tokens_S)), cfg)
+    H, G, d = cfg.num_kv_heads, cfg.group_size, cfg.head_size
 
-    def attend(q_SxHxd: jax.Array, kv: KVCache) -> jax.Array:
-        H, G, d = cfg.num_kv_heads, cfg.group_size, cfg.head_size
+    def attend(q_SxHxd: jax.Array, k_HxSxd: jax.Array, v_HxSxd: jax.Array) -> jax.Array:
         q_HxGxSxd = q_SxHxd.reshape(-1, H, G, d).transpose(1, 2, 0, 3)
 
         def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -84,21 +82,11 @@ def sparse_prefill(
             cast = weight.astype(v_1xSxd.dtype)
             return jnp.einsum("hgsn,hnd->hgsd", cast, v_1xSxd, preferred_element_type=jnp.float32)[0]
 
-        mixed_HxGxSxd = lax.map(head, (q_HxGxSxd, *kv))  # one head at a time: its scores are [G, S, S]
+        # One head at a time: its scores are [G, S, S].
+        mixed_HxGxSxd = lax.map(head, (q_HxGxSxd, k_HxSxd, v_HxSxd))
         return mixed_HxGxSxd.transpose(2, 0, 1, 3).reshape(q_SxHxd.shape)
 
-    def block(x_SxD: jax.Array, layer: Weights) -> tuple[jax.Array, KVCache]:
-        y_SxD = rms_norm(x_SxD, layer["attn_norm"], cfg.norm_eps)
-        q, k = (llama.rotate(llama.dot(y_SxD, layer[name]), rope).astype(cfg.dtype) for name in "qk")
-        v = llama.dot(y_SxD, layer["v"]).astype(cfg.dtype)
-        kv = KVCache(k.swapaxes(0, 1), v.swapaxes(0, 1))
-        x_SxD = x_SxD + llama.dot(attend(q, kv), layer["o"], 2)
-        y_SxD = rms_norm(x_SxD, layer["mlp_norm"], cfg.norm_eps)
-        gated = jax.nn.silu(llama.dot(y_SxD, layer["gate"])) * llama.dot(y_SxD, layer["up"])
-        return x_SxD + llama.dot(gated, layer["down"]), kv
-
-    x_SxD, cache = lax.scan(block, llama.embed(weights, tokens_S), weights["layers"])
-    return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
+    return llama.prefill(weights, tokens_S, cfg, attend)
 
 
 @functools.partial(jax.jit, static_argnames="setup")

@@ -244,15 +244,20 @@ def _dense_layer(
     return x_NxD, entries
 
 
-def prefill(weights: Weights, tokens_S: jax.Array, cfg: LlamaConfig) -> tuple[jax.Array, KVCache]:
-    """One dense causal pass over a sequence.
+def prefill(
+    weights: Weights,
+    tokens_S: jax.Array,
+    cfg: LlamaConfig,
+    attend: Callable[..., jax.Array] = causal_attention,
+) -> tuple[jax.Array, KVCache]:
+    """One causal pass over a sequence, dense unless `attend` (q [S, H, d], k and v [Hkv, S, d]) is given.
 
     Returns the final-norm hidden states [S, D] (float32) and the cache [L, Hkv, S, d].
     """
     rope = rope_at(jnp.arange(tokens_S.shape[0]), cfg)
 
     def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-        return _dense_layer(_at(weights["layers"], i), x_SxD, rope, cfg, causal_attention)
+        return _dense_layer(_at(weights["layers"], i), x_SxD, rope, cfg, attend)
 
     x_SxD, cache = lax.scan(block, embed(weights, tokens_S), jnp.arange(cfg.num_layers))
     return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache

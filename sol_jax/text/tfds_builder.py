@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import pathlib
 import sys
@@ -143,7 +144,12 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        logging.info("cutting %s into blocks of %d tokens, once", config.source, config.block_length)
+        # Said aloud: a large corpus takes minutes, once.
+        print(
+            f"cutting {config.source} into blocks of {config.block_length} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
         with _quiet_tfds():
             TokenBlocks(config=config, data_dir=cache_dir).download_and_prepare(file_format="array_record")
     except (OSError, RuntimeError) as error:
@@ -160,12 +166,12 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """TFDS draws bars on stdout, which belongs to our results, and logs a page of each preparation."""
+    """TFDS prints and draws bars on stdout, which belongs to our results, and logs a page of each preparation."""
     verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)

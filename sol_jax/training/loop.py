@@ -141,6 +141,8 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
 
 def announcement(session: Session, workdir: pathlib.Path, start: int, num_updates: int) -> list[str]:
     """What the run will do, how long it will take and where things go."""
+    if start >= num_updates:
+        return [f"all {num_updates} updates of {workdir} are done"]
     config, setup, cfg = session.config, session.setup, session.config.grpo
     blocks, episode = session.split("train"), setup.episode
     levels = ", ".join(f"{len(axis.levels)} of {axis.name}" for axis in setup.space.axes)
