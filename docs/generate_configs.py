@@ -20,11 +20,11 @@ from sol_jax.runs.config import RunConfig
 DOCS = pathlib.Path(__file__).parent
 CONFIGS = """# Configs
 
-A config file is a small Python file under `configs/`; `configs/default.py` has the paper's shared settings, and the
-others override a few fields. Variants follow a colon: `--config configs/sol_j_fl.py:cpu,fast`. Each field can be set
-on the command line: `--config.grpo.gamma=0.5`. An unknown field, or a value that cannot be, is an error that names it.
-The fields of `train`, `eval`, `memory`, `kernels` and `data.cache_dir` may change when a run is resumed; the others
-belong to it.
+A config file is a small Python file under `configs/`; `configs/default.py` has the paper's shared settings,
+and the others override a few fields. Variants follow a colon: `--config configs/sol_j_fl.py:cpu,fast`. Each
+field can be set on the command line: `--config.grpo.gamma=0.5`. An unknown field, or a value that cannot be,
+is an error that names it. The fields of `train`, `eval`, `memory`, `kernels` and `data.cache_dir` may change
+when a run is resumed; the others belong to it.
 
 This page is generated from the dataclasses that hold the fields (`python docs/generate_configs.py`).
 
@@ -97,14 +97,15 @@ def configs_page() -> str:
 
 def flags_page() -> str:
     parts = [
-        "# Flags\n\nOptions may be written with dashes for underscores. `--verbosity=0` shows what the libraries log,"
-        " `--help` lists the flags. This page is generated (`python docs/generate_configs.py`).\n"
+        "# Flags\n\nOptions may be written with dashes for underscores. `--verbosity=0` shows what the "
+        "libraries log, `--help` lists the flags. This page is generated (`python docs/generate_configs.py`).\n"
     ]
     for program, options in (("evaluate", EvaluateOptions()), ("generate", GenerateOptions())):
         parts.append(f"## `python -m sol_jax.{program}`\n\n{table(options, '--')}\n")
     parts.append(
         "## `python -m sol_jax.train`\n\n| field | meaning |\n|---|---|\n"
-        "| `--config` | config file, with variants: `configs/X.py:cpu,t4`; its fields are on [](configs.md) |\n"
+        "| `--config` | config file, with variants: `configs/X.py:cpu,t4`; "
+        "its fields are on [another page](configs.md) |\n"
         "| `--workdir` | folder for checkpoints, metrics and results |\n"
     )
     return "\n".join(parts)

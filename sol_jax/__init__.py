@@ -23,8 +23,9 @@ A notebook needs what is named in `__all__`:
     rows = sol_jax.evaluate_policy("smollm2-135m/sol-j-fl", source="wiki.test.raw.gz", output="wiki.csv")
     workdir = sol_jax.train_policy("configs/sol_j_fl.py:cpu", "runs/fl", {"train.num_updates": 100})
 
-Start to read with `axes` (what an action is), then `models.llama` (how it acts on a decode step), `rl.rollout` (one
-episode), `rl.train_step` (one update) and `training.loop`; docs/architecture.md has the map.
+Start to read with `axes` (what an action is), then `models.llama` (how it acts on a decode step),
+`rl.rollout` (one episode), `rl.train_step` (one update) and `training.loop`; docs/architecture.md has the
+map.
 """
 
 import importlib

@@ -18,8 +18,8 @@ class UserError(ValueError):
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an entry point end as programs on a terminal do, without a traceback.
 
-    A `UserError`, or a kernel that was asked for by name and cannot run here, is printed as one line, with exit
-    status 2.  If whoever reads the output has gone (`| head`), the program stops.  Characters that the
+    A `UserError`, or a kernel that was asked for by name and cannot run here, is printed as one line, with
+    exit status 2.  If whoever reads the output has gone (`| head`), the program stops.  Characters that the
     terminal's encoding lacks are replaced.
     """
 

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness with our models:  python -m sol_jax.lm_eval_adapter --model sol_jax --tasks arc_easy
+"""The lm-evaluation-harness:  python -m sol_jax.lm_eval_adapter --model sol_jax --tasks arc_easy
 
 A public command; the model is in `sol_jax.downstream.lm_eval_adapter`, and needs the extra `lm_eval`.
 """

@@ -4,8 +4,8 @@ An axis has levels, a cost per level (the unit budgets are stated in), a penalty
 one decode step of one schedule.  It declares which effects it has, and overrides only their methods; neither
 the trainer nor the rollout names an axis.  `AxisConfig` is what a config file says of one.
 
-Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
-heads of each.
+Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G`
+the query heads of each.
 """
 
 import abc

@@ -2,8 +2,8 @@
 
 `Quest` is the paper's; `Recency` and `Relevancy` are the authors' alternatives.
 
-Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G` the query
-heads of each.
+Source: docs/method.md, "The three axes"; arXiv 2605.10875 section 3.  `H` counts key/value heads here and `G`
+the query heads of each.
 """
 
 import dataclasses

@@ -4,9 +4,9 @@
         --model_args path=smollm2-135m,policy=smollm2-135m/sol-j-fl-t16,budget=0.5:0.7:0.5,output=costs.jsonl
 
 `controller` is policy (if there is one), dense, fixed or random; schedules meet `budget` over the levels of
-the policy or, without one, of SOL-J-FL.  Given continuations are scored as `teacher_forced` says; free ones are
-written as in generation.  `output` gets a line per request with what was spent on it: the nominal keep rate
-of each axis, and the bytes read and operations after the prefill as shares of dense decoding's.
+the policy or, without one, of SOL-J-FL.  Given continuations are scored as `teacher_forced` says; free ones
+are written as in generation.  `output` gets a line per request with what was spent on it: the nominal keep
+rate of each axis, and the bytes read and operations after the prefill as shares of dense decoding's.
 
 Needs the extra `lm_eval`.  How texts are split into tokens, what is cut and what ends an answer follows the
 harness' own Hugging Face backend, 0.4.13.

@@ -1,10 +1,10 @@
 """Episodes over tokens that are forced instead of drawn, as pure functions: what `continuations` is made of.
 
-All of a context but its last token is prefilled densely; that token and the continuation are then consumed
-in episodes of T steps, so that every token of a continuation is predicted by a step of the controller's.
-At an episode's end its cache entries are replaced by dense ones and the policy starts anew, as in generation
-(docs/method.md, "Generation").  As the tokens are known, the dense entries of all of them come from one dense pass, and
-the episodes, each behind the dense cache of what precedes it, run side by side.
+All of a context but its last token is prefilled densely; that token and the continuation are then consumed in
+episodes of T steps, so that every token of a continuation is predicted by a step of the controller's. At an
+episode's end its cache entries are replaced by dense ones and the policy starts anew, as in generation
+(docs/method.md, "Generation").  As the tokens are known, the dense entries of all of them come from one dense
+pass, and the episodes, each behind the dense cache of what precedes it, run side by side.
 
 Here `U` counts contexts and `N` the steps of a continuation, filled up to W whole episodes (or to a single
 one that ends early).

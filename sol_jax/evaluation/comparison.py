@@ -60,9 +60,9 @@ class ComparisonRow:
     (see `EntryScores.work`; the policy's own are counted where it is in control).
 
     `gain` is the policy's mean log-probability minus this controller's, on the same tokens, with its 95 %
-    interval over documents.  `net` is the mean of the axes' episode-average costs (docs/method.md, "The three axes").
-    `random_best` is the draw that did best on the very text it is scored on, as the paper takes it: this
-    favours it.
+    interval over documents.  `net` is the mean of the axes' episode-average costs (docs/method.md, "The three
+    axes"). `random_best` is the draw that did best on the very text it is scored on, as the paper takes it:
+    this favours it.
     """
 
     controller: str
@@ -107,8 +107,8 @@ def run(
 ) -> tuple[list[ComparisonRow], list[RandomScheduleRow]]:
     """Runs a plan: the policy first, then whatever is matched to its costs.
 
-    `progress` gets the number of entries, how many of them are scored already, and a label; it returns what is
-    told of entries as they are done.
+    `progress` gets the number of entries, how many of them are scored already, and a label; it returns what
+    is told of entries as they are done.
     """
     setup, batches = sweep.setup, sweep.batches
     document_N = np.concatenate([batch.document_B for batch in batches])

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for: the flags of `sol_jax.evaluate`, and the comparison that they stand for."""
+"""The flags of `sol_jax.evaluate`, and the comparison that they stand for."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Comparisons of a policy, run and written: at the end of a training, and as `sol_jax.evaluate` asks for them."""
+"""Runs and writes comparisons: at the end of a training, and as `sol_jax.evaluate` asks for them."""
 
 import pathlib
 from collections.abc import Callable, Collection, Sequence
@@ -161,7 +161,7 @@ def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[Comparis
 def _opened(
     options: EvaluateOptions, workdir: pathlib.Path
 ) -> tuple[TrainedPolicy, Session, Collection[str], dict[str, Any]]:
-    """The policy, the session of its model on the text, its training documents, and what rows say of its run."""
+    """The policy, its model on the text, its training documents, and what rows say of its run."""
     text = options.source, options.document_start, options.protect, options.kernels
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)

@@ -1,9 +1,9 @@
-"""EntryScores on disk: written as they are made, found again by what decides them, read back for analysis.
+"""Scores on disk: written as they are made, found again by what decides them, read back for analysis.
 
 They lie under a folder named by a digest of all that decides them besides the controllers: model, axes,
-episodes, text.  In it each group of entries (a controller with what it is given) has a folder of its own, named by the
-same rule, with one file per batch and set of entries, written all at once or not at all.  So scores of
-different configurations cannot be mixed, and a sweep that asks for more finds what it has.
+episodes, text.  In it each group of entries (a controller with what it is given) has a folder of its own,
+named by the same rule, with one file per batch and set of entries, written all at once or not at all.  So
+scores of different configurations cannot be mixed, and a sweep that asks for more finds what it has.
 """
 
 import dataclasses
@@ -54,7 +54,10 @@ class ScoreCache:
             self._write(self.folder / "blocks.npz", save)
 
     def read(self, group: str, file: str, shape: tuple[int, ...]) -> EntryScores | None:
-        """EntryScores of so many blocks, episodes, entries and steps; None if there are none, or damaged ones."""
+        """The scores of a file, of so many blocks, episodes, entries and steps.
+
+        None if there are none, or damaged ones.
+        """
         if self.folder is None:
             return None
         path = self.folder / group / f"{file}.npz"

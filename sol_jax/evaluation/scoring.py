@@ -1,7 +1,7 @@
 """Scores of many schedules on the same text: after one dense prefill per batch, some at a time.
 
-`BatchScorer` holds a batch of blocks ready; `BatchScorer.play` runs entries on it.  An *entry* is a controller
-asked for one budget (or given one schedule to replay) on every episode.  `J` counts entries.
+`BatchScorer` holds a batch of blocks ready; `BatchScorer.play` runs entries on it.  An *entry* is a
+controller asked for one budget (or given one schedule to replay) on every episode.  `J` counts entries.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Generation as pure functions: a dense prefill, then episodes of T steps that write their own tokens.
 
-A `TextState` is one text between episodes: the cache of all its tokens but the last, which is drawn and not yet
-consumed.  `start` makes them of prompts; `play` runs one episode: the controller picks each step's action
+A `TextState` is one text between episodes: the cache of all its tokens but the last, which is drawn and not
+yet consumed.  `start` makes them of prompts; `play` runs one episode: the controller picks each step's action
 (its state starts anew), each token is drawn from the compressed step's logits, and at the end
 
   - the entries written under compression are replaced by dense ones (*KV refresh*), or
@@ -120,7 +120,7 @@ class Steps(NamedTuple):
 
 
 class Played(NamedTuple):
-    """One episode as the host sees it: the first `num_new` of its N tokens are new, N is T (lossless: T + 1)."""
+    """One episode as the host sees it: the first `num_new` of N tokens are new; N is T (lossless: T + 1)."""
 
     token: jax.Array  # [N]
     num_new: jax.Array

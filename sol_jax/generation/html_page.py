@@ -117,7 +117,7 @@ def fragment(pieces: Sequence[str], cost_NxX: np.ndarray, axis_names: Sequence[s
         f'<span style="background:{colour};color:#000;padding:0 .4em">{(i + 1) / 10:.1f}</span>'
         for i, colour in enumerate(SHADES)
     )
-    box = "white-space:pre-wrap;overflow-wrap:anywhere;background:#fff;padding:.6em .8em;border:1px solid #767676"
+    box = "white-space:pre-wrap;overflow-wrap:anywhere;background:#fff;padding:.6em;border:1px solid #767676"
     return (
         f'<div style="font-size:85%">net keep rate up to {swatches}</div>'
         f'<div dir="auto" style="{box}">{"".join(tokens)}</div>'
@@ -168,7 +168,8 @@ def _section(side: Side, axis_names: Sequence[str]) -> str:
 def _token(piece: str, cost_X: np.ndarray, axis_names: Sequence[str], ends: bool) -> str:
     # Nothing is seen of a token that is but a line's end, less than a character, or not of the text.
     mark = " x" if ends else " e" if not piece else " n" if "\n" in piece and piece.isspace() else ""
-    return f'<span class="k{shade(float(np.mean(cost_X)))}{mark}" title="{_told(cost_X, axis_names)}">{_text(piece)}</span>'
+    shaded = f"k{shade(float(np.mean(cost_X)))}{mark}"
+    return f'<span class="{shaded}" title="{_told(cost_X, axis_names)}">{_text(piece)}</span>'
 
 
 def _told(cost_X: np.ndarray, axis_names: Sequence[str]) -> str:

@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def head_size_of(where: str, hidden: int, heads: int) -> int:
-    """The size of a head where a file does not say; `UserError` if the heads do not divide the hidden size."""
+    """The size of a head where a file does not say; `UserError` if heads do not divide the hidden size."""
     if hidden % heads:
         raise UserError(f"{where}: the hidden size {hidden} is not a multiple of {heads} heads")
     return hidden // heads

@@ -300,7 +300,7 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
 
 
 def index_cache(cache: KVCache, axes: tuple[Axis, ...]) -> IndexedCache:
-    """A dense cache with what each axis keeps about its keys, computed once for all that decode against it."""
+    """A dense cache with what each axis keeps about its keys, for all that decode against it."""
     return IndexedCache(cache, tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes)))
 
 

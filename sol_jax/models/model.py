@@ -1,4 +1,4 @@
-"""A frozen language model by name: its files, architecture and tokenizer at once, its weights when they are needed."""
+"""A frozen language model by name: architecture and tokenizer at once, weights when they are needed."""
 
 import dataclasses
 import functools

@@ -88,8 +88,8 @@ def run_schedules(
 def score_labels(weights: Weights, hidden: jax.Array, label_BxWxT: jax.Array, rows: int) -> jax.Array:
     """Log-probability of every label under every schedule's hidden states [B, W, K, T, D]: [B, W, K, T].
 
-    `rows` hidden states at a time.  Done after the scan, so that it is a few large matrix products instead of T
-    small ones.
+    `rows` hidden states at a time.  Done after the scan, so that it is a few large matrix products instead of
+    T small ones.
     """
     label_BxWxKxT = jnp.broadcast_to(label_BxWxT[:, :, None], hidden.shape[:-1])
     inputs = hidden.reshape(-1, hidden.shape[-1]), label_BxWxKxT.reshape(-1)

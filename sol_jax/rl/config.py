@@ -1,7 +1,7 @@
 """The options of learning: an episode, the policy, GRPO, the optimizer, and how much runs at once.
 
-Defaults are the paper's (arXiv 2605.10875, appendix B, and its authors' configs); what is not the paper's says
-so and is off.
+Defaults are the paper's (arXiv 2605.10875, appendix B, and its authors' configs); what is not the paper's
+says so and is off.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class EpisodeConfig(Options):
         """Raises `UserError` unless episodes fit a model's context."""
         if self.block_length - 1 > max_position:
             raise UserError(
-                f"config.episode: prefix_len + episodes_per_prefix * horizon = {self.block_length - 1} tokens "
-                f"exceed the model's context of {max_position}"
+                "config.episode: prefix_len + episodes_per_prefix * horizon = "
+                f"{self.block_length - 1} tokens exceed the model's context of {max_position}"
             )
         if self.jitter >= self.prefix_len:
             raise UserError(
@@ -103,13 +103,13 @@ class GrpoConfig(Options):
     dead_zone: float = option(0.02, "budget misses up to this cost nothing", at_least=0)
     penalty_gradient: Literal["sampled", "expected"] = option(
         "sampled",
-        "learn from the penalty as part of the return of what was sampled; expected (not the paper's): through "
-        "the expected cost of each step under the policy, which leaves returns to likelihood",
+        "learn from the penalty as part of the return of what was sampled; expected (not the paper's): "
+        "through the expected cost of each step under the policy, which leaves returns to likelihood",
     )
     max_price: float = option(
         2.0,
-        "with expected penalties the most that a unit of cost is worth, in standard deviations of the advantages; "
-        "rewards for acceptance have less noise, and with 4 budgets hold better there",
+        "with expected penalties the most that a unit of cost is worth, in standard deviations of the "
+        "advantages; rewards for acceptance have less noise, and with 4 budgets hold better there",
         above=0,
     )
     quality_weight: float = option(
@@ -117,8 +117,8 @@ class GrpoConfig(Options):
     )
     reward: Literal["likelihood", "acceptance"] = option(
         "likelihood",
-        "the label's log-probability; acceptance (not the paper's): the log of the chance that the dense model "
-        "keeps a token drawn from the step, for lossless generation",
+        "the label's log-probability; acceptance (not the paper's): the log of the chance that the dense "
+        "model keeps a token drawn from the step, for lossless generation",
     )
     divergence_weight: float = option(
         0.0, "w: share of KL(dense || compressed) in the reward", at_least=0, at_most=1

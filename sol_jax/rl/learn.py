@@ -1,7 +1,7 @@
 """The learning half of an update: from rewards to advantages, and one pass of the optimizer over minibatches.
 
-Source: docs/method.md, "Learning"; arXiv 2605.10875 section 3.3.  `J` counts minibatches, `R` the schedules of
-a minibatch.
+Source: docs/method.md, "Learning"; arXiv 2605.10875 section 3.3.  `J` counts minibatches, `R` the schedules
+of a minibatch.
 """
 
 import functools

@@ -27,7 +27,7 @@ _LAYER_NORM_EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class PolicySpec:
-    """Everything static about a policy: its config, and what of the model, the actions and episodes it fits."""
+    """Everything static about a policy: its config, and the model, actions and episodes that it fits."""
 
     hidden_size: int  # of the LLM (D)
     num_actions: int  # A
@@ -91,7 +91,7 @@ def initial_carry(spec: PolicySpec) -> PolicyCarry:
 
 
 def example_observation(spec: PolicySpec) -> Observation:
-    """Zeros of the right shapes, for `Policy(spec).init(key, example, initial_carry(spec), method="step")`."""
+    """Zeros of the right shapes, for `Policy(spec).init(key, example, carry, method="step")`."""
     return Observation(
         hidden=jnp.zeros(spec.hidden_size),
         embed=jnp.zeros(spec.embed_size),
@@ -112,8 +112,8 @@ def progress(step: jax.Array, horizon: int) -> jax.Array:
 def budget_gap(cost_sum_X: jax.Array, num_counted: jax.Array, target_X: jax.Array) -> jax.Array:
     """`gap_X`: each axis' mean cost so far less its target.
 
-    `cost_sum_X` and `num_counted` run over the *controllable* steps taken so far; before the first of them the
-    gaps are 0.
+    `cost_sum_X` and `num_counted` run over the *controllable* steps taken so far; before the first of them
+    the gaps are 0.
     """
     mean_cost_X = jnp.asarray(cost_sum_X, jnp.float32) / jnp.maximum(num_counted, 1)
     return jnp.where(num_counted > 0, mean_cost_X - jnp.asarray(target_X, jnp.float32), 0.0)

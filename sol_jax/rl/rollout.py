@@ -102,8 +102,8 @@ def prefill_block(
 ) -> PrefilledBlock:
     """One dense prefill of a block of `block_length` tokens, and its W episodes, each of which sees its past.
 
-    They start `early` tokens before the prefix' end, so that they begin anywhere in a page.  `with_dense`: the
-    prefill runs on to the end of the block, and the hidden states at the decoded positions are kept.
+    They start `early` tokens before the prefix' end, so that they begin anywhere in a page.  `with_dense`:
+    the prefill runs on to the end of the block, and the hidden states at the decoded positions are kept.
     """
     S, T, W = rules.episode.prefix_len, rules.episode.horizon, rules.episode.episodes_per_prefix
     start_W = S + T * np.arange(W) - early
@@ -215,7 +215,7 @@ def group_rollout(
     budget_KxX: jax.Array,
     controller: Controller,
 ) -> Rollout:
-    """K schedules of one episode: `rollout` vmapped over keys, budgets and the controller's memories [K, ...].
+    """K schedules of one episode: `rollout` vmapped over keys, budgets and the controller's memories.
 
     The prefix is one for all.
     """

@@ -1,7 +1,9 @@
 """A run's config: every option in one frozen dataclass, and what the code below the entry points makes of it.
 
-A config file gives an ml_collections `ConfigDict`, so that `--config.grpo.gamma=0.5` works.  It ends where a run
-begins: `RunConfig.from_dict(config.to_dict())` refuses impossible values by name before anything heavy starts.
+A config file gives an ml_collections `ConfigDict`, so that `--config.grpo.gamma=0.5` works.  It ends where a
+run
+begins: `RunConfig.from_dict(config.to_dict())` refuses impossible values by name before anything heavy
+starts.
 """
 
 import dataclasses
@@ -163,8 +165,8 @@ class RunConfig(Options):
     def requested(self, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
         """The keep rates of `eval.budgets` as mean costs, in the unit of the axes.
 
-        Of an axis with a single level it is that level's cost, as in training; of axes that a budget leaves out
-        at its end, that of the dearest level.
+        Of an axis with a single level it is that level's cost, as in training; of axes that a budget leaves
+        out at its end, that of the dearest level.
         """
 
         def cost(axis: Axis, rate: float | None) -> float:

@@ -24,7 +24,7 @@ VERSION = "1.0.0"
 
 
 class Tokenizer(Protocol):
-    """What `sol_jax.models.tokenizer` offers and blocks need; `fingerprint` is a digest of all that decides ids."""
+    """What blocks need of a tokenizer; `fingerprint` is a digest of all that decides ids."""
 
     @property
     def eos_id(self) -> int: ...
@@ -166,7 +166,7 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """TFDS prints and draws bars on stdout, which belongs to our results, and logs a page of each preparation."""
+    """TFDS prints and draws bars on stdout, which belongs to our results, and logs a page each time."""
     verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)

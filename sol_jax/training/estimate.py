@@ -1,4 +1,4 @@
-"""How long a run will take, before it begins: its operations over half of a matrix product's rate, measured now."""
+"""How long a run will take: its operations over half of a matrix product's rate, measured now."""
 
 import dataclasses
 import math

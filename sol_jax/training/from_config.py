@@ -15,7 +15,7 @@ from sol_jax.training.loop import train
 
 
 def load_config(name: str) -> RunConfig:
-    """The config of `configs/X.py:VARIANTS`, as on a command line; `X:VARIANTS` is a config that is installed.
+    """The config of `configs/X.py:VARIANTS`, as on a command line; `X:VARIANTS` is an installed one.
 
     Raises `UserError` if there is no such config or variant, or if it holds a value that cannot be.
     """
@@ -47,7 +47,8 @@ def train_policy(
 
     Args:
       config: a config, or the name of one (see `load_config`).
-      workdir: folder for checkpoints, metrics and results; it can then be used wherever a policy is asked for.
+      workdir: folder for checkpoints, metrics and results; it can then be used wherever a policy is asked
+      for.
       fields: dotted paths with the values they get instead: `{"train.num_updates": 10}`.
 
     Returns:

@@ -147,8 +147,8 @@ def announcement(session: Session, workdir: pathlib.Path, start: int, num_update
     blocks, episode = session.split("train"), setup.episode
     levels = ", ".join(f"{len(axis.levels)} of {axis.name}" for axis in setup.space.axes)
     lines = [
-        f"training a policy over {setup.space.num_actions} actions (levels: {levels}) for {config.model.path}, "
-        f"{config.model.dtype}, on {len(blocks)} blocks of {config.data.source}",
+        f"training a policy over {setup.space.num_actions} actions (levels: {levels}) for "
+        f"{config.model.path}, {config.model.dtype}, on {len(blocks)} blocks of {config.data.source}",
         f"an update compares {cfg.num_schedules} schedules of {episode.horizon} steps in each of "
         f"{cfg.batch_size * episode.episodes_per_prefix} episodes after {episode.prefix_len} tokens",
     ]
@@ -156,9 +156,10 @@ def announcement(session: Session, workdir: pathlib.Path, start: int, num_update
     resumed = f"goes on after update {start}; " if start else ""
     tested = f", then {clock(seconds['evaluation'])} of evaluation" if config.eval.num_test_blocks else ""
     lines += [
-        f"{resumed}{num_updates - start} updates take about {clock(seconds['training'])} here{tested}, at half the "
-        "rate of a large matrix product; compilation comes first",
-        f"checkpoints, metrics.jsonl and results.csv go to {workdir}; stop it at any time, the same command goes on",
+        f"{resumed}{num_updates - start} updates take about {clock(seconds['training'])} here{tested}, "
+        "at half the rate of a large matrix product; compilation comes first",
+        f"checkpoints, metrics.jsonl and results.csv go to {workdir}; "
+        "stop it at any time, the same command goes on",
     ]
     return lines
 
