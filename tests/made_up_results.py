@@ -35,7 +35,9 @@ def write(
         cost = tuple(float(c) for c in np.array(requested) + 0.01 * rng.normal(size=3))
         own = 2.7 + 2 * (1 - np.mean(cost)) ** 2 + 0.01 * rng.normal()
         drawn = own + BEHIND["random"] + 0.05 * rng.normal(size=num_random)
-        draws += [RandomScheduleRow("", requested, d, float(np.mean(cost)), float(x)) for d, x in enumerate(drawn)]
+        draws += [
+            RandomScheduleRow("", requested, d, float(np.mean(cost)), float(x)) for d, x in enumerate(drawn)
+        ]
         for controller in ("policy", *BASELINES, "random_best", "dense"):
             gain = BEHIND[controller] + 0.01 * rng.normal() * (controller != "policy")
             net = 1.0 if controller == "dense" else float(np.mean(cost))

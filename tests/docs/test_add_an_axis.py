@@ -70,7 +70,7 @@ def test_the_example_is_found_by_its_numbers():
     import jax.numpy as jnp
 
     space: dict = {}
-    exec(compile(FILE, "omega.py", "exec"), space)  # noqa: S102 (our own page)
+    exec(compile(FILE, "omega.py", "exec"), space)
     axis = space["OutputPruning"]((0.5, 1.0), (0.5, 1.0), 100.0)
     kept = axis.mlp_output(jnp.float32(0.5), jnp.array([1.0, -3.0, 0.5, 2.0]))
     assert kept.tolist() == [0.0, -3.0, 0.0, 2.0]

@@ -12,7 +12,7 @@ from sol_jax import evaluate
 from sol_jax.errors import UserError
 from sol_jax.evaluation import comparison
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import RandomScheduleRow, ComparisonPlan, Row
+from sol_jax.evaluation.comparison import ComparisonPlan, RandomScheduleRow, Row
 from sol_jax.evaluation.scoring import EntryScores
 
 BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))

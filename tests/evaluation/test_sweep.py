@@ -18,7 +18,7 @@ from sol_jax.evaluation import score_cache as score_files
 from sol_jax.evaluation import stale_prefill
 from sol_jax.evaluation.comparison import ComparisonPlan, run
 from sol_jax.evaluation.score_cache import ScoreCache
-from sol_jax.evaluation.scoring import POLICY, REPLAY, ControllerSpec, BatchScorer
+from sol_jax.evaluation.scoring import POLICY, REPLAY, BatchScorer, ControllerSpec
 from sol_jax.evaluation.sweep import EntryGroup, Sweep
 from sol_jax.models import llama
 from sol_jax.rl.config import EpisodeConfig
@@ -162,7 +162,10 @@ def test_heuristics_meet_their_budgets(tiny_session, make, name):
 
 
 def jobs_of(policy):
-    return [EntryGroup("again", policy.action_NxWxJxT, REPLAYED), EntryGroup("policy", given(), ControllerSpec(POLICY))]
+    return [
+        EntryGroup("again", policy.action_NxWxJxT, REPLAYED),
+        EntryGroup("policy", given(), ControllerSpec(POLICY)),
+    ]
 
 
 def files(root: pathlib.Path) -> dict[str, float]:
@@ -205,7 +208,9 @@ def test_what_decides_scores_decides_their_folder(make, policy, params, tmp_path
     assert make(tmp_path).columns([job])[1] == 6
     assert make(tmp_path, params=other_params).columns([job])[1] == 0
     assert make(tmp_path).columns([EntryGroup("policy", given(), ControllerSpec(POLICY, "rho"))])[1] == 0
-    assert make(tmp_path).columns([EntryGroup("policy", given(BUDGETS[::-1]), ControllerSpec(POLICY))])[1] == 0
+    assert (
+        make(tmp_path).columns([EntryGroup("policy", given(BUDGETS[::-1]), ControllerSpec(POLICY))])[1] == 0
+    )
     replay = EntryGroup("again", policy.action_NxWxJxT, REPLAYED)
     make(tmp_path).run([replay])
     assert make(tmp_path, params=other_params).columns([replay])[1] == 6  # the policy has no part in it

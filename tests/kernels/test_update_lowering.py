@@ -14,8 +14,8 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models import llama
 from sol_jax.rl import train_step as update
-from sol_jax.rl.policy import PolicyConfig
 from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.policy import PolicyConfig
 from sol_jax.rl.train_step import GrpoConfig, Setup
 
 SMOLLM2 = MODELS["smollm2-135m"]

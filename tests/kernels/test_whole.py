@@ -20,8 +20,8 @@ from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder
 from sol_jax.models import llama
 from sol_jax.rl import train_step as update
-from sol_jax.rl.policy import PolicyConfig
 from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.policy import PolicyConfig
 from sol_jax.rl.train_step import GrpoConfig, Memory, Setup
 
 # A TPU copies rows of weights in whole lanes.
