@@ -62,14 +62,13 @@ def test_train_says_what_it_will_do_and_shows_a_handful_of_numbers(tiny_folder, 
     few = ["--config.train.num_updates=2", "--config.eval.num_test_blocks=0", "--config.eval.every=2"]
     run = ["--config", "configs/sol_j_2l.py:smoke", "--workdir", str(tmp_path / "run")]
     process = start("sol_jax.train", *run, *told, *few)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
     lines = [line for line in err.decode().splitlines() if line]
     first = next(n for n, line in enumerate(lines) if line.startswith("training a policy over 8 actions"))
-    assert "K" not in lines[first] or "schedules" in lines[first + 1]
     assert "2 updates take about" in lines[first + 2]
     assert str(tmp_path / "run") in lines[first + 3]
     assert any(line.startswith("update 2: on held-out text") for line in lines)
     assert max(line.count("=") for line in lines[first:]) <= 1  # no 25 scalars in a line
-    again, err = start("sol_jax.train", *run, *told, *few).communicate(timeout=300)
+    _, err = start("sol_jax.train", *run, *told, *few).communicate(timeout=300)
     assert "all 2 updates" in err.decode()
