@@ -2,9 +2,10 @@
 
     python -m experiments.figures.quest_pages
 
-Reads `pages.csv` of SmolLM2-135M, as `experiments.studies.quest_pages` wrote it; of every run the middle one of its
-budgets.  Left: what the fixed schedule loses against dense decoding.  Middle: the policy's gain over it.
-Right: the share of the cache that the policy reads.
+Reads `pages.csv` of SmolLM2-135M, which `experiments.studies.quest_pages` wrote, at the middle budget of each
+run, and writes `docs/figures/quest_pages.png`.  The left panel shows what the fixed schedule loses against
+dense decoding, the middle one the policy's gain over it, the right one the share of the cache that the policy
+reads.
 """
 
 import csv

@@ -1,10 +1,11 @@
 """Two policies, or modes of one, on the same prompts: what `experiments.studies.transfer` measured, paired.
 
-    python -m experiments.studies.paired --prompts experiments/results/transfer-on-policy-prompts.csv \\
-        --baseline smollm2-135m/sol-j-fl-t16 --output experiments/results/transfer-on-policy-paired.csv
+    python -m experiments.studies.paired --prompts experiments/results/transfer-prompts.csv \\
+        --baseline smollm2-135m/sol-j-fl --output experiments/results/transfer-paired.csv
 
-One row per other policy, mode, controller, requested budget and measure: its mean less the baseline policy's
-at the same mode, controller and budget, with a 95 % interval bootstrapped over prompts.
+Reads the CSV of single prompts that `transfer` leaves beside its output.  The CSV it writes has one row per
+other policy, mode, controller, requested budget and measure: the mean less the baseline policy's at the same
+mode, controller and budget, with a 95 % interval bootstrapped over prompts.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_bootstrap
 
-Case = tuple[str, ...]  # mode, controller and requested costs
+Condition = tuple[str, ...]  # mode, controller and requested costs
 
 
-def by_policy(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[Case, dict[str, Mapping[str, str]]]]:
-    """policy -> case -> prompt -> its measures."""
-    found: dict[str, dict[Case, dict[str, Mapping[str, str]]]] = defaultdict(lambda: defaultdict(dict))
+def by_policy(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[Condition, dict[str, Mapping[str, str]]]]:
+    """policy -> condition -> prompt -> its measures."""
+    found: dict[str, dict[Condition, dict[str, Mapping[str, str]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         asked = [row[name] for name in row if name.startswith("requested_")]
         found[row["policy"]][row["mode"], row["controller"], *asked][row["index"]] = row
@@ -39,11 +40,11 @@ def paired(rows: Sequence[Mapping[str, str]], baseline: str) -> list[dict[str, A
     if baseline not in policies or len(policies) < 2:
         raise UserError(f"--baseline={baseline} must be one of at least two policies: {', '.join(policies)}")
     found = []
-    for policy, cases in policies.items():
-        for case, prompts in cases.items():
-            theirs = policies[baseline].get(case, {})
+    for policy, conditions in policies.items():
+        for condition, prompts in conditions.items():
+            theirs = policies[baseline].get(condition, {})
             common = sorted(prompts.keys() & theirs.keys())
-            if policy == baseline or case[0] == "plain" or not common:
+            if policy == baseline or condition[0] == "plain" or not common:
                 continue
             for measure in MEASURES:
                 difference_P = np.array(
@@ -52,8 +53,12 @@ def paired(rows: Sequence[Mapping[str, str]], baseline: str) -> list[dict[str, A
                 difference_P = difference_P[np.isfinite(difference_P)]
                 if len(difference_P):
                     estimate = document_bootstrap(difference_P, np.arange(len(difference_P)))
-                    where = dict(zip(("mode", "controller"), case, strict=False))
-                    budget = {"budget": "/".join(case[2:]), "measure": measure, "prompts": len(difference_P)}
+                    where = dict(zip(("mode", "controller"), condition, strict=False))
+                    budget = {
+                        "budget": "/".join(condition[2:]),
+                        "measure": measure,
+                        "prompts": len(difference_P),
+                    }
                     change = dict(zip(("change", "change_low", "change_high"), estimate, strict=True))
                     found.append({"policy": policy, "baseline": baseline, **where, **budget, **change})
     return found

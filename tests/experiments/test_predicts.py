@@ -12,7 +12,7 @@ from sol_jax.errors import UserError
 
 def row_of(controller, budget, run="runs/fl", **fields):
     given = {"run": run, "controller": controller, "held": "", "requested_kappa": budget, **fields}
-    return plots.Row("file", "0", given)
+    return plots.ResultRow("file", "0", given)
 
 
 def test_ranks_share_the_mean_of_ties():

@@ -70,7 +70,7 @@ def test_a_field_that_came_later_has_its_default(folder):
 
 
 def test_a_policy_of_all_levels_can_be_published():
-    """1,560 actions, scored level by level (`fast`), for SmolLM2: d_model 128 fits, the paper's 512 does not."""
+    """1,560 actions, scored level by level (`fast`): d_model 128 fits, the paper's 512 does not."""
     from configs import sol_j_fl
 
     def bytes_of(d_model):
