@@ -179,7 +179,9 @@ def draw_prediction(seen: Sequence[TableRow], unseen: Sequence[TableRow], model:
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=pathlib.Path, required=True, help="written by bench_kernels")
+    parser.add_argument(
+        "--csv", type=pathlib.Path, required=True, help="written by experiments.benchmarks.kernels"
+    )
     parser.add_argument("--figures", type=pathlib.Path, default=FIGURES, help="folder of the figures")
     args = parser.parse_args()
     rows = read(args.csv)

@@ -88,7 +88,7 @@ def test_policies_are_paired_by_prompt_mode_and_budget(tmp_path):
 
 
 def test_a_policy_is_paired_with_the_fixed_schedule_of_its_cost():
-    """Per policy, mode and budget: 1 better on one prompt and 2 on the other; prompts of one side are left."""
+    """Per policy, mode and budget: 1 better on one prompt, 2 on the other; what one side lacks is left."""
     rows = [
         prompt("A", 0, -2.0),
         prompt("A", 1, -4.0),
