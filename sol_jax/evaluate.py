@@ -1,7 +1,7 @@
 """How good a policy is at requested budgets, beside schedules and heuristics of the same cost.
 
     python -m sol_jax.evaluate --workdir RUN            # scores RUN's best checkpoint on its test split
-    python -m sol_jax.evaluate --policy smollm2-135m/sol-j-fl-t16 --output wikitext2.csv \\
+    python -m sol_jax.evaluate --policy smollm2-135m/sol-j-fl --output wikitext2.csv \\
         --source data/wiki.test.raw.gz --document_start '^ = [^=].* = $' \\
         --grid 20 --num_random 500 --random_budgets 6 --controllers fixed,random,entropy,drift
 

@@ -32,7 +32,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is missing; run experiments.studies.transfer first")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    return [{name: plots.value(text) for name, text in row.items()} for row in rows]
+    return [{name: plots.number_or_text(text) for name, text in row.items()} for row in rows]
 
 
 def lines(rows: Sequence[dict[str, Any]], mode: str) -> dict[LineKey, list[dict[str, Any]]]:

@@ -123,11 +123,12 @@ def read(path: pathlib.Path) -> list[ResultRow]:
     match = re.search(r"-s(\d+)$", stem)
     name, seed = (stem[: match.start()], match[1]) if match else (stem, "")
     return [
-        ResultRow(name, seed, {name: value(text) for name, text in row.items()}) for row in results.read(path)
+        ResultRow(name, seed, {name: number_or_text(text) for name, text in row.items()})
+        for row in results.read(path)
     ]
 
 
-def value(text: str) -> Any:
+def number_or_text(text: str) -> Any:
     try:
         return float(text)
     except ValueError:

@@ -37,7 +37,7 @@ def read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
         ) from error
     by_run = defaultdict(list)
     for row in rows:
-        by_run[row["run"]].append({name: plots.value(text) for name, text in row.items()})
+        by_run[row["run"]].append({name: plots.number_or_text(text) for name, text in row.items()})
     found = {}
     for run, same in by_run.items():
         budgets = list(dict.fromkeys(row["budget"] for row in same))

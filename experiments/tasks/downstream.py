@@ -69,22 +69,22 @@ def row(
     return found | {"note": results.NOTES.get(controller, "")}
 
 
-def rows(sweep: TaskSweep, asked: budgets.Budgets, tell: Callable[[int], None]) -> list[dict[str, Any]]:
+def rows(sweep: TaskSweep, asked: budgets.Budgets, report: Callable[[int], None]) -> list[dict[str, Any]]:
     """Runs one task; all its lines of the CSV."""
     names, found = [axis.name for axis in sweep.engines["dense"].cfg.space.axes], []
-    dense = sweep.run(TaskRun("dense"), tell)
+    dense = sweep.run(TaskRun("dense"), report)
     for budget in asked:
-        policy = sweep.run(TaskRun("policy", budget), tell)
-        ran = [sweep.run(task_run, tell) for task_run in sweep.matched(policy)]
+        policy = sweep.run(TaskRun("policy", budget), report)
+        ran = [sweep.run(task_run, report) for task_run in sweep.matched_schedules(policy)]
         by_name = {"policy": policy, "fixed": ran[0], "dense": dense}
         if len(ran) > 1:
-            by_name["random_best"] = max(ran[1:], key=_merit)
+            by_name["random_best"] = max(ran[1:], key=_draw_score)
         requested = dict(zip(names, budget, strict=True))
         found += [row(sweep.task, name, requested, mine, policy) for name, mine in by_name.items()]
     return found
 
 
-def _merit(records: Sequence[ItemRecord]) -> tuple[float, ...]:
+def _draw_score(records: Sequence[ItemRecord]) -> tuple[float, ...]:
     """What the best of random schedules is chosen by: items that are right, then their likelihood."""
     return sum(r.right for r in records), sum(r.logp[r.answer] if r.logp else 0.0 for r in records)
 
@@ -106,7 +106,9 @@ def engines(policy: Engine) -> dict[str, Engine]:
     return {"policy": policy} | {name: under(name) for name in ("dense", "fixed", "random")}
 
 
-def others(path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
+def rows_of_other_tasks(
+    path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]
+) -> list[dict[str, str]]:
     """The rows of other tasks in a CSV that goes on; `UserError` if it is about something else."""
     if not path.is_file():
         return []
@@ -138,35 +140,35 @@ def downstream(args: argparse.Namespace) -> None:
     model = pathlib.PurePath(args.model.removeprefix("hub:")).name
     about = {"run": args.policy, "model": model, "dtype": args.dtype, "limit": args.limit, "seed": args.seed}
     about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}
-    kept = others(args.output, about, names)
+    kept = rows_of_other_tasks(args.output, about, names)
     under, folder = engines(policy), args.output.with_name(f"{args.output.stem}-items")
     sweeps = [
         TaskSweep(name, examples[name], under, folder, args.batch_size, args.random, args.seed)
         for name in names
     ]
     task_runs = 1 + len(asked[0]) * (2 + args.random)
-    done = [sum(_done(sweep, asked[0]) for sweep in sweeps)]
+    done = [sum(_count_on_disk(sweep, asked[0]) for sweep in sweeps)]
     bar = progress(sum(task_runs * len(sweep.examples) for sweep in sweeps), done[0], "items")
 
-    def tell(items: int) -> None:
+    def report(items: int) -> None:
         done[0] += items
         bar.update(done[0])
 
     for sweep in sweeps:
-        kept += [results.texts(line | about) for line in rows(sweep, asked[0], tell)]
+        kept += [results.texts(line | about) for line in rows(sweep, asked[0], report)]
         results.write(args.output, kept)
     bar.close()
     print(table(kept))
 
 
-def _done(sweep: TaskSweep, asked: budgets.Budgets) -> int:
+def _count_on_disk(sweep: TaskSweep, asked: budgets.Budgets) -> int:
     """Records that are there; of schedules, where the policy's are complete, for they depend on it."""
-    count = len(sweep.found(TaskRun("dense")))
+    count = len(sweep.records_on_disk(TaskRun("dense")))
     for budget in asked:
-        policy = sweep.found(TaskRun("policy", budget))
+        policy = sweep.records_on_disk(TaskRun("policy", budget))
         count += len(policy)
         if len(policy) == len(sweep.examples):
-            count += sum(len(sweep.found(task_run)) for task_run in sweep.matched(policy))
+            count += sum(len(sweep.records_on_disk(task_run)) for task_run in sweep.matched_schedules(policy))
     return count
 
 

@@ -61,19 +61,19 @@ class TaskSweep:
         decides.append([dataclasses.astuple(example) for example in self.examples])
         return self.folder / f"{self.task}-{task_run.controller}-{digest(decides)}.jsonl"
 
-    def found(self, task_run: TaskRun) -> list[ItemRecord]:
+    def records_on_disk(self, task_run: TaskRun) -> list[ItemRecord]:
         """The records that are there, in the order of the items."""
         by_item = {record.item: record for record in item_records.read(self.file(task_run))}
         return [by_item[example.name] for example in self.examples if example.name in by_item]
 
-    def matched(self, policy: Sequence[ItemRecord]) -> list[TaskRun]:
+    def matched_schedules(self, policy: Sequence[ItemRecord]) -> list[TaskRun]:
         """The schedules at the costs that the policy realised."""
         target = tuple(round(float(cost), 6) for cost in item_records.mean_cost(policy))
         return [TaskRun("fixed", target), *(TaskRun("random", target, draw) for draw in range(self.draws))]
 
-    def run(self, task_run: TaskRun, tell: Callable[[int], None]) -> list[ItemRecord]:
+    def run(self, task_run: TaskRun, report: Callable[[int], None]) -> list[ItemRecord]:
         """All records of a run; those that are not there are made and written, some items at a time."""
-        done = {record.item for record in self.found(task_run)}
+        done = {record.item for record in self.records_on_disk(task_run)}
         left = [n for n, example in enumerate(self.examples) if example.name not in done]
         plan_NxM = self._plan(task_run) if left else None
         for start in range(0, len(left), CHUNK):
@@ -81,8 +81,8 @@ class TaskSweep:
             free = prompts.TASKS[self.task].free
             records = self._write_answers(task_run, chunk) if free else self._score(task_run, chunk, plan_NxM)
             item_records.append_records(self.file(task_run), records)
-            tell(len(chunk))
-        return self.found(task_run)
+            report(len(chunk))
+        return self.records_on_disk(task_run)
 
     def _plan(self, task_run: TaskRun) -> np.ndarray | None:
         """The schedule of all requests of all items; of a free answer, the engine makes it."""
@@ -106,7 +106,7 @@ class TaskSweep:
         records = []
         for n in chunk:
             mine = [next(scores) for _ in self.requests[n]]
-            records.append(scored(self.examples[n], self.requests[n], mine, own))
+            records.append(record_of_scores(self.examples[n], self.requests[n], mine, own))
         return records
 
     def _write_answers(self, task_run: TaskRun, chunk: Sequence[int]) -> list[ItemRecord]:
@@ -126,11 +126,13 @@ class TaskSweep:
                 for n in batch
             ]
             outputs = engine.generate(own, asked)
-            records += [answered(self.examples[n], out, own) for n, out in zip(batch, outputs, strict=True)]
+            records += [
+                record_of_answer(self.examples[n], out, own) for n, out in zip(batch, outputs, strict=True)
+            ]
         return records
 
 
-def scored(
+def record_of_scores(
     example: prompts.Example, requests: Sequence[Continuation], scores: Sequence[Score], own: Engine
 ) -> ItemRecord:
     """The record of an item whose choices were scored."""
@@ -150,7 +152,7 @@ def scored(
     )
 
 
-def answered(example: prompts.Example, output: Output, own: Engine) -> ItemRecord:
+def record_of_answer(example: prompts.Example, output: Output, own: Engine) -> ItemRecord:
     """The record of an item to which an answer was written."""
     action_N, _, controllable_N = output.steps()
     chosen = action_N[controllable_N.astype(bool)]

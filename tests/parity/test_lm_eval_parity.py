@@ -234,7 +234,7 @@ def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
     scored, written, nothing, rolled = (json.loads(line) for line in output.read_text().splitlines())
     request = continuations.Continuation(*(tuple(model.tok_encode(text)) for text in pair))
     found = continuations.score(own, [request], budget)
-    record = task_sweep.scored(Example("", (pair,)), [request], found, own)
+    record = task_sweep.record_of_scores(Example("", (pair,)), [request], found, own)
     (text,) = engine.generate(own, [engine.Request(request.context, budget, 12, ("zz",))])
     spent, dense = text_cost(text, own.cfg).total, dense_text_cost(text, own.cfg.model).total
     for name, share in item_records.shares([record]).items():
