@@ -33,7 +33,7 @@ parity: $(VENV)-parity/.ready
 parity-record: $(VENV)-parity/.ready
 	$(VENV)-parity/bin/python -m pytest tests/parity -m parity --record
 
-# Redraws experiments/figures from the CSVs under experiments/results.
+# Redraws docs/figures from the CSVs under experiments/results.
 figures: $(VENV)/.ready
 	$(BIN)/python -m experiments.figures
 

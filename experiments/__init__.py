@@ -1,4 +1,4 @@
-"""Programs on top of `sol_jax`: figures, benchmarks, studies of our own, downstream tasks, and their results."""
+"""Programs on top of `sol_jax`: figures, benchmarks, studies, downstream tasks, and what they wrote."""
 
 import pathlib
 

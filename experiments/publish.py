@@ -1,7 +1,7 @@
 """Exports the best checkpoint of a run as a named policy, with a model card.
 
-    python -m experiments.publish --workdir runs/fl --name smollm2-135m/sol-j-fl-t16 \\
-        --command 'python -m sol_jax.train --config configs/sol_j_fl.py:cpu --workdir runs/fl' \\
+    python -m experiments.publish --workdir runs/fl --name smollm2-135m/sol-j-fl \\
+        --command 'python -m sol_jax.train --config configs/sol_j_fl.py:cpu,fast --workdir runs/fl' \\
         --results experiments/results/fl.csv
 
 writes `experiments/results/policies/NAME`, which `sol_jax.evaluate --policy NAME` then finds.
@@ -77,7 +77,7 @@ def publish(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the training run")
-    parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl-t16")
+    parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
     parser.add_argument("--commit", default="", help="that trained it, of a checkpoint that does not say")

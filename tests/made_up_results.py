@@ -103,7 +103,7 @@ def write_transfer(folder: pathlib.Path) -> pathlib.Path:
 
 def write_pollution(folder: pathlib.Path) -> None:
     """`pollution.csv` and its curves: losses that fade."""
-    protocol = pollution.Protocol()
+    protocol = pollution.PollutionProtocol()
     rng = np.random.default_rng(0)
     T = protocol.compressed + protocol.tail
     lost = 0.3 * np.exp(-np.arange(T) / 8) / np.arange(1, 10)[:, None]

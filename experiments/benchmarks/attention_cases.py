@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import kernel_peers as peers
-from experiments.benchmarks.kernel_cases import Case, Variant, Work, calls_of, implementations, normals
+from experiments.benchmarks.kernel_cases import (
+    KernelCase,
+    KernelWork,
+    Variant,
+    calls_of,
+    implementations,
+    normals,
+)
 from pallas_kernels import decode, quest
 from pallas_kernels.dispatch import current_platform, without_triton
 from pallas_kernels.shapes import Shape
@@ -23,7 +30,9 @@ SUFFIX = 16  # entries a schedule has of its own
 ALIKE = 0.9
 
 
-def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+def attention(
+    shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
+) -> KernelCase:
     """One layer's Quest attention of a decode step, choice of pages included."""
     B, H, G, S, d = shape.batch, shape.kv_heads, shape.group_size, shape.context, shape.head_size
     page, P, item = shape.page_size, -(-shape.context // shape.page_size), jnp.dtype(dtype).itemsize
@@ -78,18 +87,18 @@ def attention(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, s
         return softmax_attention(np.asarray(x[0][0], np.float64), k, v, keep)
 
     flops = 4.0 * B * H * G * S * d
-    reads_all = Work(kv_bytes + small, flops)
+    reads_all = KernelWork(kv_bytes + small, flops)
 
-    def work_of(name: str) -> Callable[[float], Work]:
+    def work_of(name: str) -> Callable[[float], KernelWork]:
         if name == "xla":
-            return lambda share: Work(kv_bytes + index_bytes + small, flops)
-        return lambda share: Work(kv_bytes * share + index_bytes * (share < 1) + small, flops * share)
+            return lambda share: KernelWork(kv_bytes + index_bytes + small, flops)
+        return lambda share: KernelWork(kv_bytes * share + index_bytes * (share < 1) + small, flops * share)
 
     variants = {name: Variant(sparse(name), work_of(name)) for name in implementations()}
     variants["dense dispatch"] = Variant(whole, lambda share: reads_all, dense=True)
     variants |= dense_attention(reads_all)
     actions = {f"keep={keep}": [query_of(shape, i, keep, dtype) for i in range(calls)] for keep in keeps}
-    return Case(
+    return KernelCase(
         "attend", str(shape), dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
     )
 
@@ -113,13 +122,15 @@ def choose(q_HxGxd: jax.Array, bounds: jax.Array, pages: jax.Array, name: str | 
     return quest.select_pages(q_HxGxd, (bounds,), (used_P,), pages, implementation=name)[0]
 
 
-def choice(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+def choice(
+    shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
+) -> KernelCase:
     """Scores and choice of one layer's pages alone: that much of `attention` is not attention."""
     B, H, S, d, page = shape.batch, shape.kv_heads, shape.context, shape.head_size, shape.page_size
     P = -(-S // page)
     index_bytes = 2 * B * H * P * d * jnp.dtype(dtype).itemsize
     calls, turns = calls_of(index_bytes, smoke)
-    work = Work(index_bytes, 4.0 * B * H * shape.group_size * P * d)
+    work = KernelWork(index_bytes, 4.0 * B * H * shape.group_size * P * d)
 
     def of(name: str) -> Callable[..., Any]:
         return lambda x, bounds: jax.vmap(lambda q, b, n: choose(q, b, n, name))(x[0], bounds, x[1])
@@ -135,15 +146,15 @@ def choice(shape: Shape, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smok
     variants = {name: Variant(of(name), lambda share: work) for name in ("xla", "pallas")}
     actions = {f"keep={keep}": [query_of(shape, i, keep, dtype) for i in range(calls)] for keep in keeps}
     buffers = [bounds_of(normals(i, B, H, S, d, dtype=dtype), page) for i in range(turns)]
-    return Case("select_pages", str(shape), dtype, actions, buffers, variants, kept, exact)
+    return KernelCase("select_pages", str(shape), dtype, actions, buffers, variants, kept, exact)
 
 
-def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case:
+def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> KernelCase:
     """Quest's page bounds of one layer's keys, which a prefix pays for once."""
     B, H, S, d, page = shape.batch, shape.kv_heads, shape.context, shape.head_size, shape.page_size
     P, k_bytes = -(-S // page), B * H * S * d * jnp.dtype(dtype).itemsize
     calls, turns = calls_of(k_bytes, smoke)
-    work = Work(k_bytes * (1 + 2 / page) + B * S, 0.0)
+    work = KernelWork(k_bytes * (1 + 2 / page) + B * S, 0.0)
 
     def of(name: str) -> Callable[..., Any]:
         def one(k_HxSxd: jax.Array, valid_S: jax.Array) -> jax.Array:
@@ -165,12 +176,14 @@ def bounds(shape: Shape, dtype: Any = jnp.bfloat16, smoke: bool = False) -> Case
     variants = {name: Variant(of(name), lambda share: work) for name in ("xla", "pallas")}
     actions = {"two of three keys": [valid(i) for i in range(calls)]}
     buffers = [normals(i, B, H, S, d, dtype=dtype) for i in range(turns)]
-    return Case("page_bounds", str(shape), dtype, actions, buffers, variants, lambda x, buffer: 1.0, exact)
+    return KernelCase(
+        "page_bounds", str(shape), dtype, actions, buffers, variants, lambda x, buffer: 1.0, exact
+    )
 
 
 def shared_prefix(
     shape: Shape, K: int, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
-) -> Case:
+) -> KernelCase:
     """One layer's attention of K schedules of each sequence, which choose pages of their own."""
     B, H, G, S, d = shape.batch, shape.kv_heads, shape.group_size, shape.context, shape.head_size
     page, P, item = shape.page_size, -(-shape.context // shape.page_size), jnp.dtype(dtype).itemsize
@@ -225,12 +238,14 @@ def shared_prefix(
     def repeated(x: Any, buffer: Any) -> tuple[Any, Any]:
         return (x[0].reshape(B * K, H, G, d),), tuple(jnp.repeat(kv, K, 0) for kv in buffer[:2])
 
-    once = Work(kv_bytes + own_bytes, flops)
-    each = Work(kv_bytes * K + own_bytes, flops)
+    once = KernelWork(kv_bytes + own_bytes, flops)
+    each = KernelWork(kv_bytes * K + own_bytes, flops)
 
-    def work_of(name: str) -> Callable[[float], Work]:
+    def work_of(name: str) -> Callable[[float], KernelWork]:
         # "xla" reads every page, whatever the masks say.
-        return lambda share: Work(kv_bytes * (1 if name == "xla" else share) + index_bytes + own_bytes, flops)
+        return lambda share: KernelWork(
+            kv_bytes * (1 if name == "xla" else share) + index_bytes + own_bytes, flops
+        )
 
     # Triton's lists pages, and schedules have nearly all of them between them.
     variants = {name: Variant(sparse(name), work_of(name)) for name in ("xla", "pallas")}
@@ -250,13 +265,13 @@ def shared_prefix(
         for keep in keeps
     }
     name = f"{shape}-K{K}"
-    return Case(
+    return KernelCase(
         "shared_prefix", name, dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
     )
 
 
 def dense_attention(
-    work: Work,
+    work: KernelWork,
     adapt: Callable[[Any, Any], tuple[Any, Any]] = lambda x, buffer: (x, buffer),
     first: Callable[[Any], Any] = lambda out: out[0],
 ) -> dict[str, Variant]:

@@ -1,23 +1,26 @@
 """How fast text is generated, beside what this machine's arithmetic and memory allow, and what a policy adds.
 
     python -m experiments.benchmarks.generate                  # SmolLM2-135M, batch 1 to 32, prompts to 2,000
-    python -m experiments.benchmarks.generate --batch_sizes 8 --prompts 256 --first_batches --rounds 30 --csv FILE
+    python -m experiments.benchmarks.generate --batch_sizes 8 --prompts 256 --first_batches --rounds 30 \\
+        --csv FILE
     python -m experiments.benchmarks.generate --smoke          # a tiny model
 
 Random weights of the shape of SmolLM2-135M and caches of random entries, as long as the engine makes them:
 speed does not depend on values.  A timed run is one episode, 16 tokens of every text; what is compared takes
 turns in one process, in an order that rotates, and times are medians.
 
-Of dense generation the table gives two limits, with what `sol_jax.costs.decode_step` counts and rates measured beside it:
-that of a large matrix product for a token's operations, and that of a large copy for its bytes (weights once
-per step for the whole batch, each text's own cache).  A copy also writes, which costs some processors another
-read, so a program that only reads may come out above the second.  Below it, relative to it:
+The table gives two limits of dense generation, from what `sol_jax.costs.decode_step` counts and from rates
+measured beside it: the rate of a large matrix product for a token's operations, and the rate of a large copy
+for its bytes (weights once per step for the whole batch, each text's own cache).  A copy also writes, which
+costs some processors another read, so a program that only reads may come out above the second.  The rows
+below are relative to dense generation:
 
     policy    a policy chooses among all levels of SOL-J-FL, and each choice is replaced by the dense action
     masks     the same, with that action's masks and rounding computed like any other's
     refresh   no policy, but the dense pass that replaces an episode's cache entries
 
-Last come first tokens: a prompt through the engine, once with compilation and then others of its bucket.
+The last rows are first tokens: a prompt through the engine, once with compilation, then others of its
+bucket.
 """
 
 import argparse
@@ -187,22 +190,22 @@ def episodes(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> dic
 # --- rates and limits --------------------------------------------------------------------------------
 
 
-def measure_rates(dtype: str, smoke: bool) -> timing.Rates:
+def measure_rates(dtype: str, smoke: bool) -> timing.DeviceRates:
     """What the device reaches, measured now; on a GPU once, in bfloat16, in chains that hide the dispatch."""
     if current_platform() == "gpu":
         return _gpu_rates(smoke)
     numbers, size = (1 << 16, 128) if smoke else (1 << 26, 2048)
     scale = jax.jit(lambda x, factor: x * factor)
     _, seconds, _ = timed(scale, jnp.ones(numbers), jnp.float32(1.5), repeats=5)
-    return timing.Rates(2 * 4 * numbers / seconds, flops.matmul_rate(dtype, size))
+    return timing.DeviceRates(2 * 4 * numbers / seconds, flops.matmul_rate(dtype, size))
 
 
 @functools.cache
-def _gpu_rates(smoke: bool) -> timing.Rates:
+def _gpu_rates(smoke: bool) -> timing.DeviceRates:
     return timing.measure_rates(smoke, rounds=10)
 
 
-def limits(batch: int, prompt: int, model: LlamaConfig, rates: timing.Rates) -> dict[str, float]:
+def limits(batch: int, prompt: int, model: LlamaConfig, rates: timing.DeviceRates) -> dict[str, float]:
     """What a token of a dense episode takes, and how many a second the two rates allow."""
     steps = [kernel_steps.step_work((), batch, prompt + 1 + t, model, ()) for t in range(HORIZON)]
     operations = sum(step.flops for step in steps) / (batch * HORIZON)

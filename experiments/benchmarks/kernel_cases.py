@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import current_platform, triton_problem
 LAST_LEVEL_CACHE = 60e6  # bytes; the H200's
 
 
-class Work(NamedTuple):
+class KernelWork(NamedTuple):
     """What an implementation reads and writes, in bytes, and computes."""
 
     bytes: float
@@ -33,7 +33,7 @@ class Variant:
     """
 
     call: Callable[..., Any]
-    work: Callable[[float], Work]
+    work: Callable[[float], KernelWork]
     dense: bool = False  # answers without the action
     peer: bool = False  # counts among the best dense peers
     adapt: Callable[[Any, Any], tuple[Any, Any]] = as_they_are
@@ -42,7 +42,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class KernelCase:
     """An operation at a shape.  Its actions are data of one compiled program, as in training."""
 
     op: str

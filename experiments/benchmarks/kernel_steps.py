@@ -1,9 +1,10 @@
 """End to end: decode steps, whole generations and GRPO updates of Llama's shapes, random weights, bfloat16.
 
-Bytes and operations are what `sol_jax.costs.decode_step` counts, several rows taken to keep independent channels; but of
-the cache a kernel reads the pages that some head of a group chose, whose share is realised on random queries
-and keys (`page_union`; it is the column `kept`).  The heads of a trained model agree more: SmolLM2's read
-0.16, 0.30, 0.55 and 0.75 at keep 0.1, 0.2, 0.4 and 0.6, random ones of its shape 0.24, 0.42, 0.71 and 0.88.
+Bytes and operations are what `sol_jax.costs.decode_step` counts, several rows taken to keep independent
+channels.  But of the cache a kernel reads the pages that some head of a group chose, whose share is realised
+on random queries and keys (`page_union`; it is the column `kept`).  The heads of a trained model agree more:
+SmolLM2's read 0.16, 0.30, 0.55 and 0.75 at keep 0.1, 0.2, 0.4 and 0.6, random ones of its shape 0.24, 0.42,
+0.71 and 0.88.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.attention_cases import bounds_of, choose
-from experiments.benchmarks.kernel_cases import Work, normals
+from experiments.benchmarks.kernel_cases import KernelWork, normals
 from pallas_kernels import dispatch
 from pallas_kernels.mlp import MAX_ROWS
 from pallas_kernels.shapes import Shape, distinct
@@ -116,7 +117,7 @@ def random_weights(cfg: LlamaConfig) -> Any:
     return jax.block_until_ready(jax.jit(functools.partial(llama.init_weights, cfg=cfg))(jax.random.key(0)))
 
 
-def row(op: str, shape: str, action: str, name: str, seconds: float, work: Work, **more: Any) -> dict:
+def row(op: str, shape: str, action: str, name: str, seconds: float, work: KernelWork, **more: Any) -> dict:
     """One row of the table, without what follows from the time."""
     found: dict[str, Any] = {"op": op, "shape": shape, "action": action, "implementation": name}
     found |= {"peer": 0, "note": "", "seconds": seconds, "bytes": work.bytes, "flops": work.flops}
@@ -153,7 +154,7 @@ def page_union(keep: float, context: int, shape: Shape) -> float:
 
 def step_work(
     levels: Sequence[float], batch: int, kv_len: int, cfg: LlamaConfig, using: Any, read: float | None = None
-) -> Work:
+) -> KernelWork:
     """One decode step of a batch: weights are read once, caches by every row.
 
     `read` is the share of the cache; None: what `costs` takes, at worst other pages for every head.
@@ -168,7 +169,7 @@ def step_work(
     share = cost.gate_up.bytes / dense.gate_up.bytes
     union = 1.0 if batch > MAX_ROWS["pallas"] else 1 - (1 - share) ** batch
     total += (union - share) * dense.gate_up.bytes
-    return Work(total, batch * sum(part.flops for part in (*shared, *own)))
+    return KernelWork(total, batch * sum(part.flops for part in (*shared, *own)))
 
 
 def decode_steps(name: str, batch: int, context: int, rounds: int) -> Rows:
@@ -288,7 +289,9 @@ def generations(name: str, batch: int, prompt: int, episodes: int, rounds: int) 
         more: dict[str, Any] = {"peer": int(kind == "dense xla"), "rounds": rounds, "kept": read}
         more["note"] = "prompt included; the dense one has no refresh"
         took = seconds[kind, levels]
-        found.append(row("generation", shape, label(levels), kind, took, Work(bytes, operations), **more))
+        found.append(
+            row("generation", shape, label(levels), kind, took, KernelWork(bytes, operations), **more)
+        )
     return found
 
 
@@ -324,8 +327,8 @@ def updates(name: str, batch: int, K: int, prefix_len: int, rounds: int) -> Rows
     operations = sum(flops.update_flops(setup, batch).values())
     dense = costs.dense_step(prefix_len + HORIZON // 2, setup.model)
     weight_bytes = sum(part.bytes for part in (dense.attention, dense.gate_up, dense.down))
-    once = Work((HORIZON + 1) * weight_bytes + HORIZON * batch * dense.cache.bytes, operations)
-    each = Work(once.bytes + HORIZON * batch * (K - 1) * dense.cache.bytes, operations)
+    once = KernelWork((HORIZON + 1) * weight_bytes + HORIZON * batch * dense.cache.bytes, operations)
+    each = KernelWork(once.bytes + HORIZON * batch * (K - 1) * dense.cache.bytes, operations)
     replaced = "the whole update, its rollout's time replaced by that with repeated caches"
     rows = [
         row("update", shape, "sampled", kernels, seconds[kernels], once, launches=launches[kernels])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.benchmarks.kernel_cases import Case
+from experiments.benchmarks.kernel_cases import KernelCase
 from experiments.benchmarks.kernel_peers import from_torch
 
 COLUMNS = (
@@ -29,7 +29,7 @@ BOUND = {"bfloat16": 1e-2, "float32": 1e-5}
 WRONG = "WRONG: the error is above"
 
 
-def run_case(case: Case, rounds: int, rates: timing.Rates | None) -> list[dict[str, Any]]:
+def run_case(case: KernelCase, rounds: int, rates: timing.DeviceRates | None) -> list[dict[str, Any]]:
     """Rows of one case; without `rates` only errors.  A variant that cannot run has its reason as note.
 
     So has a kernel whose error is above BOUND.  XLA's own forms are what a GPU makes of them: it divides less
@@ -96,7 +96,7 @@ def difference(got: Any, exact: np.ndarray) -> float:
 
 
 def speeds(
-    seconds: float, bytes: float, flops: float, rates: timing.Rates | None, dense: float
+    seconds: float, bytes: float, flops: float, rates: timing.DeviceRates | None, dense: float
 ) -> dict[str, float | None]:
     """The columns that follow from a time; None where it was not measurable."""
     if rates is None or math.isnan(seconds):
@@ -141,7 +141,7 @@ def device_name() -> str:
     return re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower().replace("nvidia", "").strip())
 
 
-def finish_steps(rows: list[dict[str, Any]], rates: timing.Rates) -> list[dict[str, Any]]:
+def finish_steps(rows: list[dict[str, Any]], rates: timing.DeviceRates) -> list[dict[str, Any]]:
     """Adds the columns that follow from the times; peers are the rows of the same op and shape."""
     peers: dict[Any, float] = {}
     for row in rows:

@@ -25,7 +25,7 @@ from experiments import RESULTS
 from experiments.benchmarks import kernel_steps, timing
 from experiments.benchmarks.attention_cases import attention, bounds, choice, shared_prefix
 from experiments.benchmarks.gpu_check import INCOMPLETE
-from experiments.benchmarks.kernel_cases import Case
+from experiments.benchmarks.kernel_cases import KernelCase
 from experiments.benchmarks.kernel_table import device_name, finish_steps, is_wrong, run_case, show, write
 from experiments.benchmarks.mlp_cases import pruned_mlp, rounding
 from pallas_kernels.dispatch import current_platform
@@ -39,7 +39,7 @@ FIRST = {"decode_step": 60.0, "update": 90.0, "generation": 90.0}
 OTHERS_FIRST = 25.0
 
 
-def cases(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
+def cases(smoke: bool) -> list[tuple[str, Callable[[], KernelCase]]]:
     """What is measured, the most important first; nothing is allocated before its turn."""
     if smoke:
         return [
@@ -52,17 +52,17 @@ def cases(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
         ]
     small, one, three, eight = (shape.name for shape in distinct("name"))
 
-    def attend(name: str) -> tuple[str, Callable[[], Case]]:
+    def attend(name: str) -> tuple[str, Callable[[], KernelCase]]:
         return f"attend {name}", lambda: attention(named(name), KEEPS)
 
-    def gated(model: str, rows: int) -> tuple[str, Callable[[], Case]]:
+    def gated(model: str, rows: int) -> tuple[str, Callable[[], KernelCase]]:
         sizes = next(shape for shape in distinct("name") if shape.name == model)
         return f"gated_hidden {model} {rows} rows", lambda: pruned_mlp(sizes, rows, (0.2, 0.4, 0.7))
 
-    def shared(name: str) -> tuple[str, Callable[[], Case]]:
+    def shared(name: str) -> tuple[str, Callable[[], KernelCase]]:
         return f"shared_prefix {name}", lambda: shared_prefix(named(name), 16, (0.3, 1.0))
 
-    def quantize(rows: int) -> tuple[str, Callable[[], Case]]:
+    def quantize(rows: int) -> tuple[str, Callable[[], KernelCase]]:
         sizes = named(f"{eight}-1x1024-p16")
         return f"quantize_residual {rows} rows", lambda: rounding(sizes, rows, (5, 16))
 
@@ -92,14 +92,14 @@ def cases(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
     ]
 
 
-def verified(smoke: bool) -> list[tuple[str, Callable[[], Case]]]:
+def verified(smoke: bool) -> list[tuple[str, Callable[[], KernelCase]]]:
     """Every operation at shapes of every model, in both dtypes, small enough for a host's float64.
 
     All in bfloat16 first, what models run in: what there is no time for is in float32.
     """
     shapes = (TINY,) if smoke else tuple(named(f"{s.name}-8x1024-p8") for s in distinct("name"))
 
-    def of(s: Shape, dtype: str) -> list[tuple[str, Callable[[], Case]]]:
+    def of(s: Shape, dtype: str) -> list[tuple[str, Callable[[], KernelCase]]]:
         label = f"{s} {dtype}"
         return [
             (f"attend {label}", lambda: attention(s, (0.1, 1.0), dtype, smoke=True)),
@@ -166,7 +166,7 @@ def main() -> None:
         | {"action": "matmul", "implementation": "xla", "gb_per_second": None, "flops": rates.matmul},
     ]
 
-    def measure(make: Callable[[], Case]) -> list[dict[str, Any]]:
+    def measure(make: Callable[[], KernelCase]) -> list[dict[str, Any]]:
         return run_case(make(), rounds, rates)
 
     def measure_steps(run: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:

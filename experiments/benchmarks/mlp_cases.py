@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import kernel_peers as peers
-from experiments.benchmarks.kernel_cases import Case, Variant, Work, calls_of, implementations, normals
+from experiments.benchmarks.kernel_cases import (
+    KernelCase,
+    KernelWork,
+    Variant,
+    calls_of,
+    implementations,
+    normals,
+)
 from pallas_kernels import mlp, prune, quantize
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.norm import rms_norm
@@ -19,7 +26,7 @@ EPS = 1e-5
 
 def pruned_mlp(
     shape: Shape, rows: int, keeps: Sequence[float], dtype: Any = jnp.bfloat16, smoke: bool = False
-) -> Case:
+) -> KernelCase:
     """Norm, pruning and the gated half of one layer's MLP."""
     D, F, item = shape.hidden, shape.ffn, jnp.dtype(dtype).itemsize
     weight_bytes, small = 2 * D * F * item, rows * (4 * D + 4 * F)
@@ -60,12 +67,12 @@ def pruned_mlp(
         opened, up = (first @ np.asarray(w, np.float64) for w in buffer[:2])
         return opened / (1 + np.exp(-opened)) * up
 
-    whole = Work(weight_bytes + small, flops)
+    whole = KernelWork(weight_bytes + small, flops)
 
-    def work_of(name: str) -> Callable[[float], Work]:
+    def work_of(name: str) -> Callable[[float], KernelWork]:
         if name == "xla" or rows > mlp.MAX_ROWS["pallas"]:  # with more than one, Triton's is Pallas'
             return lambda share: whole
-        return lambda share: Work(weight_bytes * share + small, flops * share)
+        return lambda share: KernelWork(weight_bytes * share + small, flops * share)
 
     variants = {name: Variant(sparse(name), work_of(name)) for name in implementations()}
     variants["pallas, norm apart"] = Variant(apart, work_of("pallas"))
@@ -88,16 +95,16 @@ def pruned_mlp(
         for keep in keeps
     }
     name = f"{shape.name}-{rows} rows"
-    return Case(
+    return KernelCase(
         "gated_hidden", name, dtype, actions, [buffer(i) for i in range(turns)], variants, kept, exact
     )
 
 
-def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) -> Case:
+def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) -> KernelCase:
     """Quantise, residual add and the next norm, float32; the dense peer adds and norms only."""
     D = shape.hidden
     calls, turns = calls_of(16 * rows * D, smoke)
-    work = Work(16.0 * rows * D, 0.0)
+    work = KernelWork(16.0 * rows * D, 0.0)
 
     def fused(name: str) -> Callable[..., Any]:
         def call(x: Any, gain_D: jax.Array) -> Any:
@@ -141,4 +148,6 @@ def rounding(shape: Shape, rows: int, bits: Sequence[int], smoke: bool = False) 
     actions = {f"bits={b}": [one(i, b) for i in range(calls)] for b in bits}
     gains = [1 + 0.1 * normals(i, D, dtype=jnp.float32) for i in range(turns)]
     name = f"{shape.name}-{rows} rows"
-    return Case("quantize_residual", name, "float32", actions, gains, variants, lambda x, buffer: 1.0, exact)
+    return KernelCase(
+        "quantize_residual", name, "float32", actions, gains, variants, lambda x, buffer: 1.0, exact
+    )

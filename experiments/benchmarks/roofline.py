@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.roofline --csv experiments/results/kernels_h200.csv
 
-Writes, beside the table, cost_model_DEVICE.json (prices), and to experiments/figures roofline_DEVICE.png
+Writes, beside the table, cost_model_DEVICE.json (prices), and to docs/figures roofline_DEVICE.png
 (what each implementation reaches, under the copy and matmul rates of the same run), actions_DEVICE.png
 (speedup against what the action keeps) and prediction_DEVICE.png (what a cost model predicts of the shapes
 that it was fitted to, and of others that were held out).  The prices written are those of all shapes.
@@ -23,11 +23,11 @@ from pallas_kernels import cost_model
 from pallas_kernels.cost_model import CostModel
 from sol_jax.errors import UserError, exits_on_user_error
 
-Row = dict[str, str]
+TableRow = dict[str, str]
 SKIPPING = ("pallas", "triton", "auto")  # implementations that read less where an action keeps less
 
 
-def read(path: pathlib.Path) -> list[Row]:
+def read(path: pathlib.Path) -> list[TableRow]:
     """The table's rows; `UserError` if it is none."""
     try:
         with open(path, newline="") as file:
@@ -43,13 +43,13 @@ def read(path: pathlib.Path) -> list[Row]:
     return rows
 
 
-def rates(rows: Sequence[Row]) -> tuple[float, float]:
+def rates(rows: Sequence[TableRow]) -> tuple[float, float]:
     """Bytes per second of a copy and FLOP per second of a product."""
     found = {row["action"]: row for row in rows if row["op"] == "rates"}
     return 1e9 * float(found["copy"]["gb_per_second"]), float(found["matmul"]["flops"])
 
 
-def fitted(rows: Sequence[Row]) -> list[Row]:
+def fitted(rows: Sequence[TableRow]) -> list[TableRow]:
     """What the model is fitted to: timed programs whose launches are known and that skip what they should.
 
     Not updates and generations, which are many programs in one, nor the XLA forms of sparse operations,
@@ -65,7 +65,7 @@ def fitted(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def fit(rows: Sequence[Row]) -> CostModel:
+def fit(rows: Sequence[TableRow]) -> CostModel:
     """The device's prices; launches per layer are those of a decode step with its kernels."""
     used = fitted(rows)
     if not used:
@@ -81,7 +81,7 @@ def fit(rows: Sequence[Row]) -> CostModel:
     return cost_model.fit(rows[0]["device"], bytes_N, flops_N, launches_N, seconds_N, launches)
 
 
-def held_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def held_out(rows: Sequence[TableRow]) -> tuple[list[TableRow], list[TableRow]]:
     """The rows to fit to, and those to predict: the last shape of every operation that has several."""
     shapes: dict[str, list[str]] = {}
     for row in fitted(rows):
@@ -92,7 +92,7 @@ def held_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return kept, [row for row in fitted(rows) if (row["op"], row["shape"]) in last]
 
 
-def misses(model: CostModel, rows: Sequence[Row]) -> str:
+def misses(model: CostModel, rows: Sequence[TableRow]) -> str:
     """How far predictions are off, in words."""
     if not rows:
         return "no rows"
@@ -100,11 +100,11 @@ def misses(model: CostModel, rows: Sequence[Row]) -> str:
     return f"{np.median(miss):.0%} over {len(miss)} rows"
 
 
-def predict(model: CostModel, row: Row) -> float:
+def predict(model: CostModel, row: TableRow) -> float:
     return model.seconds(*(float(row[column]) for column in ("bytes", "flops", "launches")))
 
 
-def draw_roofline(rows: Sequence[Row]) -> Figure:
+def draw_roofline(rows: Sequence[TableRow]) -> Figure:
     """What each implementation reaches, under the copy and matmul rates of the same run."""
     copy, matmul = rates(rows)
     timed = [row for row in rows if row["seconds"] and float(row["flops"] or 0) > 0]
@@ -128,7 +128,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_actions(rows: Sequence[Row]) -> Figure:
+def draw_actions(rows: Sequence[TableRow]) -> Figure:
     """Speedup over the best dense peer against what an action leaves, a panel for each operation."""
     dense: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -158,7 +158,7 @@ def draw_actions(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_prediction(seen: Sequence[Row], unseen: Sequence[Row], model: CostModel) -> Figure:
+def draw_prediction(seen: Sequence[TableRow], unseen: Sequence[TableRow], model: CostModel) -> Figure:
     """The cost model against the times that it was fitted to, and (hollow) of shapes that it was not."""
     figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
     used = [*fitted(seen), *unseen]
@@ -179,7 +179,9 @@ def draw_prediction(seen: Sequence[Row], unseen: Sequence[Row], model: CostModel
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=pathlib.Path, required=True, help="written by bench_kernels")
+    parser.add_argument(
+        "--csv", type=pathlib.Path, required=True, help="written by experiments.benchmarks.kernels"
+    )
     parser.add_argument("--figures", type=pathlib.Path, default=FIGURES, help="folder of the figures")
     args = parser.parse_args()
     rows = read(args.csv)

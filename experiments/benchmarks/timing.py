@@ -29,7 +29,7 @@ class Chains(NamedTuple):
     launches: float | None  # of one call; None where the program is not XLA's
 
 
-class Rates(NamedTuple):
+class DeviceRates(NamedTuple):
     """What the device reaches in this process: bytes per second (read and written) and FLOP per second."""
 
     copy: float
@@ -101,7 +101,7 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure_rates(smoke: bool, rounds: int) -> Rates:
+def measure_rates(smoke: bool, rounds: int) -> DeviceRates:
     """A copy of large arrays (each read and written once), and a large bfloat16 product."""
     numbers, size = (1 << 16, 128) if smoke else (1 << 28, 8192)
 
@@ -113,7 +113,7 @@ def measure_rates(smoke: bool, rounds: int) -> Rates:
     copy = jax_chains(lambda scale, x: x * scale, halves, normals((numbers,), 2))
     matmul = jax_chains(lambda a, b: a @ b, normals((size, size), 8), normals((size, size), 2))
     seconds = measure({"copy": copy, "matmul": matmul}, rounds)
-    return Rates(4 * numbers / seconds["copy"], 2 * size**3 / seconds["matmul"])
+    return DeviceRates(4 * numbers / seconds["copy"], 2 * size**3 / seconds["matmul"])
 
 
 def count_launches(hlo: str) -> float:

@@ -1,1 +1,1 @@
-"""The paper's figures and ours, drawn from committed CSVs: `python -m experiments.figures`."""
+"""One module per figure, each drawn from the CSVs under `experiments/results`; `__main__` draws them all."""

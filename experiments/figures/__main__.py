@@ -1,4 +1,9 @@
-"""Draws every figure whose CSVs are there, and says which are not: `make figures`."""
+"""Draws every figure whose CSVs are there, and says which are not: `make figures`.
+
+    python -m experiments.figures
+
+Reads the CSVs under `experiments/results` and writes `docs/figures/NAME.png`.  It takes no options.
+"""
 
 import importlib
 import pathlib

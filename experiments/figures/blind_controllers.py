@@ -2,9 +2,10 @@
 
     python -m experiments.figures.blind_controllers
 
-Reads `NAME-s*` of SmolLM2-135M for the names below, evaluated with `--controllers fixed,clock,swapped`.
-Beside the fixed schedule of the same cost stand two controllers that know all of the policy but the text: its
-mean costs at each step of the episode, and its own schedules, each played to another text.
+Reads `NAME-s*.csv` of SmolLM2-135M for the names in `RUNS`, which `sol_jax.evaluate` wrote with
+`--controllers fixed,clock,swapped`, and writes `docs/figures/blind_controllers.png`.  Three controllers of
+the policy's cost are shown: the fixed schedule, and two that know all of the policy but the text.  `clock`
+has its mean costs at each step of the episode; `swapped` plays its own schedules, each to another text.
 """
 
 import pathlib

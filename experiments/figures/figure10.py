@@ -2,7 +2,8 @@
 
     python -m experiments.figures.figure10
 
-Reads `sol-j-2l-s*`, `sol-j-3l-s*` and `sol-j-fl-t16-s*` of SmolLM2-135M.
+Reads `sol-j-2l-s*.csv`, `sol-j-3l-s*.csv` and `sol-j-fl-t16-s*.csv` of SmolLM2-135M, and writes
+`docs/figures/figure10.png`.
 """
 
 import pathlib

@@ -2,8 +2,9 @@
 
     python -m experiments.figures.figure11
 
-Reads `kappa-0.1-s*` ... `eta-6-16-s*` of SmolLM2-135M, as many of the nine as there are.  The other two
-axes are dense, so the cost of the one axis is shown, not the net keep rate.
+Reads `kappa-0.1-s*.csv` ... `eta-6-16-s*.csv` of SmolLM2-135M, as many of the nine as there are, and writes
+`docs/figures/figure11.png`.  The other two axes are dense, so the cost of the one axis is shown, not the net
+keep rate.
 """
 
 import pathlib
@@ -24,10 +25,10 @@ def draw(folder: pathlib.Path) -> Figure:
     shape = len(by_axis), 2 * max(map(len, by_axis.values()))
     size = plots.wide(shape[1], 2.6 * shape[0] + 0.6)
     figure, grid = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    everything: list[plots.Row] = []
+    everything: list[plots.ResultRow] = []
     for line, (axis, names) in zip(grid, by_axis.items(), strict=True):
         for name, left, right in zip(names, line[::2], line[1::2], strict=False):
-            rows = plots.front(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
+            rows = plots.front_rows(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
             everything += rows
             _draw_set(left, right, rows, axis, LEVELS[name][1])
         for axes in line[2 * len(names) :]:
@@ -36,7 +37,7 @@ def draw(folder: pathlib.Path) -> Figure:
 
 
 def _draw_set(
-    left: plt.Axes, right: plt.Axes, rows: list[plots.Row], axis: str, levels: tuple[float, float]
+    left: plt.Axes, right: plt.Axes, rows: list[plots.ResultRow], axis: str, levels: tuple[float, float]
 ) -> None:
     plots.draw(left, rows, CONTROLLERS, "perplexity", f"cost_{axis}")
     dense = next(row.perplexity for row in rows if row.controller == "dense")

@@ -2,7 +2,8 @@
 
     python -m experiments.figures.figure3
 
-Reads `sol-j-fl-t4-s*`, `-t16-` and `-t64-` of SmolLM2-135M.
+Reads `sol-j-fl-t4-s*.csv`, `sol-j-fl-t16-s*.csv` and `sol-j-fl-t64-s*.csv` of SmolLM2-135M, and writes
+`docs/figures/figure3.png`.
 """
 
 import pathlib

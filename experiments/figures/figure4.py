@@ -1,10 +1,10 @@
-"""Figure 4: does the policy keep to its budget?  Requested against realised cost, axis by axis.
+"""Figure 4: does the policy keep to its budget?  It shows requested against realised cost, axis by axis.
 
     python -m experiments.figures.figure4
 
-Reads `sol-j-2l-s*`, `sol-j-3l-s*` and `sol-j-fl-t16-s*` of SmolLM2-135M.  Lines are sweeps of one axis with
-the others in the middle of their ranges, dots all other budgets; the grey band is the target of this
-project, 0.03 to either side.
+Reads `sol-j-2l-s*.csv`, `sol-j-3l-s*.csv` and `sol-j-fl-t16-s*.csv` of SmolLM2-135M, and writes
+`docs/figures/figure4.png`.  Lines are sweeps of one axis with the others in the middle of their ranges, dots
+are all other budgets; the grey band is the target of this project, 0.03 to either side.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ def draw(folder: pathlib.Path) -> Figure:
     return plots.finish(figure, grid[0, 0], [row for rows in panels.values() for row in rows])
 
 
-def _draw_axis(axes: plt.Axes, rows: list[plots.Row], name: str, color: str) -> None:
+def _draw_axis(axes: plt.Axes, rows: list[plots.ResultRow], name: str, color: str) -> None:
     ends = np.array([0.0, 1.02])
     axes.fill_between(ends, ends - TOLERANCE, ends + TOLERANCE, color="0.88", label="within 0.03")
     axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")

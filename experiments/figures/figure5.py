@@ -1,8 +1,8 @@
-"""Figure 5: model sizes.  All levels at T = 16, a panel per model that was evaluated.
+"""Figure 5: model sizes.  All levels at T = 16, with a panel per model that was evaluated.
 
     python -m experiments.figures.figure5
 
-Reads `sol-j-fl-t16-s*` of every model under `experiments/results`.
+Reads `sol-j-fl-t16-s*.csv` of every model under `experiments/results`, and writes `docs/figures/figure5.png`.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ def draw(folder: pathlib.Path) -> Figure:
     if not models:
         raise UserError(f"{folder} has no CSV named */sol-j-fl-t16-s*; evaluate the runs first")
     return plots.fronts(
-        {model: plots.front(plots.load(folder, f"{model}/sol-j-fl-t16-s*")) for model in models}
+        {model: plots.front_rows(plots.load(folder, f"{model}/sol-j-fl-t16-s*")) for model in models}
     )
 
 

@@ -1,13 +1,13 @@
-"""Figure 6: downstream tasks.  The policy beside fixed schedules of the same cost and dense decoding.
+"""Figure 6: downstream tasks.  The policy stands beside fixed schedules of the same cost and dense decoding.
 
     python -m experiments.figures.figure6
 
-Reads `downstream-sol-j-fl-t16-page-s*` and `downstream-reasoning-s*` of SmolLM2-135M, as
-`experiments.tasks.downstream` wrote them.  Above, the paper's three panels: the mean accuracy of three tasks, that
-of three MMLU subjects, and GSM8K with token sparsity alone, by the likelihood of its reference solutions
-(right answers are rare from a model so small); below, tasks one by one.
-Bars are 95 % intervals: Wilson's of a task, for a mean of tasks their root mean square over their number,
-and for nats the bootstrap of what the policy gains over that controller.
+Reads `downstream-sol-j-fl-t16-page-s*.csv` and `downstream-reasoning-s*.csv` of SmolLM2-135M, which
+`experiments.tasks.downstream` wrote, and writes `docs/figures/figure6.png`.  The upper panels are the paper's
+three: the mean accuracy of three tasks, that of three MMLU subjects, and GSM8K with token sparsity alone, by
+the likelihood of its reference solutions (right answers are rare from a model so small).  The lower panels
+show tasks one by one.  Bars are 95 % intervals: Wilson's of a task; for a mean of tasks their root mean
+square over their number; for nats the bootstrap of what the policy gains over that controller.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ PANELS = {  # title: whose CSVs, tasks
 }
 
 
-def points(rows: Sequence[plots.Row], tasks: Sequence[str], controller: str) -> list[plots.Point]:
+def points(rows: Sequence[plots.ResultRow], tasks: Sequence[str], controller: str) -> list[plots.Point]:
     """The mean over tasks (and seeds) at every budget at which all of them were run, in ascending order."""
     measure = "nats" if tasks == ("gsm8k",) else "accuracy"
     by_run = defaultdict(list)
@@ -51,7 +51,7 @@ def points(rows: Sequence[plots.Row], tasks: Sequence[str], controller: str) -> 
     return sorted(plots.Point(*np.mean(points, 0).tolist()) for points in by_budget.values())
 
 
-def _mean(same: Sequence[plots.Row], measure: str) -> plots.Point:
+def _mean(same: Sequence[plots.ResultRow], measure: str) -> plots.Point:
     """One controller at one budget over several tasks."""
     x, y = (float(np.mean([row.fields[name] for row in same])) for name in ("net", measure))
     if measure == "nats":
@@ -63,7 +63,7 @@ def _mean(same: Sequence[plots.Row], measure: str) -> plots.Point:
     return plots.Point(x, y, float(y - below), float(y + above))
 
 
-def _draw_panel(axes: Axes, rows: Sequence[plots.Row], title: str, tasks: Sequence[str]) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[plots.ResultRow], title: str, tasks: Sequence[str]) -> None:
     for controller in CONTROLLERS:
         line = points(rows, tasks, controller)
         if line:
@@ -107,7 +107,7 @@ def draw(folder: pathlib.Path) -> Figure:
     return figure
 
 
-def _rows(folder: pathlib.Path, name: str) -> list[plots.Row]:
+def _rows(folder: pathlib.Path, name: str) -> list[plots.ResultRow]:
     there = any((folder / plots.MODEL).glob(f"{name}-s[0-9]*.csv"))
     return plots.load(folder, f"{plots.MODEL}/{name}-s*") if there else []
 

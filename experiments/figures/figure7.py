@@ -1,9 +1,10 @@
-"""Figure 7: KV pollution.  What 4 compressed steps cost the 64 dense ones after them.
+"""Figure 7: KV pollution, or what 4 compressed steps cost the 64 dense ones after them.
 
     python -m experiments.figures.figure7
 
-Reads `pollution.csv` and `pollution-curves.csv` of SmolLM2-135M, as `experiments.studies.pollution` wrote
-them.  Lines are medians over windows, bands go from the 10th to the 90th percentile.
+Reads `pollution.csv` and `pollution-curves.csv` of SmolLM2-135M, which `experiments.studies.pollution` wrote,
+and writes `docs/figures/figure7.png`.  Lines are medians over windows; bands go from the 10th to the 90th
+percentile.
 """
 
 import csv

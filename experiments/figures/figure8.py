@@ -2,9 +2,9 @@
 
     python -m experiments.figures.figure8
 
-Reads `sol-j-2l`, `sol-j-3l` and `sol-j-fl-t16` of SmolLM2-135M, of each the CSVs
-`-random-s*` or else `-s*`, and the draws beside them.  Each grey dot is one
-schedule over the whole text.
+Reads CSVs of `sol-j-2l`, `sol-j-3l` and `sol-j-fl-t16` of SmolLM2-135M: of each `NAME-random-s*.csv` or else
+`NAME-s*.csv`, and the draws beside them (`-draws.csv`).  Writes `docs/figures/figure8.png`, in which each
+grey dot is one schedule over the whole text.
 """
 
 import pathlib
@@ -20,15 +20,15 @@ SPAN = 0.05  # of net keep rates that a panel shows, at least
 
 
 def draw(folder: pathlib.Path) -> Figure:
-    runs = plots.drawn(folder, RUNS)
+    runs = plots.with_random_schedules(folder, RUNS)
     figure, line = plt.subplots(
         1, len(runs), figsize=plots.wide(len(runs), 4.2), layout="constrained", squeeze=False
     )
-    everything: list[plots.Row] = []
+    everything: list[plots.ResultRow] = []
     for axes, (name, title) in zip(line[0], runs.items(), strict=True):
-        rows = plots.front(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
+        rows = plots.front_rows(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
         everything += rows
-        drawn = plots.draws(folder, f"{plots.MODEL}/{name}-s*")
+        drawn = plots.random_schedules(folder, f"{plots.MODEL}/{name}-s*")
         asked = {row.per_axis("requested") for row in rows}
         drawn = [row for row in drawn if row.per_axis("requested") in asked]
         cloud = ([row.net for row in drawn], [row.perplexity for row in drawn])

@@ -2,9 +2,9 @@
 
     python -m experiments.figures.figure9
 
-Reads `sol-j-2l`, `sol-j-3l` and `sol-j-fl-t16` of SmolLM2-135M, of each the CSVs
-`-random-s*` or else `-s*`, and the draws beside them.  Violins are what the policy gains over each draw;
-the share of draws that it beats stands above.
+Reads CSVs of `sol-j-2l`, `sol-j-3l` and `sol-j-fl-t16` of SmolLM2-135M: of each `NAME-random-s*.csv` or else
+`NAME-s*.csv`, and the draws beside them (`-draws.csv`).  Writes `docs/figures/figure9.png`: violins show what
+the policy gains over each draw, and the number above is the share of draws that it beats.
 """
 
 import pathlib
@@ -19,17 +19,17 @@ from experiments.figures.figure2 import RUNS
 
 
 def draw(folder: pathlib.Path) -> Figure:
-    runs = plots.drawn(folder, RUNS)
+    runs = plots.with_random_schedules(folder, RUNS)
     figure, line = plt.subplots(
         1, len(runs), figsize=plots.wide(len(runs), 4.2), layout="constrained", squeeze=False
     )
-    everything: list[plots.Row] = []
+    everything: list[plots.ResultRow] = []
     for axes, (name, title) in zip(line[0], runs.items(), strict=True):
-        rows = plots.front(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
+        rows = plots.front_rows(plots.load(folder, f"{plots.MODEL}/{name}-s*"))
         everything += rows
         own = {(row.seed, row.per_axis("requested")): row for row in rows if row.controller == "policy"}
         by_budget = defaultdict(list)
-        for drawn in plots.draws(folder, f"{plots.MODEL}/{name}-s*"):
+        for drawn in plots.random_schedules(folder, f"{plots.MODEL}/{name}-s*"):
             policy = own.get((drawn.seed, drawn.per_axis("requested")))
             if policy is not None:
                 by_budget[drawn.per_axis("requested")].append((policy.net, drawn.nats - policy.nats))

@@ -18,10 +18,10 @@ from sol_jax.errors import exits_on_user_error
 CONTROLLERS = ("policy", "fixed", "random", "random_best")
 
 
-def draw(rows: list[plots.Row]) -> Figure:
+def draw(rows: list[plots.ResultRow]) -> Figure:
     """The two panels."""
     figure, (front, adherence) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    plots.draw(front, plots.front(rows), CONTROLLERS, "perplexity")
+    plots.draw(front, plots.front_rows(rows), CONTROLLERS, "perplexity")
     dense = next(row.perplexity for row in rows if row.controller == "dense")
     front.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
     front.set(xlabel=plots.NET, ylabel="perplexity")

@@ -2,10 +2,11 @@
 
     python -m experiments.figures.generation
 
-Reads `transfer.csv` of SmolLM2-135M (of `experiments.studies.transfer`), one policy per horizon.  First and second:
-the dense model's log-probability of the text, with and without the dense refresh of the cache after each
-episode.  Third: the share of drafted tokens that the dense model accepts in lossless mode.  Last: tokens
-accepted for the bytes of one dense step, where 1 is what dense decoding gives.
+Reads `transfer.csv` of SmolLM2-135M, which `experiments.studies.transfer` wrote with one policy per horizon,
+and writes `docs/figures/generation.png`.  The first two panels show the dense model's log-probability of the
+text, with and without the dense refresh of the cache after each episode.  The third shows the share of
+drafted tokens that the dense model accepts in lossless mode.  The last shows tokens accepted for the bytes of
+one dense step, where 1 is what dense decoding gives.
 """
 
 import csv
@@ -22,7 +23,7 @@ from experiments.figures import plots
 from sol_jax.errors import UserError
 
 TITLES = {"refresh": "cache refreshed", "no_refresh": "cache left as it is", "lossless": "lossless mode"}
-Line = tuple[str, str]  # horizon, controller
+LineKey = tuple[str, str]  # horizon, controller
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -31,10 +32,10 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is missing; run experiments.studies.transfer first")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    return [{name: plots.value(text) for name, text in row.items()} for row in rows]
+    return [{name: plots.number_or_text(text) for name, text in row.items()} for row in rows]
 
 
-def lines(rows: Sequence[dict[str, Any]], mode: str) -> dict[Line, list[dict[str, Any]]]:
+def lines(rows: Sequence[dict[str, Any]], mode: str) -> dict[LineKey, list[dict[str, Any]]]:
     """The rows of each line of a panel, by ascending keep rate; horizons ascend too."""
     found = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["horizon"], row["net"])):

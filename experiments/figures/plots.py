@@ -42,7 +42,7 @@ STYLES: dict[str, dict[str, Any]] = {
 AXIS_COLORS = {"kappa": "#b3301c", "rho": "#1f5f8b", "eta": "#2e7d4f"}
 
 
-class Row(NamedTuple):
+class ResultRow(NamedTuple):
     """A row of a CSV; numbers are numbers."""
 
     run: str  # the file's name without its seed
@@ -60,7 +60,7 @@ class Row(NamedTuple):
         return tuple(value for name, value in self.fields.items() if name.startswith(f"{kind}_"))
 
 
-def load(folder: pathlib.Path, *patterns: str) -> list[Row]:
+def load(folder: pathlib.Path, *patterns: str) -> list[ResultRow]:
     """The rows of all CSVs `MODEL/NAME` under `folder` that match; `UserError` if there are none.
 
     Names of texts and files apart, values that are numbers become numbers.
@@ -82,7 +82,7 @@ def available(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
     return there
 
 
-def drawn(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
+def with_random_schedules(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
     """Those of `runs` that have random schedules one by one; `UserError` if none has.
 
     They are of NAME-random, evaluated apart on less text, or else of NAME.
@@ -100,13 +100,13 @@ def drawn(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def panels(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, list[Row]]:
+def panels(folder: pathlib.Path, runs: dict[str, str]) -> dict[str, list[ResultRow]]:
     """Title -> front of those of `runs` that were evaluated."""
     there = available(folder, runs)
-    return {title: front(load(folder, f"{MODEL}/{name}-s*")) for name, title in there.items()}
+    return {title: front_rows(load(folder, f"{MODEL}/{name}-s*")) for name, title in there.items()}
 
 
-def draws(folder: pathlib.Path, pattern: str) -> list[Row]:
+def random_schedules(folder: pathlib.Path, pattern: str) -> list[ResultRow]:
     """The random schedules of all CSVs that match, those with nothing held dense."""
     paths = sorted(folder.glob(f"{pattern}-draws.csv"))
     if not paths:
@@ -117,22 +117,25 @@ def draws(folder: pathlib.Path, pattern: str) -> list[Row]:
     return rows
 
 
-def read(path: pathlib.Path) -> list[Row]:
+def read(path: pathlib.Path) -> list[ResultRow]:
     """The rows of one CSV."""
     stem = path.stem.removesuffix("-draws")
     match = re.search(r"-s(\d+)$", stem)
     name, seed = (stem[: match.start()], match[1]) if match else (stem, "")
-    return [Row(name, seed, {name: value(text) for name, text in row.items()}) for row in results.read(path)]
+    return [
+        ResultRow(name, seed, {name: number_or_text(text) for name, text in row.items()})
+        for row in results.read(path)
+    ]
 
 
-def value(text: str) -> Any:
+def number_or_text(text: str) -> Any:
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def front(rows: Iterable[Row]) -> list[Row]:
+def front_rows(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The rows of the quality-efficiency front: nothing held dense, budgets not of a single axis' sweep."""
     return [row for row in rows if not row.held and not row.along]
 
@@ -146,7 +149,7 @@ class Point(NamedTuple):
     high: float
 
 
-def points(rows: Iterable[Row], controller: str, measure: str, over: str = "net") -> list[Point]:
+def points(rows: Iterable[ResultRow], controller: str, measure: str, over: str = "net") -> list[Point]:
     """The column `measure` of a controller over the column `over`, in ascending order."""
     by_budget = defaultdict(list)
     for row in rows:
@@ -165,7 +168,7 @@ def points(rows: Iterable[Row], controller: str, measure: str, over: str = "net"
 
 def draw(
     axes: Axes,
-    rows: Iterable[Row],
+    rows: Iterable[ResultRow],
     controllers: Sequence[str],
     measure: str,
     over: str = "net",
@@ -181,7 +184,9 @@ def draw(
             axes.errorbar(x, y, yerr=[y - low, high - y], **looks)
 
 
-def draw_pair(top: Axes, bottom: Axes, rows: Sequence[Row], title: str, controllers: Sequence[str]) -> None:
+def draw_pair(
+    top: Axes, bottom: Axes, rows: Sequence[ResultRow], title: str, controllers: Sequence[str]
+) -> None:
     """Perplexity above, and what the policy gains over each other controller below."""
     draw(top, rows, ("policy", *controllers), "perplexity")
     dense = [row.perplexity for row in rows if row.controller == "dense"]
@@ -200,7 +205,7 @@ def wide(panels: int, height: float) -> tuple[float, float]:
 
 
 def fronts(
-    panels: Mapping[str, Sequence[Row]], controllers: Sequence[str] = ("fixed", "random", "random_best")
+    panels: Mapping[str, Sequence[ResultRow]], controllers: Sequence[str] = ("fixed", "random", "random_best")
 ) -> Figure:
     """A column per panel: perplexity over the net keep rate, and the policy's gains with their intervals."""
     size = wide(len(panels), 6.2)
@@ -214,7 +219,7 @@ def fronts(
     return finish(figure, grid[0, 0], [row for rows in panels.values() for row in rows])
 
 
-def finish(figure: Figure, axes: Axes, rows: Sequence[Row]) -> Figure:
+def finish(figure: Figure, axes: Axes, rows: Sequence[ResultRow]) -> Figure:
     """Puts the legend of `axes` below the figure and the caption of `rows` above it."""
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(
@@ -224,7 +229,7 @@ def finish(figure: Figure, axes: Axes, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[ResultRow]) -> str:
     """Model, text and sizes, and what the bars are."""
 
     def all_of(name: str) -> str:

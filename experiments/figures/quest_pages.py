@@ -2,9 +2,10 @@
 
     python -m experiments.figures.quest_pages
 
-Reads `pages.csv` of SmolLM2-135M, as `experiments.studies.quest_pages` wrote it; of every run the middle one of its
-budgets.  Left: what the fixed schedule loses against dense decoding.  Middle: the policy's gain over it.
-Right: the share of the cache that the policy reads.
+Reads `pages.csv` of SmolLM2-135M, which `experiments.studies.quest_pages` wrote, at the middle budget of each
+run, and writes `docs/figures/quest_pages.png`.  The left panel shows what the fixed schedule loses against
+dense decoding, the middle one the policy's gain over it, the right one the share of the cache that the policy
+reads.
 """
 
 import csv
@@ -36,7 +37,7 @@ def read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
         ) from error
     by_run = defaultdict(list)
     for row in rows:
-        by_run[row["run"]].append({name: plots.value(text) for name, text in row.items()})
+        by_run[row["run"]].append({name: plots.number_or_text(text) for name, text in row.items()})
     found = {}
     for run, same in by_run.items():
         budgets = list(dict.fromkeys(row["budget"] for row in same))

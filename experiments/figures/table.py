@@ -21,7 +21,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation.scoring import POLICY
 
 
-def largest_miss(rows: Sequence[plots.Row]) -> tuple[float, str]:
+def largest_miss(rows: Sequence[plots.ResultRow]) -> tuple[float, str]:
     """How far a realised cost of the policy is from the requested one, at most, and on which axis."""
     names = [name.removeprefix("cost_") for name in rows[0].fields if name.startswith("cost_")]
     return max(
@@ -32,11 +32,11 @@ def largest_miss(rows: Sequence[plots.Row]) -> tuple[float, str]:
     )
 
 
-def line(name: str, rows: Sequence[plots.Row], against: str) -> str:
+def line(name: str, rows: Sequence[plots.ResultRow], against: str) -> str:
     """One run's line, of the seeds that were compared with that controller."""
     seeds = {row.seed for row in rows if row.controller == against}
     rows = [row for row in rows if row.seed in seeds]
-    front = plots.front(rows)
+    front = plots.front_rows(rows)
     gains = plots.points(front, against, "gain")
     work = [plots.points(front, POLICY, name) for name in ("bytes", "flops")]
     cells = [

@@ -1,1 +1,1 @@
-"""What the paper lacks: statistics and experiments of our own, each a program."""
+"""Questions the paper does not answer, put to policies and their evaluations: each module writes a CSV."""

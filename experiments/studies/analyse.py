@@ -1,19 +1,25 @@
-"""Statistics the paper lacks, from CSVs and scores of evaluations.
+"""Statistics that the paper lacks, computed from CSVs and scores of evaluations.
 
-    python -m experiments.studies.analyse wins --results experiments/results/smollm2-135m/sol-j-*.csv --output F.csv
-    python -m experiments.studies.analyse misses --results experiments/results/smollm2-135m/grid/*.csv --output F.csv
-    python -m experiments.studies.analyse updates --workdirs runs/fl-s0 runs/fl-s1 --output F.csv
-    python -m experiments.studies.analyse spending --scores runs/fl-s0/results.scores/* --output F.csv
+    python -m experiments.studies.analyse wins --output wins.csv \\
+        --results experiments/results/smollm2-135m/sol-j-*.csv
+    python -m experiments.studies.analyse misses --output misses.csv \\
+        --results experiments/results/smollm2-135m/grid/*.csv
+    python -m experiments.studies.analyse updates --workdirs runs/fl-s0 runs/fl-s1 --output updates.csv
+    python -m experiments.studies.analyse spending --scores runs/fl-s0/results.scores/* --output spending.csv
     python -m experiments.studies.analyse over_fixed --scores runs/fl-s0/results.scores/* --output F.csv
-    python -m experiments.studies.analyse effect --scores CLEAN --others STALE --label stale_prefill --output F.csv
+    python -m experiments.studies.analyse effect --scores CLEAN --others STALE --label stale_prefill \\
+        --output stale_prefill.csv
 
-`wins`: at how many budgets of the front, and in how many runs, the policy beats each other controller.
-`misses`: how far its realised costs are from the requested ones.  `updates`: how the gain over the fixed
-schedule grows while training.  `spending`: what the cost of a step goes with: word starts, digits,
-punctuation, the dense model's entropy, the step in the episode.  `over_fixed`: what each controller, not
-the policy alone, gains over the fixed schedule.  `effect`: what a change to the evaluation
-(the authors' stale prefill; protected sinks and window) does to scores and gains on the same text.  Folders
-of scores are those that `sol_jax.evaluate` leaves beside its CSV; intervals are over documents.
+`wins` counts at how many budgets of the front, and in how many runs, the policy beats each other controller.
+`misses` tells how far its realised costs are from the requested ones.  `updates` shows how the gain over the
+fixed schedule grows while training.  `spending` correlates the cost of a step with word starts, digits,
+punctuation, the dense model's entropy and the step in the episode.  `over_fixed` tells what each controller,
+not the policy alone, gains over the fixed schedule.  `effect` tells what a change to the evaluation (the
+authors' stale prefill; protected sinks and window) does to scores and gains on the same text.
+
+Each reads what its options name and writes the CSV `--output`, one row per estimate.  `--results` are CSVs of
+`sol_jax.evaluate`; folders of scores are those that it leaves beside its CSV; `--workdirs` are training runs.
+Intervals are over documents.
 """
 
 import argparse
@@ -33,10 +39,10 @@ from sol_jax.evaluation.scoring import POLICY, EntryScores
 from sol_jax.evaluation.statistics import document_bootstrap, document_correlation
 from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
 
-Record = dict[str, Any]
+CsvRow = dict[str, Any]
 
 
-def interval(name: str, estimate: tuple[float, float, float]) -> Record:
+def interval(name: str, estimate: tuple[float, float, float]) -> CsvRow:
     """Three columns of an estimate and its interval."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
 
@@ -44,14 +50,14 @@ def interval(name: str, estimate: tuple[float, float, float]) -> Record:
 # --- wins --------------------------------------------------------------------------------------------
 
 
-def wins(rows: Sequence[plots.Row]) -> list[Record]:
+def wins(rows: Sequence[plots.ResultRow]) -> list[CsvRow]:
     """Per run and controller the share of the front's budgets at which the policy is better, and clearly so.
 
     "Clearly": its interval excludes 0; `clearly_worse` likewise.  Runs that differ by their seed alone also
     have a line together, seed "all", with the share of runs that win at every budget.
     """
     by_run = defaultdict(list)
-    for row in plots.front(rows):
+    for row in plots.front_rows(rows):
         if row.controller not in (POLICY, "dense"):
             by_run[row.run, row.controller, row.seed].append(row)
     found = [
@@ -67,7 +73,7 @@ def wins(rows: Sequence[plots.Row]) -> list[Record]:
     return found
 
 
-def _share(rows: Sequence[plots.Row]) -> Record:
+def _share(rows: Sequence[plots.ResultRow]) -> CsvRow:
     gains = np.array([row.gain for row in rows])
     return {
         "budgets": len(rows),
@@ -82,7 +88,7 @@ def _share(rows: Sequence[plots.Row]) -> Record:
 # --- misses ------------------------------------------------------------------------------------------
 
 
-def misses(rows: Sequence[plots.Row], bound: float = 0.03) -> list[Record]:
+def misses(rows: Sequence[plots.ResultRow], bound: float = 0.03) -> list[CsvRow]:
     """Per run and axis how far realised costs are from requested ones, over all budgets of the policy."""
     by_run = defaultdict(list)
     for row in rows:
@@ -107,7 +113,7 @@ def misses(rows: Sequence[plots.Row], bound: float = 0.03) -> list[Record]:
     return found
 
 
-def _misses(rows: Sequence[plots.Row]) -> dict[str, np.ndarray]:
+def _misses(rows: Sequence[plots.ResultRow]) -> dict[str, np.ndarray]:
     """Realised less requested cost of each row, by axis; `any` is that of the axis that misses by most."""
     miss_NxX = np.array([np.subtract(row.per_axis("cost"), row.per_axis("requested")) for row in rows])
     names = [key.removeprefix("cost_") for key in rows[0].fields if key.startswith("cost_")]
@@ -120,7 +126,7 @@ def _misses(rows: Sequence[plots.Row]) -> dict[str, np.ndarray]:
 # --- updates -----------------------------------------------------------------------------------------
 
 
-def updates(workdirs: Sequence[pathlib.Path]) -> list[Record]:
+def updates(workdirs: Sequence[pathlib.Path]) -> list[CsvRow]:
     """The validation scalars of `metrics.jsonl`, a line per run and evaluation."""
     found = []
     for workdir in workdirs:
@@ -186,7 +192,7 @@ def step_costs(scored: CachedScores, scores: EntryScores) -> dict[str, np.ndarra
     return {"net": np.mean(list(by_axis.values()), 0), **by_axis}
 
 
-def spending(scored: CachedScores, tokenizer: Tokenizer) -> list[Record]:
+def spending(scored: CachedScores, tokenizer: Tokenizer) -> list[CsvRow]:
     """Correlation of the policy's cost per step with each feature, per budget and over all of them.
 
     Over all budgets ("all") costs count from the mean of their budget.  `within_step` is the correlation
@@ -201,9 +207,9 @@ def spending(scored: CachedScores, tokenizer: Tokenizer) -> list[Record]:
         columns = {"/".join(f"{c:g}" for c in asked[j]): cost[:, :, j] for j in range(J)}
         for name, value in known.items():
 
-            def correlations(columns: Sequence[np.ndarray], value: np.ndarray = value) -> Record:
+            def correlations(columns: Sequence[np.ndarray], value: np.ndarray = value) -> CsvRow:
                 documents = np.tile(document, len(columns))
-                record: Record = {}
+                record: CsvRow = {}
                 for measure, over in (("correlation", (0, 1, 2)), ("within_step", (0, 1))):
                     y = np.concatenate([_centred(column, over) for column in columns])
                     x = np.tile(_centred(value, over), len(columns))
@@ -224,7 +230,7 @@ def _centred(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
     return np.where(np.abs(rest) < 1e-9, 0.0, rest)
 
 
-def _split(value: np.ndarray, cost: np.ndarray) -> Record:
+def _split(value: np.ndarray, cost: np.ndarray) -> CsvRow:
     """Mean cost with and without a kind; nothing for features that are no kinds."""
     if not set(np.unique(value)) <= {0.0, 1.0} or len(np.unique(value)) < 2:
         return {}
@@ -241,7 +247,7 @@ def _job(scored: CachedScores, controller: str) -> tuple[list[tuple[float, ...]]
 # --- over_fixed --------------------------------------------------------------------------------------
 
 
-def over_fixed(scored: CachedScores, run: str) -> list[Record]:
+def over_fixed(scored: CachedScores, run: str) -> list[CsvRow]:
     """What the policy and whatever plays one schedule of its costs gain over `fixed`, budget by budget."""
     asked, fixed = _by_budget(scored, "fixed")
     found = []
@@ -251,7 +257,7 @@ def over_fixed(scored: CachedScores, run: str) -> list[Record]:
         for budget, logp_N in zip(*_by_budget(scored, controller), strict=True):
             if budget not in asked:
                 continue
-            record: Record = {"run": run, "controller": controller}
+            record: CsvRow = {"run": run, "controller": controller}
             record["budget"] = "/".join(f"{c:g}" for c in budget)
             gain_N = logp_N - fixed[asked.index(budget)]
             found.append(record | interval("gain", document_bootstrap(gain_N, scored.document_N)))
@@ -261,7 +267,7 @@ def over_fixed(scored: CachedScores, run: str) -> list[Record]:
 # --- effect ------------------------------------------------------------------------------------------
 
 
-def effect(one: CachedScores, other: CachedScores, label: str) -> list[Record]:
+def effect(one: CachedScores, other: CachedScores, label: str) -> list[CsvRow]:
     """What `other` does differently to the policy and to its gain over each controller, budget by budget.
 
     Paired by block: the difference of scores in nats per token (below 0: `other` is worse), and that of the
@@ -275,7 +281,7 @@ def effect(one: CachedScores, other: CachedScores, label: str) -> list[Record]:
         if budget not in own[1]:
             continue
         shift_N = own[1][budget] - own[0][budget]
-        record: Record = {"label": label, "budget": "/".join(f"{c:g}" for c in budget)}
+        record: CsvRow = {"label": label, "budget": "/".join(f"{c:g}" for c in budget)}
         found.append(
             record | {"controller": POLICY} | interval("shift", document_bootstrap(shift_N, one.document_N))
         )
@@ -313,7 +319,7 @@ def _by_budget(scored: CachedScores, controller: str) -> tuple[list[tuple[float,
 # --- the program -------------------------------------------------------------------------------------
 
 
-def _evaluations(paths: Sequence[pathlib.Path]) -> list[plots.Row]:
+def _evaluations(paths: Sequence[pathlib.Path]) -> list[plots.ResultRow]:
     found = []
     for path in paths:
         rows = plots.read(path)

@@ -3,11 +3,11 @@
     python -m experiments.studies.own_text --source data/train_books/books.jsonl.gz --num_prompts 512 \\
         --output runs/dense.jsonl
     python -m experiments.studies.own_text --source data/train_books/books.jsonl.gz --num_prompts 512 \\
-        --policy smollm2-135m/sol-j-fl-t16 --budget 0.4,0.6,0.5 --output runs/compressed.jsonl
+        --policy smollm2-135m/sol-j-fl --budget 0.4,0.6,0.5 --output runs/compressed.jsonl
 
-Each line is a passage's beginning and its continuation, drawn at `--temperature` from the dense model, or
-from the model under a policy.  Passages lie `--stride` tokens apart in their documents.  A line that is there
-already stays, so that a killed run goes on where it stopped.
+Reads documents and writes lines of JSON.  Each line is a passage's beginning and its continuation, drawn at
+`--temperature` from the dense model, or from the model under a policy.  Passages lie `--stride` tokens apart
+in their documents.  A line that is there already stays, so that a killed run goes on where it stopped.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from experiments.tasks.item_records import append
+from experiments.tasks.item_records import append_lines
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.generation.engine import Engine, Request, generate
 from sol_jax.generation.load_engine import open_engine, show_log
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = progress(len(requests), done, args.output.name)
     for start in range(done, len(requests), args.batch_size):
         batch = requests[start : start + args.batch_size]
-        append(args.output, lines(engine, batch))
+        append_lines(args.output, lines(engine, batch))
         bar.update(start + len(batch))
     bar.close()
 

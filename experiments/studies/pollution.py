@@ -3,9 +3,10 @@
     python -m experiments.studies.pollution --source data/wikitext2/wiki.test.raw.gz \\
         --document_start '^ = [^=].* = $' --output experiments/results/pollution.csv
 
-One axis is compressed for a few steps after a dense prefill, then all is dense again; whatever those later
-steps lose, they lose to the entries that the compressed ones left behind.  Writes a row per axis and level,
-and the change at each later step to a second CSV.  About 5 minutes on two CPU cores (SmolLM2-135M).
+One axis is compressed for a few steps after a dense prefill, then all is dense again.  Whatever those later
+steps lose, they lose to the entries that the compressed ones left behind.  The program writes one row per
+axis and level, and the change at each later step to a second CSV, `NAME-curves.csv`.  It takes about 5
+minutes on two CPU cores (SmolLM2-135M).
 
 Protocol: docs/method.md, "Comparisons".  An end-of-text token ends each document of the text.
 """
@@ -41,7 +42,7 @@ AXES = ("kappa", "rho", "eta")
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class PollutionProtocol:
     """Lengths in tokens, and the levels tried on each axis (the top ones are dense and left out)."""
 
     prefix: int = 512
@@ -104,7 +105,7 @@ def measure(
     weights: Weights,
     model: LlamaConfig,
     token_NxM: np.ndarray,
-    protocol: Protocol,
+    protocol: PollutionProtocol,
     batch_size: int,
     progress: Callable[[int], None] = lambda entries: None,
 ) -> np.ndarray:
@@ -149,7 +150,7 @@ def tail_curves(delta_NxT: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def rows_of(
-    nll_NxCxT: np.ndarray, document_N: np.ndarray, protocol: Protocol
+    nll_NxCxT: np.ndarray, document_N: np.ndarray, protocol: PollutionProtocol
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """A CSV row per column, and one per column and later step.  Intervals are over documents."""
     rows, curve_rows = [], []
@@ -189,11 +190,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=123)
-    parser.add_argument("--prefix", type=int, default=Protocol.prefix, help="tokens of dense prefill")
-    parser.add_argument("--tail", type=int, default=Protocol.tail, help="dense steps after compressed ones")
+    parser.add_argument(
+        "--prefix", type=int, default=PollutionProtocol.prefix, help="tokens of dense prefill"
+    )
+    parser.add_argument(
+        "--tail", type=int, default=PollutionProtocol.tail, help="dense steps after compressed ones"
+    )
     parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
     args = parser.parse_args(argv)
-    protocol = Protocol(prefix=args.prefix, tail=args.tail)
+    protocol = PollutionProtocol(prefix=args.prefix, tail=args.tail)
     path = load.resolve(args.model)
     model, tokenizer = load.load_config(path, args.dtype), load_tokenizer(path)
     stream_M, document_M = token_stream(args.source, args.document_start, tokenizer)

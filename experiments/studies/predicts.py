@@ -1,15 +1,16 @@
-"""Does the teacher-forced reward predict what a policy does downstream?
+"""Does the likelihood of given text, the reward of training, predict what a policy does on tasks?
 
     python -m experiments.studies.predicts --evaluations experiments/results/smollm2-135m/sol-j-*.csv \\
         --tasks experiments/results/smollm2-135m/downstream-*.csv --output experiments/results/predicts.csv
 
-A point is a controller at a requested budget of a run: its mean log-probability per token on text (of
-`sol_jax.evaluate`) and, on each task (of `experiments.tasks.downstream`), its accuracy and the log-probability of
-right answers. Dense decoding, which is the same at every budget, is no point. Points are joined by run,
-controller and requested budget, so evaluate both at the same budgets. One row per task and measure:
-Pearson's and Spearman's correlation over the points, with 95 % intervals, bootstrapped over points; `within`
-is Pearson's once the mean over the controllers of each run and budget is taken off both, which leaves out
-that everything gets better with more compute.
+A point is a controller at a requested budget of a run.  It has a mean log-probability per token on text (from
+CSVs of `sol_jax.evaluate`) and, on each task, an accuracy and the log-probability of right answers (from CSVs
+of `experiments.tasks.downstream`).  Dense decoding, which is the same at every budget, is no point.  Points
+are joined by run, controller and requested budget, so evaluate both at the same budgets.
+
+The CSV has one row per task and measure: Pearson's and Spearman's correlation over the points, with 95 %
+intervals, bootstrapped over points.  `within` is Pearson's once the mean over the controllers of each run and
+budget is taken off both, which leaves out that everything gets better with more compute.
 """
 
 import argparse
@@ -21,37 +22,37 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import plots
-from experiments.tasks import prompts as tasks
+from experiments.tasks import prompts
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_correlation
 
 CHOICE = "multiple_choice"  # the mean over the tasks with choices that all runs have
-Place = tuple[str, str, tuple[float, ...]]  # run, controller, requested budget
+PointKey = tuple[str, str, tuple[float, ...]]  # run, controller, requested budget
 
 
-def place(row: plots.Row) -> Place:
+def point_key(row: plots.ResultRow) -> PointKey:
     """What joins a row of text with rows of tasks; policies go by the last part of their name."""
     asked = tuple(round(float(cost), 6) for cost in row.per_axis("requested"))
     return pathlib.PurePath(str(row.fields["run"])).name, str(row.controller), asked
 
 
-def text_scores(rows: Sequence[plots.Row]) -> dict[Place, float]:
+def text_scores(rows: Sequence[plots.ResultRow]) -> dict[PointKey, float]:
     """Mean log-probability per token on text."""
-    return {place(row): -float(row.nats) for row in rows if not row.held and row.controller != "dense"}
+    return {point_key(row): -float(row.nats) for row in rows if not row.held and row.controller != "dense"}
 
 
-def task_scores(rows: Sequence[plots.Row]) -> dict[tuple[str, str], dict[Place, float]]:
-    """(task, measure) -> place -> score, higher is better; accuracies also as a mean over tasks."""
-    found: dict[tuple[str, str], dict[Place, float]] = defaultdict(dict)
-    accuracies: dict[Place, dict[str, float]] = defaultdict(dict)
+def task_scores(rows: Sequence[plots.ResultRow]) -> dict[tuple[str, str], dict[PointKey, float]]:
+    """(task, measure) -> point -> score, higher is better; accuracies also as a mean over tasks."""
+    found: dict[tuple[str, str], dict[PointKey, float]] = defaultdict(dict)
+    accuracies: dict[PointKey, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if isinstance(row.fields.get("nats"), float):
-            found[row.task, "logp"][place(row)] = -row.nats
+            found[row.task, "logp"][point_key(row)] = -row.nats
         if isinstance(row.fields.get("accuracy"), float):
-            found[row.task, "accuracy"][place(row)] = row.accuracy
-            if row.task in tasks.TASKS and not tasks.TASKS[row.task].free:
-                accuracies[place(row)][row.task] = row.accuracy
+            found[row.task, "accuracy"][point_key(row)] = row.accuracy
+            if row.task in prompts.TASKS and not prompts.TASKS[row.task].free:
+                accuracies[point_key(row)][row.task] = row.accuracy
     common = set[str]().union(*accuracies.values()).intersection(*accuracies.values())
     if common:
         found[CHOICE, "accuracy"] = {
@@ -66,7 +67,7 @@ def ranks(x_N: np.ndarray) -> np.ndarray:
     return (np.cumsum(count) - (count + 1) / 2)[which_N]
 
 
-def correlations(points: dict[Place, tuple[float, float]]) -> dict[str, Any]:
+def correlations(points: dict[PointKey, tuple[float, float]]) -> dict[str, Any]:
     """Columns of one row: Pearson, Spearman and the correlation within budgets."""
     x_N, y_N = np.array(list(points.values())).T
     budget_N = np.unique([f"{run} {asked}" for run, _, asked in points], return_inverse=True)[1]
@@ -86,7 +87,7 @@ def correlations(points: dict[Place, tuple[float, float]]) -> dict[str, Any]:
     return found
 
 
-def predicts(text: Sequence[plots.Row], tasks: Sequence[plots.Row]) -> list[dict[str, Any]]:
+def predicts(text: Sequence[plots.ResultRow], tasks: Sequence[plots.ResultRow]) -> list[dict[str, Any]]:
     """The rows of the CSV; `UserError` if too few points are in both."""
     known, found = text_scores(text), []
     for (task, measure), scores in sorted(task_scores(tasks).items()):

@@ -1,13 +1,14 @@
 """Where in a page of Quest's keys schedules lose likelihood and policies gain it.
 
-    python -m experiments.studies.quest_pages --scores experiments/results/smollm2-135m/sol-j-fl-t16-s0.scores/* \\
+    python -m experiments.studies.quest_pages --scores runs/fl-s0/results.scores/* \\
         --output experiments/results/smollm2-135m/pages.csv
 
 Quest protects nothing: the newest page, which holds few keys after each page boundary, competes with whole
-ones, so that the last tokens may be dropped where they are needed most.  One row per run, requested budget
-and number of keys in the newest page (the step's own included): what the fixed schedule loses against dense
-decoding there, the policy's gain over it, both in nats per token with 95 % intervals over documents, and what
-either spends on each axis.  EntryScores are what `sol_jax.evaluate` leaves beside its CSV.
+ones, so that the last tokens may be dropped where they are needed most.  The CSV has one row per run,
+requested budget and number of keys in the newest page (the step's own included).  A row tells what the fixed
+schedule loses against dense decoding there and what the policy gains over it, both in nats per token with
+95 % intervals over documents, and what either spends on each axis.  `--scores` are folders that
+`sol_jax.evaluate` leaves beside its CSV.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.studies.analyse import Record, interval, step_costs
+from experiments.studies.analyse import CsvRow, interval, step_costs
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.score_cache import CachedScores, read_folder
@@ -31,7 +32,7 @@ def newest_page(scored: CachedScores, page_size: int) -> np.ndarray:
     return (position % page_size + 1).reshape(W, T)
 
 
-def pages(scored: CachedScores, run: str, page_size: int) -> list[Record]:
+def pages(scored: CachedScores, run: str, page_size: int) -> list[CsvRow]:
     """The rows of one run; `UserError` if its scores lack a controller."""
     for name in (POLICY, "fixed", "dense"):
         if (name, "") not in scored.groups:
@@ -51,7 +52,7 @@ def pages(scored: CachedScores, run: str, page_size: int) -> list[Record]:
             here_WxT = newest_WxT == keys
             if not here_WxT.any():
                 continue
-            record: Record = {"run": run, "budget": "/".join(f"{c:g}" for c in budget), "keys": keys}
+            record: CsvRow = {"run": run, "budget": "/".join(f"{c:g}" for c in budget), "keys": keys}
             record |= {"tokens": int(here_WxT.sum()) * len(loss)}
             for name, value in (("loss", loss), ("gain", gain)):
                 mean_N = value[:, here_WxT].mean(1, dtype=np.float64)

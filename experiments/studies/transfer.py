@@ -1,11 +1,13 @@
 """What a policy that learned on given text does when the model writes its own.
 
-    python -m experiments.studies.transfer --policies smollm2-135m/sol-j-fl-t16 --document_start '^ = [^=].* = $' \\
-        --source data/wikitext2/wiki.test.raw.gz --output experiments/results/transfer.csv
+    python -m experiments.studies.transfer --policies smollm2-135m/sol-j-fl \\
+        --source data/wikitext2/wiki.test.raw.gz --document_start '^ = [^=].* = $' \\
+        --output experiments/results/transfer.csv
 
 Each document's beginning is continued densely, under each policy and by the fixed schedule of the cost that
 the policy realised on that prompt; with and without the dense refresh of the cache after each episode, and
-in lossless mode.  One row per policy, budget, mode and controller, with these measures of each prompt's text:
+in lossless mode.  The CSV has one row per policy, budget, mode and controller, with these measures of each
+prompt's text:
 
     logp          the dense model's log-probability, per token
     repetition    share of the 4-grams that were there before
@@ -16,9 +18,9 @@ in lossless mode.  One row per policy, budget, mode and controller, with these m
     bytes, flops  of steps, policy and refresh or check, as shares of dense decoding of the same tokens: in
                   lossless mode 1 / bytes is the tokens accepted for the bytes of one dense step
 
-Intervals are 95 %, bootstrapped over prompts.  `NAME-prompts.csv` beside the output has the measures of every
-prompt, by which policies can be compared on the same prompts (`experiments.studies.paired`).  Policies that
-the output has already are not run again.
+Intervals are 95 %, bootstrapped over prompts.  A second CSV beside the output, `NAME-prompts.csv`, has the
+measures of every prompt, by which `experiments.studies.paired` compares policies on the same prompts.
+Policies that the output has already are not run again.
 
 Source: docs/method.md, "Generation".
 """

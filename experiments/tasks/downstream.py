@@ -1,14 +1,15 @@
 """Downstream tasks under a policy, beside dense decoding and schedules of the same cost (figure 6).
 
-    python -m experiments.tasks.downstream --policy smollm2-135m/sol-j-fl-t16-page --data FOLDER --limit 200 \\
+    python -m experiments.tasks.downstream --policy smollm2-135m/sol-j-fl --data FOLDER --limit 200 \\
         --budgets '0.3,0.55,0.5;0.5,0.7,0.65' --random 4 \\
-        --output experiments/results/smollm2-135m/downstream-sol-j-fl-t16-page-s0.csv
+        --output experiments/results/smollm2-135m/downstream-sol-j-fl-s0.csv
 
-writes a row per task, controller and requested budget: accuracy with its 95 % interval (Wilson), McNemar's
-exact test of the policy against that controller on the same items, nats per token of the right answer, and
-realised costs.  What came of every item lies in `NAME-items/` beside the CSV, by which a killed sweep
-goes on.  Schedules are matched to the costs that the policy realised on the task.  `random_best` is the draw
-that was right most often on the very items it is judged by, which favours it.
+Reads items as `experiments.tasks.prompts` describes and writes one row per task, controller and requested
+budget: accuracy with its 95 % interval (Wilson), McNemar's exact test of the policy against that controller
+on the same items, nats per token of the right answer, and realised costs.  Records of single items go to
+`NAME-items/` beside the CSV, so that a killed sweep goes on; they are not committed.  Schedules are matched
+to the costs that the policy realised on the task.  `random_best` is the draw that was right most often on
+the very items it is judged by, which favours it.
 """
 
 import argparse
@@ -20,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks import item_records as item_files
-from experiments.tasks import prompts as tasks
-from experiments.tasks.item_records import Record
-from experiments.tasks.sweep import Job, Sweep
+from experiments.tasks import item_records, prompts
+from experiments.tasks.item_records import ItemRecord
+from experiments.tasks.sweep import TaskRun, TaskSweep
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
@@ -38,18 +38,18 @@ IDENTITY = ("run", "model", "dtype", "limit", "seed", "horizon")
 
 
 def row(
-    task: str, controller: str, asked: Mapping[str, float], mine: list[Record], policy: list[Record]
+    task: str, controller: str, asked: Mapping[str, float], mine: list[ItemRecord], policy: list[ItemRecord]
 ) -> dict[str, Any]:
     """A line of the CSV: one controller, beside the policy on the same items.
 
     `nats` are per token of the right answer, and `gain` is how many fewer the policy takes, with its 95 %
     interval over items.
     """
-    names, cost_X = list(asked), item_files.mean_cost(mine)
+    names, cost_X = list(asked), item_records.mean_cost(mine)
     found: dict[str, Any] = {"task": task, "controller": controller}
     found |= {f"requested_{name}": value for name, value in asked.items()}
     found |= {f"cost_{name}": float(x) for name, x in zip(names, cost_X, strict=True)}
-    found |= {"net": float(cost_X.mean()), **item_files.shares(mine), "items": len(mine)}
+    found |= {"net": float(cost_X.mean()), **item_records.shares(mine), "items": len(mine)}
     for name, column in (("accuracy", "right"), ("accuracy_norm", "right_norm")):
         right_N, other_N = ([getattr(record, column) for record in part] for part in (mine, policy))
         # A reference solution is the only choice: always right, which says nothing.
@@ -69,27 +69,27 @@ def row(
     return found | {"note": results.NOTES.get(controller, "")}
 
 
-def rows(sweep: Sweep, asked: budgets.Budgets, tell: Callable[[int], None]) -> list[dict[str, Any]]:
+def rows(sweep: TaskSweep, asked: budgets.Budgets, report: Callable[[int], None]) -> list[dict[str, Any]]:
     """Runs one task; all its lines of the CSV."""
     names, found = [axis.name for axis in sweep.engines["dense"].cfg.space.axes], []
-    dense = sweep.run(Job("dense"), tell)
+    dense = sweep.run(TaskRun("dense"), report)
     for budget in asked:
-        policy = sweep.run(Job("policy", budget), tell)
-        ran = [sweep.run(job, tell) for job in sweep.matched(policy)]
+        policy = sweep.run(TaskRun("policy", budget), report)
+        ran = [sweep.run(task_run, report) for task_run in sweep.matched_schedules(policy)]
         by_name = {"policy": policy, "fixed": ran[0], "dense": dense}
         if len(ran) > 1:
-            by_name["random_best"] = max(ran[1:], key=_merit)
+            by_name["random_best"] = max(ran[1:], key=_draw_score)
         requested = dict(zip(names, budget, strict=True))
         found += [row(sweep.task, name, requested, mine, policy) for name, mine in by_name.items()]
     return found
 
 
-def _merit(records: Sequence[Record]) -> tuple[float, ...]:
+def _draw_score(records: Sequence[ItemRecord]) -> tuple[float, ...]:
     """What the best of random schedules is chosen by: items that are right, then their likelihood."""
     return sum(r.right for r in records), sum(r.logp[r.answer] if r.logp else 0.0 for r in records)
 
 
-def sample(examples: Sequence[tasks.Example], limit: int, seed: int) -> list[tasks.Example]:
+def sample(examples: Sequence[prompts.Example], limit: int, seed: int) -> list[prompts.Example]:
     """The first `limit` of a seeded shuffle (all for 0), longest first."""
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     chosen = [examples[n] for n in order[: limit or None]]
@@ -106,7 +106,9 @@ def engines(policy: Engine) -> dict[str, Engine]:
     return {"policy": policy} | {name: under(name) for name in ("dense", "fixed", "random")}
 
 
-def others(path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
+def rows_of_other_tasks(
+    path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]
+) -> list[dict[str, str]]:
     """The rows of other tasks in a CSV that goes on; `UserError` if it is about something else."""
     if not path.is_file():
         return []
@@ -122,10 +124,10 @@ def others(path: pathlib.Path, about: Mapping[str, Any], names: Sequence[str]) -
 
 def downstream(args: argparse.Namespace) -> None:
     """Runs the tasks one by one; the CSV grows by one task at a time."""
-    names = tasks.named(args.tasks.split(","))
+    names = prompts.named(args.tasks.split(","))
     if min(args.limit, args.random, args.seed) < 0 or args.batch_size < 1:
         raise UserError("--limit, --random and --seed must be at least 0, and --batch_size at least 1")
-    examples = {name: sample(tasks.load(args.data, name), args.limit, args.seed) for name in names}
+    examples = {name: sample(prompts.load(args.data, name), args.limit, args.seed) for name in names}
     asked: list[budgets.Budgets] = []
 
     def check(policy: Engine) -> None:
@@ -138,34 +140,35 @@ def downstream(args: argparse.Namespace) -> None:
     model = pathlib.PurePath(args.model.removeprefix("hub:")).name
     about = {"run": args.policy, "model": model, "dtype": args.dtype, "limit": args.limit, "seed": args.seed}
     about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}
-    kept = others(args.output, about, names)
+    kept = rows_of_other_tasks(args.output, about, names)
     under, folder = engines(policy), args.output.with_name(f"{args.output.stem}-items")
     sweeps = [
-        Sweep(name, examples[name], under, folder, args.batch_size, args.random, args.seed) for name in names
+        TaskSweep(name, examples[name], under, folder, args.batch_size, args.random, args.seed)
+        for name in names
     ]
-    jobs = 1 + len(asked[0]) * (2 + args.random)
-    done = [sum(_done(sweep, asked[0]) for sweep in sweeps)]
-    bar = progress(sum(jobs * len(sweep.examples) for sweep in sweeps), done[0], "items")
+    task_runs = 1 + len(asked[0]) * (2 + args.random)
+    done = [sum(_count_on_disk(sweep, asked[0]) for sweep in sweeps)]
+    bar = progress(sum(task_runs * len(sweep.examples) for sweep in sweeps), done[0], "items")
 
-    def tell(items: int) -> None:
+    def report(items: int) -> None:
         done[0] += items
         bar.update(done[0])
 
     for sweep in sweeps:
-        kept += [results.texts(line | about) for line in rows(sweep, asked[0], tell)]
+        kept += [results.texts(line | about) for line in rows(sweep, asked[0], report)]
         results.write(args.output, kept)
     bar.close()
     print(table(kept))
 
 
-def _done(sweep: Sweep, asked: budgets.Budgets) -> int:
+def _count_on_disk(sweep: TaskSweep, asked: budgets.Budgets) -> int:
     """Records that are there; of schedules, where the policy's are complete, for they depend on it."""
-    count = len(sweep.found(Job("dense")))
+    count = len(sweep.records_on_disk(TaskRun("dense")))
     for budget in asked:
-        policy = sweep.found(Job("policy", budget))
+        policy = sweep.records_on_disk(TaskRun("policy", budget))
         count += len(policy)
         if len(policy) == len(sweep.examples):
-            count += sum(len(sweep.found(job)) for job in sweep.matched(policy))
+            count += sum(len(sweep.records_on_disk(task_run)) for task_run in sweep.matched_schedules(policy))
     return count
 
 

@@ -1,4 +1,4 @@
-"""What came of every item of a downstream task, as lines of JSON; a sweep that was killed goes on by them."""
+"""Records of single items of a downstream task, as lines of JSON, by which a killed sweep goes on."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 from sol_jax.errors import UserError
 
 
-class Record(NamedTuple):
+class ItemRecord(NamedTuple):
     """One item under one controller.  Costs are of all its choices together."""
 
     item: str
@@ -26,7 +26,7 @@ class Record(NamedTuple):
     text: str = ""  # of a free answer
 
 
-def read(path: pathlib.Path) -> list[Record]:
+def read(path: pathlib.Path) -> list[ItemRecord]:
     """The whole lines of a file; none if it is not there."""
     if not path.is_file():
         return []
@@ -34,7 +34,7 @@ def read(path: pathlib.Path) -> list[Record]:
     for line in path.read_text().split("\n")[:-1]:  # what a killed process left after the last end of line
         try:
             found = json.loads(line)
-            records.append(Record(**{name: _tuple(value) for name, value in found.items()}))
+            records.append(ItemRecord(**{name: _tuple(value) for name, value in found.items()}))
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; delete it, and its items are run again") from None
     return records
@@ -44,12 +44,12 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def add(path: pathlib.Path, records: Sequence[Record]) -> None:
+def append_records(path: pathlib.Path, records: Sequence[ItemRecord]) -> None:
     """Appends records."""
-    append(path, [json.dumps(record._asdict(), ensure_ascii=False) for record in records])
+    append_lines(path, [json.dumps(record._asdict(), ensure_ascii=False) for record in records])
 
 
-def append(path: pathlib.Path, lines: Sequence[str]) -> None:
+def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
     """Appends lines; what a killed process began to write is cut off first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +62,14 @@ def append(path: pathlib.Path, lines: Sequence[str]) -> None:
         raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
-def mean_cost(records: Sequence[Record]) -> np.ndarray:
+def mean_cost(records: Sequence[ItemRecord]) -> np.ndarray:
     """Realised budget per axis; of no controllable step, that of dense ones."""
     steps = sum(record.steps for record in records)
     total_X = np.sum([record.cost for record in records], 0)
     return total_X / steps if steps else np.ones(len(total_X))
 
 
-def shares(records: Sequence[Record]) -> Mapping[str, float]:
+def shares(records: Sequence[ItemRecord]) -> Mapping[str, float]:
     """Bytes and operations as shares of the dense ones."""
     spent, dense = (np.sum([getattr(r, name) for r in records], 0) for name in ("work", "dense_work"))
     return dict(zip(("bytes", "flops"), (spent / dense).tolist(), strict=True))

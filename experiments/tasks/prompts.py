@@ -1,9 +1,10 @@
 """Downstream tasks as contexts and continuations, rendered as the lm-evaluation-harness does (0.4.13).
 
-    tasks.load(folder, "arc_easy")
+    prompts.load(folder, "arc_easy")
 
-reads `arc_easy/test.jsonl` and the like: items `{"id", "question", "choices", "answer"}`, of MMLU with
-`subject`, of GSM8K `{"id", "question", "answer_text", "answer_number"}`.
+reads `arc_easy/test.jsonl` and the like (`TASKS` names the file of each task).  An item is
+`{"id", "question", "choices", "answer"}`; of MMLU it also has `subject`; of GSM8K it is
+`{"id", "question", "answer_text", "answer_number"}`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The controllers of one downstream task, item by item; what is done is on disk for one that was killed."""
+"""Runs the controllers of one downstream task, item by item; what a killed run has done is on disk."""
 
 import dataclasses
 import functools
@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.tasks import item_records as item_files
-from experiments.tasks import prompts as tasks
-from experiments.tasks.item_records import Record
+from experiments.tasks import item_records, prompts
+from experiments.tasks.item_records import ItemRecord
 from sol_jax.axes.base import Work
 from sol_jax.digests import array_digest, digest
 from sol_jax.downstream import continuations
@@ -19,12 +18,12 @@ from sol_jax.generation import engine
 from sol_jax.generation.engine import Engine, Output, Request
 from sol_jax.generation.output_cost import dense_text_cost, text_cost
 
-VERSION = 1  # raise it when the same inputs would give other records
+VERSION = 2  # raise it when the same inputs would give other records
 CHUNK = 32  # items whose records are written at a time
 NEW_TOKENS = 256  # of a free answer
 
 
-class Job(NamedTuple):
+class TaskRun(NamedTuple):
     """One controller on one task."""
 
     controller: str
@@ -33,11 +32,11 @@ class Job(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sweep:
-    """The jobs of one task: items, longest first, and the engine of each controller."""
+class TaskSweep:
+    """The runs of one task: items, longest first, and the engine of each controller."""
 
     task: str
-    examples: Sequence[tasks.Example]
+    examples: Sequence[prompts.Example]
     engines: Mapping[str, Engine]
     folder: pathlib.Path  # of item files
     batch_size: int
@@ -48,89 +47,108 @@ class Sweep:
     def requests(self) -> list[list[Continuation]]:
         """The choices of every item, as tokens."""
         tokenizer, reach = self.engines["dense"].tokenizer, self.engines["dense"].cfg.model.max_position
-        reach -= NEW_TOKENS if tasks.TASKS[self.task].free else 0
+        reach -= NEW_TOKENS if prompts.TASKS[self.task].free else 0
         return [
-            [tasks.encode(tokenizer, *pair, reach) for pair in example.pairs] for example in self.examples
+            [prompts.encode(tokenizer, *pair, reach) for pair in example.pairs] for example in self.examples
         ]
 
-    def file(self, job: Job) -> pathlib.Path:
-        """Where a job's records lie; its name stands for all that decides them."""
-        own = self.engines[job.controller]
-        drawn = [self.seed, self.draws] if job.controller == "random" else []
-        decides: list[Any] = [VERSION, job, drawn]
-        decides += [repr(own.cfg), array_digest(own.params), array_digest(own.weights["final_norm"])]
+    def file(self, task_run: TaskRun) -> pathlib.Path:
+        """Where a run's records lie; its name stands for all that decides them."""
+        own = self.engines[task_run.controller]
+        drawn = [self.seed, self.draws] if task_run.controller == "random" else []
+        decides: list[Any] = [VERSION, task_run, drawn]
+        decides += [own.cfg.identity(), array_digest(own.params), own.identity]
         decides.append([dataclasses.astuple(example) for example in self.examples])
-        return self.folder / f"{self.task}-{job.controller}-{digest(decides)}.jsonl"
+        return self.folder / f"{self.task}-{task_run.controller}-{digest(decides)}.jsonl"
 
-    def found(self, job: Job) -> list[Record]:
+    def records_on_disk(self, task_run: TaskRun) -> list[ItemRecord]:
         """The records that are there, in the order of the items."""
-        by_item = {record.item: record for record in item_files.read(self.file(job))}
+        by_item = {record.item: record for record in item_records.read(self.file(task_run))}
         return [by_item[example.name] for example in self.examples if example.name in by_item]
 
-    def matched(self, policy: Sequence[Record]) -> list[Job]:
+    def matched_schedules(self, policy: Sequence[ItemRecord]) -> list[TaskRun]:
         """The schedules at the costs that the policy realised."""
-        target = tuple(round(float(cost), 6) for cost in item_files.mean_cost(policy))
-        return [Job("fixed", target), *(Job("random", target, draw) for draw in range(self.draws))]
+        target = tuple(round(float(cost), 6) for cost in item_records.mean_cost(policy))
+        return [TaskRun("fixed", target), *(TaskRun("random", target, draw) for draw in range(self.draws))]
 
-    def run(self, job: Job, tell: Callable[[int], None]) -> list[Record]:
-        """All records of a job; those that are not there are made and written, some items at a time."""
-        done = {record.item for record in self.found(job)}
+    def run(self, task_run: TaskRun, report: Callable[[int], None]) -> list[ItemRecord]:
+        """All records of a run; those that are not there are made and written, some items at a time."""
+        done = {record.item for record in self.records_on_disk(task_run)}
         left = [n for n, example in enumerate(self.examples) if example.name not in done]
-        plan_NxM = self._plan(job) if left else None
+        plan_NxM = self._plan(task_run) if left else None
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
-            free = tasks.TASKS[self.task].free
-            records = self._write_answers(job, chunk) if free else self._score(job, chunk, plan_NxM)
-            item_files.add(self.file(job), records)
-            tell(len(chunk))
-        return self.found(job)
+            free = prompts.TASKS[self.task].free
+            records = self._write_answers(task_run, chunk) if free else self._score(task_run, chunk, plan_NxM)
+            item_records.append_records(self.file(task_run), records)
+            report(len(chunk))
+        return self.records_on_disk(task_run)
 
-    def _plan(self, job: Job) -> np.ndarray | None:
+    def _plan(self, task_run: TaskRun) -> np.ndarray | None:
         """The schedule of all requests of all items; of a free answer, the engine makes it."""
-        if job.controller not in ("fixed", "random") or tasks.TASKS[self.task].free:
+        if task_run.controller not in ("fixed", "random") or prompts.TASKS[self.task].free:
             return None
-        cfg, flat = self.engines[job.controller].cfg, [r for mine in self.requests for r in mine]
-        count = self.draws if job.controller == "random" else 1
+        cfg, flat = self.engines[task_run.controller].cfg, [r for mine in self.requests for r in mine]
+        count = self.draws if task_run.controller == "random" else 1
         drawn = continuations.plans(
-            cfg.space, job.controller, flat, job.budget, cfg.rules.episode.uncontrolled, count, self.seed
+            cfg.space,
+            task_run.controller,
+            flat,
+            task_run.budget,
+            cfg.rules.episode.uncontrolled,
+            count,
+            self.seed,
         )
-        return drawn[job.draw]
+        return drawn[task_run.draw]
 
-    def _score(self, job: Job, chunk: Sequence[int], plan_NxM: np.ndarray | None) -> list[Record]:
-        own, flat = self.engines[job.controller], [r for n in chunk for r in self.requests[n]]
+    def _score(
+        self, task_run: TaskRun, chunk: Sequence[int], plan_NxM: np.ndarray | None
+    ) -> list[ItemRecord]:
+        own, flat = self.engines[task_run.controller], [r for n in chunk for r in self.requests[n]]
         first_N = np.cumsum([0, *map(len, self.requests)])
         if plan_NxM is not None:
             plan_NxM = np.concatenate([plan_NxM[first_N[n] : first_N[n + 1]] for n in chunk])
-        scores = iter(continuations.score(own, flat, job.budget, plan_NxM, self.batch_size))
+        scores = iter(continuations.score(own, flat, task_run.budget, plan_NxM, self.batch_size))
         records = []
         for n in chunk:
             mine = [next(scores) for _ in self.requests[n]]
-            records.append(scored(self.examples[n], self.requests[n], mine, own))
+            records.append(record_of_scores(self.examples[n], self.requests[n], mine, own))
         return records
 
-    def _write_answers(self, job: Job, chunk: Sequence[int]) -> list[Record]:
-        own, records = self.engines[job.controller], []
+    def _write_answers(self, task_run: TaskRun, chunk: Sequence[int]) -> list[ItemRecord]:
+        own, records = self.engines[task_run.controller], []
         longest = max(len(self.requests[n][0].context) for n in chunk) + NEW_TOKENS
         rows = max(1, min(self.batch_size, continuations.CACHE_TOKENS // longest))
         for start in range(0, len(chunk), rows):
             batch = chunk[start : start + rows]
             asked = [
-                Request(self.requests[n][0].context, job.budget, NEW_TOKENS, tasks.STOPS, seed=job.draw)
+                Request(
+                    self.requests[n][0].context,
+                    task_run.budget,
+                    NEW_TOKENS,
+                    prompts.STOPS,
+                    seed=task_run.draw,
+                )
                 for n in batch
             ]
             outputs = engine.generate(own, asked)
-            records += [answered(self.examples[n], out, own) for n, out in zip(batch, outputs, strict=True)]
+            records += [
+                record_of_answer(self.examples[n], out, own) for n, out in zip(batch, outputs, strict=True)
+            ]
         return records
 
 
-def scored(
-    example: tasks.Example, requests: Sequence[Continuation], scores: Sequence[ContinuationScore], own: Engine
-) -> Record:
+def record_of_scores(
+    example: prompts.Example,
+    requests: Sequence[Continuation],
+    scores: Sequence[ContinuationScore],
+    own: Engine,
+) -> ItemRecord:
     """The record of an item whose choices were scored."""
     logp = [float(score.logp_N.sum(dtype=np.float64)) for score in scores]
     norm = [x / length for x, length in zip(logp, example.lengths, strict=True)] if example.lengths else None
     chosen = np.concatenate([score.action_N[score.controllable_N] for score in scores])
-    return Record(
+    return ItemRecord(
         item=example.name,
         right=int(np.argmax(logp)) == example.answer,
         right_norm=None if norm is None else int(np.argmax(norm)) == example.answer,
@@ -143,13 +161,13 @@ def scored(
     )
 
 
-def answered(example: tasks.Example, output: Output, own: Engine) -> Record:
+def record_of_answer(example: prompts.Example, output: Output, own: Engine) -> ItemRecord:
     """The record of an item to which an answer was written."""
     action_N, _, controllable_N = output.steps()
     chosen = action_N[controllable_N.astype(bool)]
-    return Record(
+    return ItemRecord(
         item=example.name,
-        right=tasks.is_right(output.transcript.text, example),
+        right=prompts.is_right(output.transcript.text, example),
         right_norm=None,
         logp=(),
         tokens=len(output.transcript.ids),

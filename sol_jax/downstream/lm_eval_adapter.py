@@ -1,7 +1,7 @@
 """The lm-evaluation-harness with our models: its command line, with a model named `sol_jax`.
 
     python -m sol_jax.lm_eval_adapter --model sol_jax --tasks arc_easy --batch_size 32 \\
-        --model_args path=smollm2-135m,policy=smollm2-135m/sol-j-fl-t16,budget=0.5:0.7:0.5,output=costs.jsonl
+        --model_args path=smollm2-135m,policy=smollm2-135m/sol-j-fl,budget=0.5:0.7:0.5,output=costs.jsonl
 
 `controller` is policy (if there is one), dense, fixed or random; schedules meet `budget` over the levels of
 the policy or, without one, of SOL-J-FL.  Given continuations are scored as `teacher_forced` says; free ones

@@ -118,20 +118,15 @@ def text_name(source: str, split: str) -> str:
 def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str, Any]:
     """All that decides scores besides the controllers; it names the folder in which they are kept.
 
-    Explicit, rather than the `repr` of some class: renaming that would orphan what is stored.  Whoever adds
-    something that decides scores adds it here; if old scores stay right its default must leave no trace.
+    Whoever adds something that decides scores adds it here or to `EpisodeRules.identity`; if old scores stay
+    right its default must leave no trace.
     """
-    setup, episode = session.setup, session.setup.episode
+    episode = session.setup.episode
     return {
         "model": session.identity,
-        "dtype": setup.model.dtype,
-        "kernels": setup.model.kernels,
-        "axes": [axis.identity() for axis in setup.space.axes],
-        "costs": {axis.name: [axis.cost(level) for level in axis.levels] for axis in setup.space.axes},
+        "rules": session.setup.rules.identity(),
         "prefix_len": episode.prefix_len,
-        "horizon": episode.horizon,
         "episodes_per_prefix": episode.episodes_per_prefix,
-        "uncontrolled": episode.uncontrolled,
         "blocks": [array_digest([batch.tokens_BxN, batch.document_B]) for batch in batches],
         "stale_prefill": stale,
     }

@@ -10,7 +10,7 @@ size is part of every program, must hold the prompt and all that may follow it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,7 @@ class Engine:
     cfg: Decoder
     controller: str = "dense"
     params: Any = None  # of the policy, for the controller "policy"
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)  # of the model
     # Decoders and shapes so far, to log new ones; engines that `dataclasses.replace` makes of one share it.
     compiled: set = dataclasses.field(default_factory=set, compare=False)
 

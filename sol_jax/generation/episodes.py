@@ -67,6 +67,12 @@ class Decoder:
         """T, the steps of an episode."""
         return self.rules.episode.horizon
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is written or scored, besides weights, for names of what is stored."""
+        asked = self.policy and self.policy.config.restate
+        modes = {"refresh": self.refresh, "lossless": self.lossless, "restate": asked}
+        return self.rules.identity() | modes | {"sampling": dataclasses.asdict(self.sampling)}
+
     def with_rules(self, **fields: Any) -> Self:
         """A copy with some of the rules replaced: `model`, `space`, `episode`."""
         return dataclasses.replace(self, rules=dataclasses.replace(self.rules, **fields))

@@ -105,7 +105,7 @@ def open_engine(
     options.setdefault("prefill_batch", usual_prefill_batch())
     try:
         decoder = Decoder(EpisodeRules(cfg, space, episode), network, **options)
-        engine = Engine({}, opened.tokenizer, decoder, controller, params)
+        engine = Engine({}, opened.tokenizer, decoder, controller, params, opened.identity)
         check(engine)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -34,6 +34,20 @@ class EpisodeRules:
     space: ActionSpace
     episode: EpisodeConfig
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides what episodes do, besides weights and controllers, for names of what is stored.
+
+        Explicit, rather than the `repr` of some class: renaming that would orphan what is there.
+        """
+        return {
+            "dtype": self.model.dtype,
+            "kernels": self.model.kernels,
+            "axes": [axis.identity() for axis in self.space.axes],
+            "costs": [[axis.cost(level) for level in axis.levels] for axis in self.space.axes],
+            "horizon": self.episode.horizon,
+            "uncontrolled": self.episode.uncontrolled,
+        }
+
 
 class Episode(NamedTuple):
     """What the schedules of one episode share, besides the cache that it shares with others."""

@@ -1,7 +1,7 @@
 """Policies as files: a folder with the weights in bfloat16, the run's config, and a model card.
 
     save_policy(folder, params, config, about)
-    params, config, about = load_policy("smollm2-135m/sol-j-fl-t16")
+    params, config, about = load_policy("smollm2-135m/sol-j-fl")
 
 Named policies are committed under `experiments/results/policies`.
 """
@@ -25,7 +25,7 @@ from sol_jax.rl.train_step import init_state
 from sol_jax.runs.config import RunConfig
 
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
-MAX_BYTES = 15_000_000
+MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
 BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.page_input"
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
@@ -37,14 +37,15 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
     `about` says what the policy is and what it was trained on: anything JSON can hold, and of these
     `title`, `model`, `identity`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used.
 
-    Raises `UserError` if the policy is too large to be committed, or the folder cannot be written.
+    Raises `UserError` if the weights have more than `MAX_BYTES`, or the folder cannot be written.
     """
     flat = traverse_util.flatten_dict(params, sep=".")
     half = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in flat.items()}
     size = sum(leaf.nbytes for leaf in half.values())
     if size > MAX_BYTES:
         raise UserError(
-            f"the policy has {size / 1e6:.1f} MB, more than the {MAX_BYTES / 1e6:.0f} MB of a file"
+            f"the policy has {size / 1e6:.2f} MB, more than the {MAX_BYTES / 1e6:g} MB of a published one; "
+            "train one with a lower config.policy.d_model"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def card(config: RunConfig, about: Mapping[str, Any], size: int) -> str:
         f"| trained on | {config.data.source}, {len(about['documents'])} documents |",
         f"| command | `{about['command']}` |",
         f"| updates, seed, commit | {about['updates']}, {about['seed']}, {about['commit']} |",
-        f"| file | {size / 1e6:.1f} MB, bfloat16 (trained in float32) |",
+        f"| file | {size / 1e6:.2f} MB, bfloat16 (trained in float32) |",
         "",
     ]
     if about.get("results"):

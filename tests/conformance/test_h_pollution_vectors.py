@@ -54,7 +54,9 @@ def test_losses(vectors, tmp_path):
     P, C, tail = (int(value) for value in vectors["P_C_tail"])
     by_column = columns(vectors)
     levels = {axis: tuple(level for other, level in by_column if other == axis) for axis in pollution.AXES}
-    protocol = pollution.Protocol(P, C, tail, levels["kappa"], levels["rho"], levels["eta"], page_size=8)
+    protocol = pollution.PollutionProtocol(
+        P, C, tail, levels["kappa"], levels["rho"], levels["eta"], page_size=8
+    )
     nll = pollution.measure(weights, cfg, vectors["ids"], protocol, batch_size=3)
     golden.assert_close(nll[:, 0].T, vectors["nll_dense"], "dense", rtol=1e-4, atol=2e-4)
     steady = 0

@@ -47,7 +47,7 @@ def test_wins_by_hand(tmp_path):
 
     def rows(seed, gains):
         ends = [{"gain": g, "gain_low": g - 0.1, "gain_high": g + 0.1} for g in gains]
-        return [plots.Row("x", seed, row.fields | {"controller": "fixed", **end}) for end in ends]
+        return [plots.ResultRow("x", seed, row.fields | {"controller": "fixed", **end}) for end in ends]
 
     swept = rows("0", (-5.0,))[0]
     swept.fields["along"] = "kappa"  # no point of the front
@@ -74,7 +74,7 @@ def test_misses_by_hand(tmp_path):
 
     def row(kappa, rho, eta, **other):
         realised = {"cost_kappa": kappa, "cost_rho": rho, "cost_eta": eta}
-        return plots.Row("x", "0", policy.fields | asked | realised | {"controller": "policy"} | other)
+        return plots.ResultRow("x", "0", policy.fields | asked | realised | {"controller": "policy"} | other)
 
     ignored = [row(0, 0, 0, held="rho"), row(0, 0, 0, controller="fixed")]
     found = analyse.misses([row(0.6, 0.6, 0.7), row(0.5, 0.58, 0.74), *ignored])

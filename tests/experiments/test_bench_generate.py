@@ -81,7 +81,7 @@ def test_limits_by_hand():
     A token takes 656 operations and 32 a key.  A step reads 1,312 bytes of weights for both texts, and for
     each 32 a key and 32 for the MLP's output.
     """
-    found = bench_generate.limits(2, 7, MODEL, timing.Rates(copy=1184e3, matmul=1152e6))
+    found = bench_generate.limits(2, 7, MODEL, timing.DeviceRates(copy=1184e3, matmul=1152e6))
     assert found["gflop_per_token"] == pytest.approx(1152e-9)
     assert found["mb_per_token"] == pytest.approx((656 + 496 + 32) * 1e-6)
     assert found["matmul_limit"] == pytest.approx(1e6)

@@ -85,7 +85,7 @@ def test_slopes_cancel_what_does_not_grow(monkeypatch):
 
 
 def test_columns_by_hand():
-    rates = timing.Rates(copy=4e12, matmul=1e15)
+    rates = timing.DeviceRates(copy=4e12, matmul=1e15)
     found = kernel_table.speeds(1e-3, 2e9, 3e11, rates, 3e-3)
     assert found == pytest.approx(
         {
@@ -166,7 +166,7 @@ def test_a_wrong_answer_is_noted_whether_timed_or_not(monkeypatch, tmp_path):
 
     for name in ("xla", "pallas"):
         case.variants[name] = dataclasses.replace(case.variants[name], call=off)
-    for rates, rounds in ((None, 0), (timing.Rates(1e9, 1e9), 1)):
+    for rates, rounds in ((None, 0), (timing.DeviceRates(1e9, 1e9), 1)):
         rows = {row["implementation"]: row for row in kernel_table.run_case(case, rounds, rates)}
         assert rows["pallas"]["note"] == "WRONG: the error is above 1e-05"
         assert [name for name, row in rows.items() if kernel_table.is_wrong(row)] == ["pallas"]
@@ -264,7 +264,7 @@ def test_shapes_are_held_out_of_the_fit():
 
 
 def test_bad_tables(tmp_path):
-    with pytest.raises(UserError, match=r"no.csv: No such file.*bench_kernels writes it"):
+    with pytest.raises(UserError, match=r"no.csv: No such file.*experiments\.benchmarks\.kernels writes it"):
         roofline.read(tmp_path / "no.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="not a table of kernels"):
@@ -355,7 +355,8 @@ def test_nothing_optional_is_imported():
     tests = sorted(path.stem for path in pathlib.Path(__file__).parents[1].glob("kernels/test_*.py"))
     assert len(tests) > 8
     code = (
-        "import sys, experiments.benchmarks.kernels, experiments.benchmarks.generate, experiments.benchmarks.gpu_check\n"
+        "import sys\n"
+        "from experiments.benchmarks import generate, gpu_check, kernels\n"
         f"sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})\n"
         f"import conftest, kernels.conftest, {', '.join(f'kernels.{name}' for name in tests)}\n"
         "absent = 'tensorflow', 'clu', 'ml_collections', 'tensorflow_datasets', 'matplotlib', 'torch', "

@@ -12,12 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.tasks import downstream
-from experiments.tasks import item_records as item_files
-from experiments.tasks import prompts as tasks
+from experiments.tasks import downstream, item_records, prompts
 from experiments.tasks import sweep as task_sweep
-from experiments.tasks.item_records import Record
-from experiments.tasks.sweep import Job
+from experiments.tasks.item_records import ItemRecord
+from experiments.tasks.sweep import TaskRun
 from sol_jax.errors import UserError
 from sol_jax.evaluation.statistics import mcnemar, wilson
 from sol_jax.generation.load_engine import open_engine
@@ -42,7 +40,7 @@ FILES = {
     ],
     "mmlu/test.jsonl": [
         {"id": f"mmlu/{s}", "subject": s, "question": " grey? ", "choices": ["birds", "fly"], "answer": 0}
-        for s in (*tasks.SUBJECTS, "another")
+        for s in (*prompts.SUBJECTS, "another")
     ],
     "gsm8k/test.jsonl": [
         {"id": "g", "question": "1+1?", "answer_text": "It is <<1+1=2>>2.\n#### 2", "answer_number": 1200}
@@ -79,30 +77,30 @@ def options(tiny_folder, tiny_session, data, tmp_path_factory):
 
 def test_rendering(data):
     """As the harness' own task files render the same items (also compared in tests/parity)."""
-    arc = tasks.load(data, "arc_easy")[1]
+    arc = prompts.load(data, "arc_easy")[1]
     context = "Question: the cat sat on a\nAnswer:"
     assert arc.pairs == ((context, " mat 1"), (context, "  seven"))
     assert (arc.answer, arc.lengths) == (1, (5, 6))
-    wino = tasks.load(data, "winogrande")[0]
+    wino = prompts.load(data, "winogrande")[0]
     assert wino.pairs == (("the cat saw the mat as it", " sat."), ("the cat saw the mat as a", " sat."))
     assert wino.lengths == ()
-    (mmlu,) = tasks.load(data, "mmlu_high_school_chemistry")
+    (mmlu,) = prompts.load(data, "mmlu_high_school_chemistry")
     said = "The following are questions (with answers) about high school chemistry.\n\n"
     assert mmlu.pairs[0] == (f"{said}Question: grey?\nAnswer:", " birds")
-    (gsm,) = tasks.load(data, "gsm8k")
+    (gsm,) = prompts.load(data, "gsm8k")
     assert gsm.pairs == (("Q: 0+1?\nA: 1. The answer is 1.\n\nQ: 1+1?\nA:", " It is 2. The answer is 1200."),)
-    assert tasks.is_right("So ... The answer is 1,200. Then", gsm)
-    assert not tasks.is_right("The answer is 12. The answer is 1200.", gsm)
-    assert not tasks.is_right("1200", gsm)
-    assert tasks.named(["piqa", "mmlu"]) == ["piqa", *(f"mmlu_{s}" for s in tasks.SUBJECTS)]
+    assert prompts.is_right("So ... The answer is 1,200. Then", gsm)
+    assert not prompts.is_right("The answer is 12. The answer is 1200.", gsm)
+    assert not prompts.is_right("1200", gsm)
+    assert prompts.named(["piqa", "mmlu"]) == ["piqa", *(f"mmlu_{s}" for s in prompts.SUBJECTS)]
 
 
 def test_spaces_belong_to_the_continuation(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder / "model")
-    found = tasks.encode(tokenizer, "a cat  ", "sat", 100)
+    found = prompts.encode(tokenizer, "a cat  ", "sat", 100)
     assert tokenizer.decode(list(found.context)) == "a cat"
     assert tokenizer.decode(list(found.tokens)) == "  sat"
-    assert len(tasks.encode(tokenizer, "a cat", " sat", 6).context) == 3
+    assert len(prompts.encode(tokenizer, "a cat", " sat", 6).context) == 3
 
 
 def test_a_sweep_and_its_rows(options, capsys):
@@ -115,7 +113,7 @@ def test_a_sweep_and_its_rows(options, capsys):
     items = options.output.parent / "x-items"
     files = {path.name: path.read_bytes() for path in items.iterdir()}
     assert len(files) == 1 + 1 + 1 + 2
-    by_name = {n.rsplit("-", 1)[0]: item_files.read(items / n) for n in files if "random" not in n}
+    by_name = {n.rsplit("-", 1)[0]: item_records.read(items / n) for n in files if "random" not in n}
     policy, fixed = by_name["arc_easy-policy"], by_name["arc_easy-fixed"]
     assert sorted(record.item for record in policy) == [f"arc/{n}" for n in range(4)]
     first = rows[0]
@@ -147,7 +145,7 @@ def test_a_sweep_and_its_rows(options, capsys):
     downstream.downstream(options)
     again = {path.name: path.read_bytes() for path in items.iterdir()}
     assert again.keys() == files.keys()
-    for mine, other in zip(item_files.read(damaged), policy, strict=True):
+    for mine, other in zip(item_records.read(damaged), policy, strict=True):
         assert mine.logp == pytest.approx(other.logp, abs=1e-4)
     assert len(options.output.read_bytes()) == pytest.approx(len(before), abs=20)
 
@@ -169,23 +167,23 @@ def test_answers_are_written(options, monkeypatch, tmp_path):
     monkeypatch.setattr(task_sweep, "NEW_TOKENS", 12)
     policy = open_engine(options.model, options.policy, "policy")
     under = downstream.engines(policy)
-    items = tasks.load(options.data, "gsm8k_answers")
-    sweep = task_sweep.Sweep("gsm8k_answers", items, under, tmp_path, 4, 0, 0)
+    items = prompts.load(options.data, "gsm8k_answers")
+    sweep = task_sweep.TaskSweep("gsm8k_answers", items, under, tmp_path, 4, 0, 0)
     told: list[int] = []
-    (found,) = sweep.run(Job("fixed", (0.5, 0.7, 0.6)), told.append)
+    (found,) = sweep.run(TaskRun("fixed", (0.5, 0.7, 0.6)), told.append)
     assert (found.right, found.logp, found.right_norm) == (False, (), None)
     assert 0 < found.tokens <= 12
     assert found.steps == found.tokens - 1  # the first is the prefill's
     assert 0 < len(found.text) <= 12  # bytes, of which some may be no character
     assert 0 < found.work[0] != found.dense_work[0]
-    assert sweep.run(Job("fixed", (0.5, 0.7, 0.6)), told.append) == [found]
+    assert sweep.run(TaskRun("fixed", (0.5, 0.7, 0.6)), told.append) == [found]
     assert told == [1]
     line = downstream.row("gsm8k_answers", "fixed", dict.fromkeys("abc", 0.5), [found], [found])
     assert (line["accuracy"], line["nats"]) == (0.0, "")
 
 
 def test_the_sample_is_seeded():
-    examples = [tasks.Example(f"{n}", (("a" * n, "b"),)) for n in range(20)]
+    examples = [prompts.Example(f"{n}", (("a" * n, "b"),)) for n in range(20)]
     first = downstream.sample(examples, 5, 0)
     assert first == downstream.sample(examples, 5, 0) != downstream.sample(examples, 5, 1)
     assert set(first) < set(downstream.sample(examples, 9, 0))  # more items hold the fewer
@@ -197,7 +195,9 @@ def test_rows_by_hand():
     """Two items of 1 and 3 tokens: the policy is right on both, the other on one."""
 
     def record(name, right, logp, tokens):
-        return Record(name, right, None, (logp, -9.0), tokens, 0, (1.0, 2.0), 4, (10.0, 5.0), (20.0, 50.0))
+        return ItemRecord(
+            name, right, None, (logp, -9.0), tokens, 0, (1.0, 2.0), 4, (10.0, 5.0), (20.0, 50.0)
+        )
 
     policy = [record("a", True, -1.0, 1), record("b", True, -3.0, 3)]
     other = [record("a", False, -2.0, 1), record("b", True, -6.0, 3)]
@@ -234,7 +234,7 @@ def test_malformed_items_name_file_and_line(tmp_path, line, told):
     good = json.dumps(FILES["arc_easy/test.jsonl"][0])
     (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(UserError) as mistake:
-        tasks.load(tmp_path, "arc_easy")
+        prompts.load(tmp_path, "arc_easy")
     message = str(mistake.value)
     assert str(tmp_path / "arc_easy" / "test.jsonl") in message
     assert "line 2" in message
@@ -244,23 +244,23 @@ def test_malformed_items_name_file_and_line(tmp_path, line, told):
 
 def test_other_mistakes(tmp_path, data, options):
     with pytest.raises(UserError, match="there is no task 'arc_hard'; tasks are arc_easy"):
-        tasks.named(["arc_easy", "arc_hard"])
+        prompts.named(["arc_easy", "arc_hard"])
     with pytest.raises(
         UserError, match=r"piqa/valid.jsonl cannot be read \(no such file or directory\); --data"
     ):
-        tasks.load(data, "piqa")
+        prompts.load(data, "piqa")
     (tmp_path / "winogrande").mkdir()
     item = FILES["winogrande/dev.jsonl"][0] | {"question": "no gap"}
     (tmp_path / "winogrande" / "dev.jsonl").write_text(json.dumps(item))
     with pytest.raises(UserError, match="line 1: the item's 'question' must have one _"):
-        tasks.load(tmp_path, "winogrande")
+        prompts.load(tmp_path, "winogrande")
     with pytest.raises(UserError, match="--limit, --random and --seed must be at least 0"):
         downstream.downstream(types.SimpleNamespace(**vars(options) | {"seed": -1}))
     with pytest.raises(UserError, match="--budgets"):
         downstream.downstream(types.SimpleNamespace(**vars(options) | {"budgets": "0.5,0.7"}))
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"bad.jsonl is damaged; delete it"):
-        item_files.read(tmp_path / "bad.jsonl")
+        item_records.read(tmp_path / "bad.jsonl")
 
 
 def test_the_command_line_says_it_in_one_sentence(data):
@@ -269,4 +269,4 @@ def test_the_command_line_says_it_in_one_sentence(data):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: there is no task 'hellaswag'")
-    assert Job("dense").budget == ()
+    assert TaskRun("dense").budget == ()

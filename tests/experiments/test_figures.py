@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", figures.NAMES)
 def test_it_is_drawn_and_repeats(name, folder, tmp_path):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"experiments.figures.{name}")
     images = [plots.save(module.draw(folder), tmp_path / f"{n}.png").read_bytes() for n in range(2)]
     assert images[0] == images[1]
     assert images[0].startswith(b"\x89PNG")
@@ -58,7 +58,7 @@ def test_panels_and_numbers(folder):
     figure = figure2.draw(folder)
     top, bottom = figure.axes[:3], figure.axes[3:]
     assert [axes.get_title() for axes in top] == list(figure2.RUNS.values())
-    rows = plots.front(plots.load(folder, "smollm2-135m/sol-j-fl-t16-s*"))
+    rows = plots.front_rows(plots.load(folder, "smollm2-135m/sol-j-fl-t16-s*"))
     requested = sorted({row.per_axis("requested") for row in rows})
     assert len(requested) == 5  # the sweeps of single axes are left out
     policy = top[2].containers[0].lines[0]
@@ -94,11 +94,13 @@ def test_shares_of_draws_beaten(folder):
 def test_draws_of_less_text_go_before(folder, tmp_path):
     """Runs with draws alone are shown; NAME-random is taken before the draws beside NAME."""
     with pytest.raises(UserError, match="no CSV named sol-j-2l, sol-j-3l"):
-        plots.drawn(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"})
+        plots.with_random_schedules(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"})
     made_up_results.write(tmp_path, "sol-j-2l", sol_j_2l.get_config())
     for name in ("sol-j-3l", "sol-j-3l-random"):
         made_up_results.write(tmp_path, name, sol_j_3l.get_config(), num_random=5)
-    assert plots.drawn(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"}) == {"sol-j-3l-random": "3L"}
+    assert plots.with_random_schedules(tmp_path, {"sol-j-2l": "2L", "sol-j-3l": "3L"}) == {
+        "sol-j-3l-random": "3L"
+    }
     from experiments.figures import figure8
 
     figure = figure8.draw(tmp_path)
@@ -134,14 +136,14 @@ def test_means_of_tasks(folder, tmp_path):
 
 def test_tokens_for_a_dense_steps_bytes(folder):
     """Four horizons and controllers; half the bytes are two tokens, and the interval turns round."""
-    from experiments.figures import generation as figure_generation
+    from experiments.figures import generation
 
-    figure = figure_generation.draw(folder)
+    figure = generation.draw(folder)
     refreshed, left, kept, speed = figure.axes
     assert len(refreshed.containers) == len(left.containers) == 2 * 2
     assert len(kept.containers) == len(speed.containers) == 2 * 2
     row = {"bytes": 0.5, "bytes_low": 0.4, "bytes_high": 0.8}
-    assert figure_generation.inverse(row) == {"tokens": 2.0, "tokens_low": 1.25, "tokens_high": 2.5}
+    assert generation.inverse(row) == {"tokens": 2.0, "tokens_low": 1.25, "tokens_high": 2.5}
     plots.plt.close(figure)
 
 
@@ -150,7 +152,9 @@ def test_what_is_missing_is_said(folder, tmp_path, capsys):
     assert list(missing) == list(figures.NAMES)
     for why in missing.values():
         assert "\n" not in why
-        assert re.search(r"evaluate|experiments\.(pollution|downstream|transfer|pages)", why)
+        assert re.search(
+            r"evaluate|experiments\.(studies\.(pollution|transfer|quest_pages)|tasks\.downstream)", why
+        )
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
     assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NAMES)
@@ -188,7 +192,7 @@ def test_the_demos_front(folder, tmp_path):
     assert len(front.draw(plots.read(path)).axes) == 2
 
 
-def test_the_table_of_the_readme(folder):
+def test_the_table_of_results(folder):
     """A line per run; a cell as in the CSV, two seeds averaged, with the outer ends of their intervals."""
     from experiments.figures import table
 
@@ -199,12 +203,14 @@ def test_the_table_of_the_readme(folder):
     assert (seeds, len(cells)) == ("2", 5)
     assert head.count("|") == mine.count("|")
     rows = plots.load(folder, "smollm2-135m/sol-j-fl-t16-s*")
-    same = [r for r in plots.front(rows) if r.controller == "fixed"]
+    same = [r for r in plots.front_rows(rows) if r.controller == "fixed"]
     lowest = min(same, key=lambda r: r.per_axis("requested")).per_axis("requested")
     gains = [r.gain for r in same if r.per_axis("requested") == lowest]
     low, high = min(gains) - 0.05, max(gains) + 0.05
     assert cells[0].startswith(f"{np.mean(gains):+.3f} [{low:+.3f}, {high:+.3f}] at 0.")
-    policy = [r for r in plots.front(rows) if r.controller == "policy" and r.per_axis("requested") == lowest]
+    policy = [
+        r for r in plots.front_rows(rows) if r.controller == "policy" and r.per_axis("requested") == lowest
+    ]
     work = (np.mean([getattr(r, name) for r in policy]) for name in ("bytes", "flops"))
     assert cells[0].endswith(" ({:.2f}, {:.2f})".format(*work))
     off = [

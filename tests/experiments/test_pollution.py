@@ -6,7 +6,7 @@ import pytest
 from experiments.studies import pollution
 from sol_jax.errors import UserError
 
-SMALL = pollution.Protocol(24, 2, 5, kappa=(0.1,), rho=(0.5, 0.9), bits=(4,))
+SMALL = pollution.PollutionProtocol(24, 2, 5, kappa=(0.1,), rho=(0.5, 0.9), bits=(4,))
 
 
 def test_columns_compress_one_axis_for_a_few_steps(tiny_session):
@@ -62,7 +62,7 @@ def test_compression_leaves_its_mark_on_the_tail(tiny_session):
     nll = pollution.measure(weights, model, tokens, SMALL, batch_size=2)
     assert nll.shape == (3, 5, 7)
     assert np.abs(nll[:, 1:, 2:] - nll[:, :1, 2:]).max() > 1e-3
-    top = pollution.Protocol(24, 2, 5, kappa=(0.9999,), rho=(0.9999,), bits=(15,))
+    top = pollution.PollutionProtocol(24, 2, 5, kappa=(0.9999,), rho=(0.9999,), bits=(15,))
     gentle = pollution.measure(weights, model, tokens, top, batch_size=3)
     np.testing.assert_allclose(gentle[:, 1:], np.repeat(gentle[:, :1], 3, 1), atol=5e-3)
     np.testing.assert_allclose(gentle[:, 0], nll[:, 0], atol=1e-5)

@@ -12,7 +12,7 @@ from sol_jax.errors import UserError
 
 def row_of(controller, budget, run="runs/fl", **fields):
     given = {"run": run, "controller": controller, "held": "", "requested_kappa": budget, **fields}
-    return plots.Row("file", "0", given)
+    return plots.ResultRow("file", "0", given)
 
 
 def test_ranks_share_the_mean_of_ties():
@@ -85,3 +85,22 @@ def test_policies_are_paired_by_prompt_mode_and_budget(tmp_path):
     assert row["prompts"] == "2"
     with pytest.raises(UserError, match="must be one of at least two policies: A, B"):
         paired.paired(rows, "C")
+
+
+def test_a_policy_is_paired_with_the_fixed_schedule_of_its_cost():
+    """Per policy, mode and budget: 1 better on one prompt, 2 on the other; what one side lacks is left."""
+    rows = [
+        prompt("A", 0, -2.0),
+        prompt("A", 1, -4.0),
+        prompt("A", 2, -4.0),
+        prompt("A", 0, 1.0, budget="0.9"),
+    ]
+    rows += [prompt("A", 0, -3.0) | {"controller": "fixed"}, prompt("A", 1, -6.0) | {"controller": "fixed"}]
+    rows += [prompt("B", 0, -1.0, mode="lossless"), prompt("B", 0, 0.0) | {"controller": "fixed"}]
+    found = [row for row in paired.against(rows, "fixed") if row["measure"] == "logp"]
+    assert [(row["policy"], row["mode"], row["budget"], row["prompts"]) for row in found] == [
+        ("A", "refresh", "0.5", 2)
+    ]
+    assert (found[0]["change"], found[0]["change_low"], found[0]["change_high"]) == (1.5, 1.0, 2.0)
+    with pytest.raises(UserError, match="--against=random was run at no mode and budget of a policy"):
+        paired.against(rows, "random")

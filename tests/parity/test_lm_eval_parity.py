@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.tasks import item_records as item_files
+from experiments.tasks import item_records
 from experiments.tasks import sweep as task_sweep
 from experiments.tasks.prompts import Example
 from sol_jax.downstream import continuations
@@ -162,7 +162,7 @@ def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
     import yaml
     from lm_eval.tasks.winogrande import preprocess_winogrande
 
-    from experiments.tasks import prompts as tasks
+    from experiments.tasks import prompts
 
     home = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
@@ -176,17 +176,17 @@ def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
 
     rendered = lm_eval.utils.apply_template
     item = {"id": "x", "question": " Is it \u00e9?", "choices": ["a b ", "c"], "answer": 1}
-    arc, piqa = tasks.TASKS["arc_easy"].render(item), tasks.TASKS["piqa"].render(item)
+    arc, piqa = prompts.TASKS["arc_easy"].render(item), prompts.TASKS["piqa"].render(item)
     text = rendered(file("arc/arc_easy.yaml")["doc_to_text"], {"question": item["question"]})
     assert arc.pairs == ((text, " a b "), (text, " c"))
     assert piqa.pairs[0][0] == rendered(file("piqa/piqa.yaml")["doc_to_text"], {"goal": item["question"]})
     subject = "high_school_chemistry"
-    mmlu = tasks.TASKS[f"mmlu_{subject}"].render(item | {"subject": subject})
+    mmlu = prompts.TASKS[f"mmlu_{subject}"].render(item | {"subject": subject})
     said = file(f"mmlu/continuation/mmlu_{subject}.yaml")["description"]
     shared = file("mmlu/continuation/_continuation_template_yaml")["doc_to_text"]
     assert mmlu.pairs[1] == (said + rendered(shared, item), " c")
     gap = {"sentence": "It was _ who sat.", "option1": "Ann", "option2": "Bo", "answer": "2"}
-    wino = tasks.TASKS["winogrande"].render(
+    wino = prompts.TASKS["winogrande"].render(
         {"id": "x", "question": gap["sentence"], "choices": ["Ann", "Bo"], "answer": 1}
     )
     end = f" {preprocess_winogrande.doc_to_target(gap)}"
@@ -194,11 +194,11 @@ def test_items_are_rendered_as_the_harness_renders_them(tmp_path):
     assert wino.answer == preprocess_winogrande.doc_to_text(gap)
     cot = file("gsm8k/gsm8k-cot.yaml")
     question = {"question": "1+1?"}
-    gsm = tasks.TASKS["gsm8k"].render(
+    gsm = prompts.TASKS["gsm8k"].render(
         {"id": "x", **question, "answer_text": "It is 2.\n#### 2", "answer_number": 2}
     )
     assert gsm.pairs[0][0] == rendered(cot["doc_to_text"], question)
-    assert set(tasks.STOPS) == set(cot["generation_kwargs"]["until"])
+    assert set(prompts.STOPS) == set(cot["generation_kwargs"]["until"])
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def policy(tiny_session, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("controller", ["policy", "dense"])
 def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
-    """Bytes and operations of a scored and a written answer, counted as `experiments.tasks.downstream` does."""
+    """Bytes and operations of a scored and a written answer, counted as in `experiments.tasks.downstream`."""
     from lm_eval.api.instance import Instance
 
     from sol_jax.downstream.lm_eval_adapter import SolJax
@@ -234,10 +234,10 @@ def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
     scored, written, nothing, rolled = (json.loads(line) for line in output.read_text().splitlines())
     request = continuations.Continuation(*(tuple(model.tok_encode(text)) for text in pair))
     found = continuations.score(own, [request], budget)
-    record = task_sweep.scored(Example("", (pair,)), [request], found, own)
+    record = task_sweep.record_of_scores(Example("", (pair,)), [request], found, own)
     (text,) = engine.generate(own, [engine.Request(request.context, budget, 12, ("zz",))])
     spent, dense = text_cost(text, own.cfg).total, dense_text_cost(text, own.cfg.model).total
-    for name, share in item_files.shares([record]).items():
+    for name, share in item_records.shares([record]).items():
         assert scored[name] == pytest.approx(share)
         assert written[name] == pytest.approx(getattr(spent, name) / getattr(dense, name))
         assert nothing[name] == 1  # the prefill gave its token

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from sol_jax.errors import UserError
+from sol_jax.models.llama import LlamaConfig
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.config import build, flatten
@@ -68,24 +69,23 @@ def test_a_field_that_came_later_has_its_default(folder):
     assert config.policy.factored_head is False
 
 
-def test_the_largest_policy_fits_a_file():
-    """1,560 actions at d_model 512 for SmolLM2."""
+def test_a_policy_of_all_levels_can_be_published():
+    """1,560 actions, scored level by level (`fast`): d_model 128 fits, the paper's 512 does not."""
     from configs import sol_j_fl
-    from sol_jax.axes.base import ActionSpace
-    from sol_jax.rl.policy import Policy, PolicyConfig, example_observation, initial_carry
-    from sol_jax.runs.config import build_axes, build_episode
 
-    config = sol_j_fl.get_config()
-    cfg = PolicyConfig(576, ActionSpace(build_axes(config)).num_actions, build_episode(config).horizon)
-    policy = Policy(cfg)
-    init = lambda key: policy.init(key, example_observation(cfg), initial_carry(cfg), method="step")
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) < policy_files.MAX_BYTES
+    def bytes_of(d_model):
+        config = sol_j_fl.get_config("fast")
+        config.policy.d_model = d_model
+        setup = build(config, LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True))
+        params = jax.eval_shape(lambda: init_state(jax.random.key(0), setup).params)
+        return 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    assert bytes_of(128) < policy_files.MAX_BYTES < bytes_of(512)
 
 
 def test_a_policy_that_is_too_large(params, tiny_session, tmp_path, monkeypatch):
     monkeypatch.setattr(policy_files, "MAX_BYTES", 1000)
-    with pytest.raises(UserError, match="more than the 0 MB of a file"):
+    with pytest.raises(UserError, match=r"more than the 0\.001 MB of a published one; train one with"):
         policy_files.save_policy(tmp_path / "large", params, tiny_session.config, ABOUT)
     assert not (tmp_path / "large").exists()
 
@@ -163,15 +163,14 @@ def test_the_card(folder, tiny_session):
     assert "Measured" not in untested
 
 
-def test_committed_policies_can_be_loaded():
+@pytest.mark.parametrize("name", policy_files.known())
+def test_committed_policies_can_be_loaded(name):
     """Each has a card, fits its size, and belongs to the levels it says."""
-    for name in policy_files.known():
-        params, config, about = policy_files.load_policy(name)
-        assert about["title"] == name
-        size = sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
-        assert size < policy_files.MAX_BYTES
-        assert (policy_files.POLICIES / name / "README.md").is_file()
-        assert config.data.source
+    params, config, about = policy_files.load_policy(name)
+    assert about["title"] == name
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) * 2 <= policy_files.MAX_BYTES
+    assert (policy_files.POLICIES / name / "README.md").is_file()
+    assert config.data.source
 
 
 @pytest.mark.parametrize(("recorded", "shown"), [("", "c0ffee"), ("ab1e+", "ab1e+")])
