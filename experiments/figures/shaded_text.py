@@ -4,8 +4,8 @@
     python -m experiments.figures.shaded_text --write \\
         --policy smollm2-135m/sol-j-fl --budget 0.5,0.7,0.5 --prompt 'The lighthouse keeper' --max_tokens 90
 
-Reads `shaded_text.csv` of SmolLM2-135M: a line per token with its characters and its cost on each axis; the first line
-is the prompt.  `--write` writes that file anew.
+Reads `shaded_text.csv` of SmolLM2-135M: a line per token with its characters and its cost on each axis; the
+first line is the prompt.  `--write` writes that file anew.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def save(path: pathlib.Path, prompt: str, text: GeneratedText) -> None:
 
 
 def read(path: pathlib.Path) -> list[tuple[str, float | None]]:
-    """Characters and net keep rate of each token; of the prompt None.  Raises `UserError` if it is not there."""
+    """Characters and net keep rate of each token; of the prompt None.  `UserError` if there is no file."""
     try:
         with open(path, newline="") as file:
             _, *rows = csv.reader(file)

@@ -1,4 +1,4 @@
-"""The worked example of docs/add-an-axis.md, on a copy of the package: train, evaluate and generate with four axes."""
+"""The worked example of docs/add-an-axis.md on a copy of the package: four axes train and generate."""
 
 import csv
 import os
