@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.benchmarks import kernel_peers as peers
 from experiments.benchmarks.kernel_cases import Case, Variant, Work, calls_of, implementations, normals
-from pallas_kernels import decode, quest
+from pallas_kernels import attention as decode
+from pallas_kernels import quest
 from pallas_kernels.dispatch import current_platform, without_triton
 from pallas_kernels.shapes import Shape
 

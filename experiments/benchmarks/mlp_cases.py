@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.benchmarks import kernel_peers as peers
 from experiments.benchmarks.kernel_cases import Case, Variant, Work, calls_of, implementations, normals
-from pallas_kernels import mlp, prune, quantize
+from pallas_kernels import gated_mlp as mlp
+from pallas_kernels import prune, quantize
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.shapes import Shape
