@@ -12,7 +12,8 @@ In a folder, `op.py` has the functions to call, each of which picks an implement
 `reference.py` has the same maths in plain JAX, which XLA compiles.  Each kernel has a file named after its
 device or language: `gpu.py` (Pallas through Triton), `tpu.py` (Pallas through Mosaic), `triton.py` (Triton's
 own language through jax-triton, an extra).  The folder exports what is to be called:
-`from pallas_kernels.quest import page_bounds`.
+`from pallas_kernels.quest import page_bounds`.  A new implementation is a file in the folder, a call of it in
+`op.py`, its rows in `tuning.TABLE` and, if it is of a new kind, its name in `dispatch.IMPLEMENTATIONS`.
 
 Beside the folders lies what several operations share, and what XLA does everywhere:
 

@@ -1,6 +1,7 @@
 """Exact selection of a row's largest entries, without sorting.
 
-The rule everywhere in SOL: keep what is **at least** the k-th largest, so ties keep more than k.
+SOL keeps what is **at least** the k-th largest everywhere, so ties keep more than k (`docs/method.md`, "The
+three axes").
 """
 
 from collections.abc import Sequence
