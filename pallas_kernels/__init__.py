@@ -1,16 +1,27 @@
-"""The operations behind the three efficiency axes, one file each, free of anything of `sol_jax`.
+"""The operations behind the three efficiency axes, with kernels for the devices where they pay.
 
-An op's own file holds its reference in XLA and picks the implementation; its kernels lie beside it, in files
-that end in the device or language: `_gpu` (Pallas through Triton), `_tpu` (Pallas through Mosaic), `_triton`
-(Triton's own language, through jax-triton).
+Nothing here imports `sol_jax`.  Each operation has a folder:
 
-`quest`     page bounds, scores and choice     `topk`     exact threshold selection
-`decode`    attention over prefix and suffix   `prefill`  dense causal attention
-`prune`     channel pruning, with the norm     `mlp`      gate and up of the channels that are left
-`quantize`  rounding to a number of bits, with the residual and the next norm      `norm`  RMSNorm
+    quest      (kappa)  page bounds, page scores, and the choice of pages that attention reads
+    attention  (kappa)  attention of a decode step over chosen pages of a prefix, and over a suffix
+    prune      (rho)    the largest channels of a row, alone or with the norm before it
+    gated_mlp  (rho)    gate and up of an MLP, over the channels that are left
+    quantize   (eta)    rounding to a number of bits, alone or with the residual and the next norm
 
-Shared: `dispatch` (which implementation runs, or why not), `tuning` (where each exists and pays), `shapes`
-(the named shapes of tests and benchmarks), `one_row` and `fold` (vmaps as rows of one call), `rows_gpu` and
-`rows_tpu` (calls of kernels of rows), `cache` (layers of stacked arrays), `errors`, `cost_model` (time from
-bytes, operations and launches).
+In a folder, `op.py` has the functions to call, each of which picks an implementation with `dispatch.choose`.
+`reference.py` has the same maths in plain JAX, which XLA compiles.  Each kernel has a file named after its
+device or language: `gpu.py` (Pallas through Triton), `tpu.py` (Pallas through Mosaic), `triton.py` (Triton's
+own language through jax-triton, an extra).  The folder exports what is to be called:
+`from pallas_kernels.quest import page_bounds`.  A new implementation is a file in the folder, a call of it in
+`op.py`, its rows in `tuning.TABLE` and, if it is of a new kind, its name in `dispatch.IMPLEMENTATIONS`.
+
+Beside the folders lies what several operations share, and what XLA does everywhere:
+
+    which runs   `dispatch` chooses, or says why a named one cannot run (`errors`); `tuning` is the table
+                 behind it, of which kernels exist, what they take and where they pay
+    maths        `topk` (exact threshold selection), `norm` (RMSNorm), `causal_attention` (dense, for prefill)
+    calls        `one_row` and `fold` (vmaps become rows of one call), `rows_gpu` and `rows_tpu` (kernels of
+                 rows), `products` (matrix products inside kernels), `cache` (layers of stacked arrays)
+    measuring    `shapes` (the named shapes of tests and benchmarks), `cost_model` (time from bytes,
+                 operations and launches)
 """

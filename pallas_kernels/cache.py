@@ -1,4 +1,4 @@
-"""Reading stacked caches."""
+"""How one layer is read from caches or weights of stacked layers."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 
 
 def take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    """`stacked[layer]`, moved as bits if it is bfloat16.
+    """Returns `stacked[layer]`, moved as bits if it is bfloat16.
 
     XLA's CPU compiler widens bfloat16 slices to float32, and with them the whole array they are cut from.
     """

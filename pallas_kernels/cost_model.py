@@ -3,8 +3,8 @@
     seconds = bytes * seconds_per_byte + flops * seconds_per_flop + launches * seconds_per_launch
 
 The terms add up: decode operations wait for memory, and a kernel that overlaps both shows up as a rate that
-is a little better than the device's.  `fit` takes measured rows (`experiments.benchmarks.kernels` writes them),
-and `save` and `load` keep the model of a device as JSON.
+is a little better than the device's.  `fit` takes measured rows (`experiments.benchmarks.kernels` writes
+them), and `save` and `load` keep the model of a device as JSON.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class CostModel:
             raise ValueError("cost model: bytes, operations and launches all cost nothing")
 
     def seconds(self, bytes: float, flops: float = 0.0, launches: float = 0.0) -> float:
-        """Predicted time of an operation."""
+        """Predicts the time of an operation."""
         return (
             bytes * self.seconds_per_byte + flops * self.seconds_per_flop + launches * self.seconds_per_launch
         )
@@ -47,12 +47,13 @@ class CostModel:
 
 
 def load(path: pathlib.Path) -> CostModel:
-    """The model that `save` wrote; ValueError in one sentence if the file is none."""
+    """Reads the model that `save` wrote; raises ValueError, in one sentence, if the file is none."""
     try:
         return CostModel(**json.loads(path.read_text()))
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); python -m experiments.benchmarks.roofline writes cost models"
+            f"{path}: cannot be read ({error.strerror}); "
+            "python -m experiments.benchmarks.roofline writes cost models"
         ) from None
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a cost model ({error})") from None
@@ -66,10 +67,10 @@ def fit(
     seconds_N: Sequence[float],
     launches_per_layer: float = 0.0,
 ) -> CostModel:
-    """Least squares of the *relative* errors of N measurements, with no negative price.
+    """Fits prices by least squares of the *relative* errors of N measurements, with no negative price.
 
-    Relative, for the measurements span microseconds to seconds.  The best non-negative solution is the
-    unconstrained one of some subset of the three terms, so all seven are tried.
+    Errors are relative because the measurements span microseconds to seconds.  The best non-negative solution
+    is the unconstrained one of some subset of the three terms, so all seven are tried.
     """
     work_Nx3 = np.array([bytes_N, flops_N, launches_N], np.float64).T
     seconds = np.asarray(seconds_N, np.float64)

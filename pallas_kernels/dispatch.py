@@ -1,9 +1,13 @@
 """Which implementation of an op runs: XLA, a Pallas kernel, or a Triton kernel through jax-triton.
 
-`choose` is called while an op is traced.  None (or "auto") takes what `tuning.TABLE` says pays for the
-platform and shape; a named implementation runs or raises `UnavailableError` with the reason.  Nothing falls
-back silently.  The GPU kernels are for NVIDIA's (some hold PTX) from Ampere on; an AMD GPU is a platform
-"rocm", for which there are none.
+Ops call `choose` while they are traced.  None (or "auto") takes what `tuning.TABLE` says pays for the
+platform and shape; a named implementation runs or raises `UnavailableError` with the reason.  The GPU kernels
+are for NVIDIA's GPUs from Ampere on (some hold PTX); an AMD GPU is a platform "rocm", for which there are
+none.
+
+What auto picks is logged once for each shape, at the level DEBUG of the logger `pallas_kernels.dispatch`, so
+programs are quiet about it by default.  A program of absl's shows it with
+`--logger_levels=pallas_kernels.dispatch:DEBUG`, or among everything else with `--verbosity=1`.
 """
 
 import contextlib
@@ -16,8 +20,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.tuning import NO_END, TABLE, Kernel
@@ -30,20 +32,28 @@ _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 def choose(
-    op: str, implementation: str | None, *, platform: str | None = None, log: bool = True, **facts: Any
+    op: str,
+    implementation: str | None,
+    *,
+    platform: str | None = None,
+    asks_again: bool = False,
+    **facts: Any,
 ) -> str:
-    """The implementation of `op` to trace: one of IMPLEMENTATIONS.
+    """Returns the implementation of `op` to trace: one of IMPLEMENTATIONS.
 
     `facts` are what the table's conditions are about (rows, hidden, context ...); `platform` is "cpu", "gpu",
-    "tpu" or "rocm", by default the one traced for.  What auto picks is logged, unless the op may ask again
-    once it knows more: it then calls `logged`.
+    "tpu" or "rocm", by default the one traced for.  With `asks_again` the op chooses once more if this is a
+    kernel, when it knows its rows; so only that later pick is logged.
+
+    Raises `UnavailableError` if a named implementation cannot run, and ValueError if there is none of the
+    name.
     """
     platform = _normal(platform) or current_platform()
     if implementation in (None, "auto"):
         pays = (name for name in IMPLEMENTATIONS[1:] if _pays(op, name, platform, facts))
         picked = next(pays, "xla")
-        if log:
-            _log_once(op, platform, picked, tuple(sorted(facts.items())))
+        if picked == "xla" or not asks_again:
+            log_once(f"auto picks {picked} for {op} on {platform}", **facts)
         return picked
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -54,8 +64,25 @@ def choose(
     return implementation
 
 
+def log_once(message: str, **facts: Any) -> None:
+    """Logs what was decided for an op of such `facts`, unless the same was logged before.
+
+    This tells of decisions, not of runs: under vmap an op is traced, and decides, for one row first and then
+    for all of them, and only the last of these becomes a part of the program.
+    """
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
+    details = ", ".join(f"{name}={fact}" for name, fact in sorted(facts.items()))
+    _log_new(f"{message} ({details})" if facts else message)
+
+
+@functools.cache
+def _log_new(message: str) -> None:
+    _log.debug(message)
+
+
 def without_triton(implementation: str | None) -> str | None:
-    """What "triton" means for an op of which jax-triton has no kernel: the Pallas one."""
+    """Returns the implementation meant by "triton" where jax-triton has no kernel of the op: Pallas'."""
     return "pallas" if implementation == "triton" else implementation
 
 
@@ -77,7 +104,7 @@ def _require(op: str, implementation: str, platform: str, facts: Mapping[str, An
 
 
 def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[str, str] | None:
-    """(reason, what to use instead), or None if the op has such a kernel for the platform."""
+    """Returns the reason and what to use instead, or None if the op has such a kernel for the platform."""
     if implementation == "triton" and platform == "cpu":
         return "jax-triton has no interpreter", "'pallas' (interpreted) or 'xla'"
     runs_as = "gpu" if platform == "cpu" else platform
@@ -92,7 +119,10 @@ def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[s
 
 
 def _unmet(conditions: Mapping[str, Collection[Any]], facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each fact that does not meet its condition, with a clause that says so; one not given meets any."""
+    """Yields each fact that does not meet its condition, with a clause that says so.
+
+    A fact that is not given meets every condition.
+    """
     for name, allowed in conditions.items():
         if name in facts and facts[name] not in allowed:
             yield name, f"{name} is {facts[name]} and must be {_describe(allowed)}"
@@ -109,37 +139,8 @@ def _describe(allowed: Collection[Any]) -> str:
     )
 
 
-@functools.cache
-def _log_once(op: str, platform: str, picked: str, facts: tuple[tuple[str, Any], ...]) -> None:
-    _log.info("%s on %s: %s (%s)", op, platform, picked, ", ".join(f"{name}={fact}" for name, fact in facts))
-
-
-def logged(x: jax.Array, op: str, implementation: str | None, picked: str, **facts: Any) -> jax.Array:
-    """`x`; what `op` picked for it is logged once that is compiled (or run), unless it was asked for.
-
-    An op under vmap is traced for one row first and for all of them then, and only the last is compiled.
-    """
-    if picked == implementation:
-        return x
-    return _logged_p.bind(
-        x, op=op, platform=current_platform(), picked=picked, facts=tuple(sorted(facts.items()))
-    )
-
-
-def _logged_as_is(x: Any, **pick: Any) -> Any:
-    _log_once(**pick)
-    return x
-
-
-_logged_p = Primitive("logged")
-_logged_p.def_impl(_logged_as_is)
-_logged_p.def_abstract_eval(lambda x, **_: x)
-mlir.register_lowering(_logged_p, lambda ctx, x, **pick: [_logged_as_is(x, **pick)])
-batching.primitive_batchers[_logged_p] = lambda xs, axes, **pick: (_logged_p.bind(*xs, **pick), axes[0])
-
-
 def gpu_problem() -> str | None:
-    """Why this machine's NVIDIA GPU cannot run the kernels; None if it can, and where there is none."""
+    """Says why this machine's NVIDIA GPU cannot run the kernels; None if it can, or if there is no GPU."""
     if _backend() != "gpu":
         return None  # what is traced is for another machine
     found = _capability()
@@ -151,7 +152,10 @@ def gpu_problem() -> str | None:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why jax-triton cannot be used, or None; decided from the installed versions, nothing is imported."""
+    """Says why jax-triton cannot be used, or None.
+
+    The installed versions decide; nothing is imported.
+    """
     wanted = ((0, 4, 1), (3, 7)) if _version(jax.__version__) >= (0, 11) else ((0, 3, 1), (3, 6))
     for package, lowest in zip(("jax-triton", "triton"), wanted, strict=True):
         need = f"jax {jax.__version__} needs {package} >= {'.'.join(map(str, lowest))}"
@@ -169,15 +173,18 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def current_platform() -> str:
-    """What is traced for: "cpu", "gpu", "tpu" or "rocm"; the default backend outside `tracing_for`."""
+    """Returns what is traced for: "cpu", "gpu", "tpu" or "rocm".
+
+    Outside `tracing_for` it is the platform of JAX's default backend.
+    """
     return _platform.get() or _backend()
 
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """Ops traced inside choose and build for `platform`, for lowering to a device that is not here.
+    """Makes ops that are traced inside choose and build for `platform`, which need not be here.
 
-    jit remembers what it traced, whatever it was traced for: give it a new function.
+    jit does not know of this and would reuse what it traced for another platform: give it a new function.
     """
     token = _platform.set(_normal(platform))
     try:
@@ -191,24 +198,30 @@ def _normal(platform: str | None) -> str | None:
 
 
 def _backend() -> str:
-    """The platform of this machine.  JAX calls an AMD GPU "gpu" too, but its capability is a gfx number."""
+    """Returns the platform of this machine.
+
+    JAX calls an AMD GPU "gpu" too, but its capability is a gfx number.
+    """
     platform = _normal(jax.default_backend()) or "cpu"
     return "rocm" if platform == "gpu" and _capability().startswith("gfx") else platform
 
 
 def _capability() -> str:
-    """Of the GPU: "9.0"; one that does not say is taken to be new enough."""
+    """Returns the GPU's compute capability, such as "9.0"; one that tells none is taken to be new enough."""
     oldest = ".".join(map(str, OLDEST_GPU))
     return str(getattr(jax.devices()[0], "compute_capability", None) or oldest)
 
 
 def interpret() -> bool:
-    """Whether Pallas kernels must be interpreted: on a CPU there is no other way to run them."""
+    """Says whether Pallas kernels must be interpreted; on a CPU there is no other way to run them."""
     return current_platform() == "cpu"
 
 
 def no_gradient(op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` (arrays to arrays) whose derivative is an error instead of a wrong number: the LLM is frozen."""
+    """Returns `fn` (arrays to arrays) with a derivative that raises TypeError instead of being wrong.
+
+    The LLM is frozen, so nothing needs the derivative.
+    """
     guarded = jax.custom_jvp(fn)
 
     @guarded.defjvp

@@ -1,4 +1,4 @@
-"""The error of a kernel that was named and cannot run; apart, so that catching it does not need JAX."""
+"""The error of a kernel that was named and cannot run, in a file of its own: catching it needs no JAX."""
 
 
 class UnavailableError(ValueError):

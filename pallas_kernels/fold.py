@@ -2,8 +2,8 @@
 
 A kernel takes B sequences and, for each, K rows that read the same cache (schedules of a group, episodes of a
 block).  A vmapped axis over which the cache is *not* batched makes more rows, and the cache is still read
-once for all of them; any other makes more sequences.  Written so, because `vmap` of a kernel would read the
-cache once per row, and would run a TPU kernel with scalar prefetch row by row.
+once for all of them; any other makes more sequences.  A plain `vmap` of a kernel would read the cache once
+per row, and would run a TPU kernel with scalar prefetch row by row.
 """
 
 import math
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 
 def fold_rows(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op(layer, shared, own)` of arrays [B, ...] in `shared` and [B, K, ...] in `own`, for one row.
+    """Returns the one-row view of `op(layer, shared, own)`.
 
-    The function returned takes and gives them without B and K, and may be vmapped any number of times.
-    `layer` says which of stacked layers to read; it is the same for all rows.  `name` is for errors.
+    The op's arrays are [B, ...] in `shared` and [B, K, ...] in `own`.  The view takes and gives them without
+    B and K, and may be vmapped any number of times.  `layer` says which of stacked layers to read; it is the
+    same for all rows.  `name` is for errors.
     """
 
     @jax.custom_batching.custom_vmap
@@ -52,12 +53,12 @@ def fold_rows(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _spread(tree: Any, batched: Any, N: int) -> Any:
-    """Every leaf with the new axis, repeated where it has none."""
+    """Returns every leaf with the new axis, repeated where it has none."""
     return jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (N, *x.shape)), tree, batched)
 
 
 def _join(tree: Any, axis: int = 0) -> Any:
-    """Axes `axis` and `axis + 1` of every leaf made one."""
+    """Makes axes `axis` and `axis + 1` of every leaf one."""
 
     def join(x: jax.Array) -> jax.Array:
         size = math.prod(x.shape[axis : axis + 2])

@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 
 
 def one_row(rows_fn: Callable[..., Any], num_shared: int = 0) -> Callable[..., Any]:
-    """The one-row view of `rows_fn`, whose arguments and results lead with rows [N, ...].
+    """Returns the one-row view of `rows_fn`, whose arguments and results lead with rows [N, ...].
 
     The last `num_shared` arguments (weights) have no rows.  If a vmap batches those, its elements run one
     after another.

@@ -13,14 +13,20 @@ from jax.experimental.pallas import triton as plgpu
 
 
 def row_params(D: int) -> plgpu.CompilerParams:
-    """For a program that holds a row of D: 16 numbers a thread, until a block has all the warps it may."""
+    """Returns the parameters of a program that holds a row of D.
+
+    A thread has 16 numbers, until a block has all the warps it may.
+    """
     return plgpu.CompilerParams(num_warps=min(32, max(4, pl.next_power_of_2(D) // 512)), num_stages=1)
 
 
 def call_rows(
     kernel: Callable[..., None], out: Any, *args: jax.Array, name: str, interpret: bool, programs: int = 0
 ) -> Any:
-    """`kernel` once for each row of the first argument [N, D], or in `programs` programs; `out` as shapes."""
+    """Calls `kernel` once for each row of the first argument [N, D], or `programs` times.
+
+    `out` has the shapes of the results.
+    """
     N, D = args[0].shape
     return pl.pallas_call(
         kernel,
@@ -33,6 +39,6 @@ def call_rows(
 
 
 def lanes(D: int) -> tuple[jax.Array, jax.Array]:
-    """The lanes of a row, and whether each holds a channel."""
+    """Returns the lanes of a row, and whether each holds a channel."""
     lane = jnp.arange(pl.next_power_of_2(D))
     return lane, lane < D

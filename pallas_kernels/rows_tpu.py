@@ -11,7 +11,10 @@ ROWS = 8  # sublanes of a float32 register
 
 
 def call_rows(kernel: Callable[..., None], out: Any, *args: jax.Array, name: str, interpret: Any) -> Any:
-    """`kernel` over blocks of eight rows of the arguments and results [N, D]; every block sees a [1, D]."""
+    """Calls `kernel` over blocks of eight rows of arguments and results [N, D].
+
+    Every block sees the whole of an argument [1, D].
+    """
     N = args[0].shape[0]
 
     def block(x: Any) -> pl.BlockSpec:

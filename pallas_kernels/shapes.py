@@ -45,7 +45,8 @@ _LOADS = (
     (128, 1024),
     (128, 8192),
 )
-# The paper trains every model with pages of 8: at its prefix length, and the most that such a batch may hold.
+# The paper trains every model with pages of 8.  These loads are its prefix length, and the most that such a
+# batch may hold.
 _TRAINING_PAGE, _TRAINING_LOADS = 8, ((8, 1024), (128, 8192))
 
 SHAPES: tuple[Shape, ...] = tuple(
@@ -57,12 +58,12 @@ SHAPES: tuple[Shape, ...] = tuple(
 
 
 def named(name: str) -> Shape:
-    """The one of SHAPES of that name."""
+    """Returns the one of SHAPES of that name."""
     return next(shape for shape in SHAPES if str(shape) == name)
 
 
 def distinct(*fields: str) -> tuple[Shape, ...]:
-    """The first of SHAPES for each combination of `fields`: what an op that depends on those alone needs."""
+    """Returns the first of SHAPES for each combination of `fields`, for an op that depends on those alone."""
     first: dict[tuple[int | str, ...], Shape] = {}
     for shape in SHAPES:
         first.setdefault(tuple(getattr(shape, field) for field in fields), shape)

@@ -1,6 +1,7 @@
 """Exact selection of a row's largest entries, without sorting.
 
-The rule everywhere in SOL: keep what is **at least** the k-th largest, so ties keep more than k.
+SOL keeps what is **at least** the k-th largest everywhere, so ties keep more than k (`docs/method.md`, "The
+three axes").
 """
 
 from collections.abc import Sequence
@@ -15,26 +16,29 @@ _LANES = 32
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> int32 in the same order (both zeros alike; every NaN alike and above infinity).
+    """Returns float32 as int32 in the same order (both zeros alike; every NaN alike and above infinity).
 
-    Whatever a NaN's sign: x86 makes those of arithmetic negative, and must not hide them below all numbers.
+    A NaN's sign does not count: x86 makes those of arithmetic negative, which must not hide them below all
+    numbers.
     """
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.int32)
     return jnp.where(is_nan(x), _HIGHEST, bits ^ ((bits >> 31) & _HIGHEST))
 
 
 def is_nan(x: jax.Array) -> jax.Array:
-    """Which of x are NaN, by their bits: in Mosaic a NaN is not different from itself."""
+    """Says which of x are NaN, by their bits: in Mosaic a NaN is not different from itself."""
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & _HIGHEST > _INFINITY_BITS
 
 
 def kth_largest(bits: Sequence[jax.Array], k: jax.Array, axis: int | tuple[int, int] = -1) -> jax.Array:
-    """The k-th largest [..., 1] of `ordered_bits` [..., N] in one or more parts; k [..., 1] counts from 1.
+    """Returns the k-th largest [..., 1] of `ordered_bits` [..., N] in one or more parts.
 
-    With two axes the same of [..., M, N], which are one row in two dimensions: [..., 1, 1].
+    k [..., 1] counts from 1.
 
-    Bisects the 32 bits of the threshold: 32 counting passes over a row that stays in cache (or registers),
-    where a sort costs 10 to 20 times as much on a CPU and does not exist in the kernels' languages.
+    With two axes it does so of [..., M, N], which are one row in two dimensions: [..., 1, 1].
+
+    It bisects the 32 bits of the threshold, in 32 counting passes over a row that stays in cache (or
+    registers).  A sort costs 10 to 20 times as much on a CPU and does not exist in the kernels' languages.
     """
 
     def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -46,7 +50,7 @@ def kth_largest(bits: Sequence[jax.Array], k: jax.Array, axis: int | tuple[int, 
 
 
 def at_least_kth(x_N: jax.Array, k: jax.Array) -> jax.Array:
-    """Mask [..., N] of the entries >= the k-th largest of the last axis, for k in 1..N (k: [...])."""
+    """Returns a mask [..., N] of entries >= the k-th largest of the last axis, for k [...] from 1 to N."""
     *rows, N = x_N.shape
     # XLA's CPU code counts rows of lanes faster than one long row: 1.5 times at N = 1,024, twice at 576.
     # Rows that would have to be padded (131 pages) gain nothing.

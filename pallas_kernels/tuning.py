@@ -1,8 +1,9 @@
 """The tuned table behind `dispatch.choose`: which kernels exist, what they take, and where they pay.
 
-One entry per (op, implementation, platform).  `takes` is what the kernel can run at all, `pays` where "auto"
-prefers it to XLA; both map a fact that the op passes to `choose` to the values allowed (a range or a tuple),
-and a fact that the op does not pass is not checked.  An op whose entry is missing has no such kernel.
+There is one entry per (op, implementation, platform).  `takes` is what the kernel can run at all, `pays`
+where "auto" prefers it to XLA; both map a fact that the op passes to `choose` to the values allowed (a range
+or a tuple), and a fact that the op does not pass is not checked.  An op whose entry is missing has no such
+kernel.
 
 Nothing here has been measured on a GPU or TPU yet: `pays` follows byte counts (README, "Kernels").
 """
@@ -26,7 +27,7 @@ NO_END = 1 << 62  # range(8, NO_END): at least 8
 
 # A row kernel holds a row in one GPU program's registers, and TPU lanes carry 14-bit indices.
 ROW = range(1, 16385)
-# What blocks are sized for and products have a form of; TPUs have no float16.
+# Blocks are sized for these types, and products have a form of them; TPUs have no float16.
 GPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16", "float16")}
 TPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
 GPU_ROW, TPU_ROW = GPU_TYPES | {"hidden": ROW}, TPU_TYPES | {"hidden": ROW}
@@ -35,12 +36,12 @@ PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, NO_END, 8)}
 
 # TPU kernels have been lowered and interpreted but never compiled, so they run only when named.
 TABLE: dict[tuple[str, str, str], Kernel] = {
-    # One launch where XLA's bisection takes one a bit, whatever the shape.
+    # A kernel is one launch where XLA's bisection takes one a bit, whatever the shape.
     ("keep_channels", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
     ("keep_channels", "pallas", "tpu"): Kernel(takes=TPU_ROW),
     ("norm_prune", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
     ("norm_prune", "pallas", "tpu"): Kernel(takes=TPU_ROW),
-    # One read of the row; and IEEE division, which XLA's GPU code has not.
+    # A kernel reads the row once, and divides as IEEE 754 asks, which XLA's GPU code does not.
     ("fake_quantize", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
     ("fake_quantize", "pallas", "tpu"): Kernel(takes=TPU_ROW),
     ("quantize_residual", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
@@ -52,13 +53,13 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
     ),
     ("gated_hidden", "triton", "gpu"): Kernel(takes=GPU_ROW),
     ("gated_hidden", "pallas", "tpu"): Kernel(takes=TPU_ROW | {"ffn": range(128, NO_END, 128)}),
-    # Two launches against XLA's loop of 32; a program holds a head's scores in registers.
+    # Kernels are two launches against XLA's loop of 32; a program holds a head's scores in registers.
     ("page_bounds", "pallas", "gpu"): Kernel(
         takes=GPU_TYPES | {"tokens": range(1, NO_END)}, pays={"tokens": range(512, NO_END)}
     ),
     ("page_bounds", "pallas", "tpu"): Kernel(takes=TPU_TYPES | PAGE_OF_EIGHTS | {"tokens": range(1, NO_END)}),
     ("select_pages", "pallas", "gpu"): Kernel(takes=GPU_TYPES | {"pages": range(1, 32769)}, pays={}),
-    # The scores of all rows of a head stay on the chip: 24 MB of a v5p's 64 at most (`quest_tpu`).
+    # The scores of all rows of a head stay on the chip: 24 MB of a v5p's 64 at most (`quest.tpu`).
     ("select_pages", "pallas", "tpu"): Kernel(
         takes=TPU_TYPES
         | {"pages": range(1, 32769), "select": ("head",), "scores_of_a_head": range(1, (1 << 20) + 1)}

@@ -21,7 +21,8 @@ from experiments.benchmarks.kernel_cases import (
     implementations,
     normals,
 )
-from pallas_kernels import decode, quest
+from pallas_kernels import quest
+from pallas_kernels.attention import attend
 from pallas_kernels.dispatch import current_platform, without_triton
 from pallas_kernels.shapes import Shape
 
@@ -50,7 +51,7 @@ def attention(
             keep = choose(q, bounds, pages, without_triton(name))
             seen = jnp.ones((1, 1, SUFFIX), bool)
             length = jnp.int32(S)
-            return decode.attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
+            return attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
 
         def call(x: Any, buffer: Any) -> jax.Array:
             k, v, bounds, own_k, own_v = buffer
@@ -64,7 +65,7 @@ def attention(
         def one(q, k, v):
             keep, seen = jnp.ones((1, 1, P), bool), jnp.zeros((1, 1, 1), bool)
             none = (k[:, :1], v[:, :1])
-            return decode.attend(q, (k, v), none, keep, seen, jnp.int32(S), page)
+            return attend(q, (k, v), none, keep, seen, jnp.int32(S), page)
 
         return jax.vmap(one)(x[0], *buffer[:2])
 
@@ -202,7 +203,7 @@ def shared_prefix(
             keep = choose(q, bounds, pages, name)
             seen = jnp.ones((1, 1, SUFFIX), bool)
             length = jnp.int32(S)
-            return decode.attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
+            return attend(q, (k, v), (own_k, own_v), keep, seen, length, page, implementation=name)
 
         schedules = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None, None))
 

@@ -21,7 +21,7 @@ from experiments.benchmarks import timing
 from experiments.benchmarks.attention_cases import bounds_of, choose
 from experiments.benchmarks.kernel_cases import KernelWork, normals
 from pallas_kernels import dispatch
-from pallas_kernels.mlp import MAX_ROWS
+from pallas_kernels.gated_mlp import MAX_ROWS
 from pallas_kernels.shapes import Shape, distinct
 from sol_jax.axes.base import ActionSpace, Axis
 from sol_jax.axes.eta import OutputQuantization

@@ -16,7 +16,7 @@ from experiments.benchmarks.kernel_cases import (
     implementations,
     normals,
 )
-from pallas_kernels import mlp, prune, quantize
+from pallas_kernels import gated_mlp, prune, quantize
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.shapes import Shape
@@ -41,7 +41,7 @@ def pruned_mlp(
         return jax.vmap(lambda x, keep: prune.norm_prune(x, gain_D, EPS, keep, name).x_D)(x[0], x[1])
 
     def hidden(x_NxD: jax.Array, buffer: Any, name: str) -> jax.Array:
-        return jax.vmap(lambda x_D: mlp.gated_hidden(x_D, buffer[0], buffer[1], name))(x_NxD)
+        return jax.vmap(lambda x_D: gated_mlp.gated_hidden(x_D, buffer[0], buffer[1], name))(x_NxD)
 
     def sparse(name: str) -> Callable[..., Any]:
         return lambda x, buffer: hidden(pruned(x, buffer[2], without_triton(name)), buffer, name)
@@ -54,7 +54,7 @@ def pruned_mlp(
         return rms_norm(x[0], buffer[2], EPS).astype(dtype)
 
     def dense(x: Any, buffer: Any) -> jax.Array:
-        return mlp.gated_hidden(normed(x, buffer), buffer[0], buffer[1], "xla")
+        return gated_mlp.gated_hidden(normed(x, buffer), buffer[0], buffer[1], "xla")
 
     def inputs_of(x: Any, buffer: Any, dense: bool) -> jax.Array:
         return normed(x, buffer) if dense else jax.jit(pruned, static_argnums=2)(x, buffer[2], "xla")
@@ -70,7 +70,7 @@ def pruned_mlp(
     whole = KernelWork(weight_bytes + small, flops)
 
     def work_of(name: str) -> Callable[[float], KernelWork]:
-        if name == "xla" or rows > mlp.MAX_ROWS["pallas"]:  # with more than one, Triton's is Pallas'
+        if name == "xla" or rows > gated_mlp.MAX_ROWS["pallas"]:  # with more than one, Triton's is Pallas'
             return lambda share: whole
         return lambda share: KernelWork(weight_bytes * share + small, flops * share)
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.decode import attend, split_attention
-from pallas_kernels.mlp import gated_hidden
+from pallas_kernels.attention import attend, split_attention
+from pallas_kernels.causal_attention import causal_attention
+from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.prefill import causal_attention
 from sol_jax.axes.base import Axis, acting, effective, mlp_input, mlp_output
 from sol_jax.axes.key_selection import Keys
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-import pallas_kernels
-from pallas_kernels import attention_triton, dispatch
+from pallas_kernels import attention, dispatch, gated_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +36,6 @@ def jax_triton(monkeypatch):
         return call("triton_gemv", (1, gate_LxDxF.shape[-1]))[0]
 
     monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
-    monkeypatch.setattr(attention_triton, "attend", attend)
-    mlp_triton = types.SimpleNamespace(gated_hidden=gated_hidden)  # the module itself imports triton
-    monkeypatch.setattr(pallas_kernels, "mlp_triton", mlp_triton, raising=False)
+    monkeypatch.setattr(attention.triton, "attend", attend)
+    kernels = types.SimpleNamespace(gated_hidden=gated_hidden)  # the module itself imports triton
+    monkeypatch.setattr(gated_mlp, "triton", kernels, raising=False)

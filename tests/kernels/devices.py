@@ -13,8 +13,8 @@ def interpreted(platform: str) -> bool:
 
 
 def interpret(kernels: ModuleType) -> bool:
-    """The same of a module of kernels, whose name ends in its platform."""
-    return interpreted(kernels.__name__.rsplit("_", 1)[-1])
+    """Says the same of a module of kernels, whose name ends in its platform."""
+    return interpreted(kernels.__name__.rsplit(".", 1)[-1])
 
 
 def either(*modules: ModuleType) -> pytest.MarkDecorator:

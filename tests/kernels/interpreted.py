@@ -9,11 +9,11 @@ import jax
 import pytest
 
 from kernels import devices
-from pallas_kernels import decode, mlp, prune, quantize, quest
+from pallas_kernels import attention, gated_mlp, prune, quantize, quest
 from pallas_kernels.dispatch import tracing_for
 
 platforms = pytest.mark.parametrize("platform", ["gpu", "tpu"])
-OPS = (decode, mlp, prune, quantize, quest)
+OPS = tuple(folder.op for folder in (attention, gated_mlp, prune, quantize, quest))
 
 
 @contextlib.contextmanager

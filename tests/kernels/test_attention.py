@@ -13,8 +13,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import devices
 from kernels.interpreted import compiled, kernel_calls, platforms
-from pallas_kernels import attention_gpu, attention_tpu, decode
-from pallas_kernels.decode import LISTED_ROWS, attend, paged_attention, split_attention
+from pallas_kernels.attention import (
+    LISTED_ROWS,
+    attend,
+    gpu,
+    normalize,
+    paged_attention,
+    split_attention,
+    tpu,
+)
 from pallas_kernels.dispatch import current_platform, tracing_for
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.shapes import distinct
@@ -97,7 +104,7 @@ def test_named_shapes(platform, shape):
 
     def one(q, keep):
         part = paged_attention(q, (k, v), keep, jnp.int32(190), page_size, implementation="pallas")
-        return decode.normalize(part)
+        return normalize(part)
 
     def both(q, keep):
         return jnp.concatenate([one(q[0], keep[0])[None], jax.vmap(one)(q[1:], keep[1:])])
@@ -118,7 +125,7 @@ def test_pages_of_one_token():
         lambda keep: paged_attention(q, (k, v), keep, jnp.int32(43), 1, implementation="pallas"), "gpu"
     )(jnp.asarray(keep))
     expected = exact(q, k, v, by_token(keep, 43, 1, 50))
-    np.testing.assert_allclose(decode.normalize(part), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(normalize(part), expected, rtol=0, atol=1e-5)
 
 
 @platforms
@@ -149,7 +156,7 @@ def test_nan_reaches_the_output(platform, spoilt):
     got = compiled(
         lambda q, k, v: paged_attention(q, (k, v), keep, jnp.int32(40), 8, implementation="pallas"), platform
     )(x["q"], x["k"], x["v"])
-    nan = np.isnan(decode.normalize(got)).any(-1)
+    nan = np.isnan(normalize(got)).any(-1)
     assert nan[0, 1]
     assert not nan[1].any()
     if spoilt != "v":  # a value that another head of the group keeps counts 0 times NaN, as in the reference
@@ -227,7 +234,7 @@ def test_many_tiles_of_rows_and_parts_of_keys():
 
     batched = jax.vmap(one, in_axes=(0, None, 0))
     assert kernel_calls(batched, *args)["attend_pages"][-1] == (1, 1, 5, 88)
-    got = decode.normalize(compiled(batched, "gpu")(*args))
+    got = normalize(compiled(batched, "gpu")(*args))
     for i in range(K):
         expected = exact(q[i], k, v, by_token(keep[i], 690, 8, S))
         np.testing.assert_allclose(got[i], expected, rtol=0, atol=1e-5)
@@ -263,7 +270,7 @@ def test_page_lists(P):
     def check(seed, share):
         rng = np.random.default_rng(seed)
         bits = np.where(rng.random((2, H, P)) < share, rng.integers(1, 2**16, (2, H, P)), 0).astype(np.int32)
-        pages = attention_gpu.list_pages(jnp.asarray(bits), devices.interpreted("gpu"))
+        pages = gpu.list_pages(jnp.asarray(bits), devices.interpreted("gpu"))
         for at in np.ndindex(2, H):
             count, kept = int(pages.count_BxH[at]), np.flatnonzero(bits[at])
             assert count == len(kept)
@@ -321,7 +328,7 @@ def test_parts_by_xla():
 
 @pytest.mark.parametrize("K", [1, 6])
 def test_tpu_kernels_do_not_race(K, capsys, monkeypatch):
-    monkeypatch.setattr(attention_tpu, "PAGES", 16)  # three blocks
+    monkeypatch.setattr(tpu, "PAGES", 16)  # three blocks
     rng = np.random.default_rng(0)
     q, k, v = normal(rng, K, H, G, D), normal(rng, H, 350, D), normal(rng, H, 350, D)
     keep = rng.random((K, H, G, 44)) < 0.6
@@ -329,7 +336,7 @@ def test_tpu_kernels_do_not_race(K, capsys, monkeypatch):
     def one(q, keep):
         return paged_attention(q, (k, v), keep, jnp.int32(340), 8, implementation="pallas")
 
-    got = decode.normalize(compiled(jax.vmap(one), "tpu", RACES)(q, jnp.asarray(keep)))
+    got = normalize(compiled(jax.vmap(one), "tpu", RACES)(q, jnp.asarray(keep)))
     for i in range(K):
         expected = exact(q[i], k, v, by_token(keep[i], 340, 8, 350))
         np.testing.assert_allclose(got[i], expected, rtol=0, atol=1e-5)

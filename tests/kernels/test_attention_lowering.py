@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from kernels.lowering import lowers
-from pallas_kernels import attention_gpu, attention_triton
-from pallas_kernels.decode import LISTED_ROWS, paged_attention
+from pallas_kernels.attention import LISTED_ROWS, gpu, paged_attention
+from pallas_kernels.attention import triton as attention_triton
 from pallas_kernels.shapes import SHAPES, distinct
 
 
@@ -72,7 +72,7 @@ def test_triton_kernel_compiles(d, dtype):
     from triton.compiler import ASTSource
 
     kernel = attention_triton.attend_kernel()
-    tile, tokens, warps, stages = attention_gpu.block_sizes(
+    tile, tokens, warps, stages = gpu.block_sizes(
         4, d, jnp.dtype({"bf16": "bfloat16", "fp32": "float32"}[dtype])
     )
     sizes = {"SPLITS": 16, "H": 8, "L": 16, "R": 4, "S": 32768, "N": 4096, "D": d, "PAGE": 8}

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 import types
 
 import jax
@@ -11,10 +12,10 @@ import pytest
 
 from kernels.lowering import lowers
 from pallas_kernels import dispatch
-from pallas_kernels.decode import attend, paged_attention
+from pallas_kernels.attention import attend, paged_attention
 from pallas_kernels.dispatch import choose, no_gradient, tracing_for
 from pallas_kernels.errors import UnavailableError
-from pallas_kernels.mlp import gated_hidden
+from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.one_row import one_row
 from pallas_kernels.prune import keep_channels, norm_prune
@@ -114,32 +115,63 @@ def test_triton_of_every_version(installed):
         assert choose("gated_hidden", "triton", platform="gpu", rows=1) == "triton"
 
 
-def test_auto_logs_each_pick_once(caplog):
-    with caplog.at_level(logging.INFO, logger="pallas_kernels.dispatch"):
-        for _ in range(3):
-            choose("gated_hidden", None, platform="gpu", rows=2, hidden=3072)
-        choose("gated_hidden", None, platform="gpu", rows=3, hidden=3072)
-        choose("gated_hidden", "pallas", platform="gpu", rows=3, hidden=3072)
-        choose("gated_hidden", None, platform="tpu", rows=3, hidden=3072, log=False)
-    assert caplog.messages == [
-        "gated_hidden on gpu: pallas (hidden=3072, rows=2)",
-        "gated_hidden on gpu: xla (hidden=3072, rows=3)",
+@pytest.fixture
+def told(caplog):
+    """What dispatch logs, of which nothing has been logged before."""
+    caplog.set_level(logging.DEBUG, logger="pallas_kernels.dispatch")
+    dispatch._log_new.cache_clear()
+    return caplog
+
+
+def test_auto_logs_each_pick_once(told):
+    for _ in range(3):
+        choose("gated_hidden", None, platform="gpu", rows=2, hidden=3072)
+    choose("gated_hidden", None, platform="gpu", rows=3, hidden=3072)
+    choose("gated_hidden", "pallas", platform="gpu", rows=3, hidden=3072)
+    choose("attend", "auto", platform="tpu")
+    assert told.messages == [
+        "auto picks pallas for gated_hidden on gpu (hidden=3072, rows=2)",
+        "auto picks xla for gated_hidden on gpu (hidden=3072, rows=3)",
+        "auto picks xla for attend on tpu",
     ]
+
+
+def test_a_kernel_that_is_asked_for_again_is_not_logged(told):
+    """XLA is final, a kernel is not before the rows are known."""
+    for hidden in (576, 4096):
+        choose("gated_hidden", "auto", platform="gpu", hidden=hidden, asks_again=True)
+    assert told.messages == ["auto picks xla for gated_hidden on gpu (hidden=576)"]
+
+
+def test_nothing_is_logged_by_default(told):
+    told.set_level(logging.INFO, logger="pallas_kernels.dispatch")
+    choose("gated_hidden", "auto", platform="gpu", rows=2, hidden=3072)
+    assert told.messages == []
+    told.set_level(logging.DEBUG, logger="pallas_kernels.dispatch")
+    choose("gated_hidden", "auto", platform="gpu", rows=2, hidden=3072)
+    assert len(told.messages) == 1  # what was not said does not count as said
 
 
 @pytest.mark.parametrize(
     ("platform", "name", "expected"),
     [
-        ("cuda", "auto", {"paged_attention on gpu: xla", "gated_hidden on gpu: xla"}),
-        ("tpu", "auto", {"attend on tpu: xla", "gated_hidden on tpu: xla"}),
-        ("cuda", "pallas", {"gated_hidden on gpu: xla"}),
-        ("cuda", "xla", set()),
+        (
+            "cuda",
+            "auto",
+            [
+                "auto picks xla for paged_attention on gpu (rows=3)",
+                "auto picks xla for paged_attention on gpu (rows=15)",
+                "auto picks pallas for gated_hidden on gpu (rows=1)",
+                "auto picks xla for gated_hidden on gpu (rows=5)",
+            ],
+        ),
+        ("tpu", "auto", ["auto picks xla for attend on tpu", "auto picks xla for gated_hidden on tpu"]),
+        ("cuda", "pallas", ["gated_hidden is dense, for pallas takes 3 rows at most (rows=5)"]),
+        ("cuda", "xla", []),
     ],
 )
-def test_ops_log_what_runs_in_the_end(platform, name, expected, caplog):
-    """Not what seemed right before all rows were known; nor passes a dense product for a kernel."""
-    caplog.set_level(logging.INFO, logger="pallas_kernels.dispatch")
-    dispatch._log_once.cache_clear()
+def test_what_ops_log(platform, name, expected, told):
+    """A pick is logged with its rows: under vmap for one first, and last for all, which are what runs."""
     gate, q, keep = jnp.ones((2048, 128)), jnp.ones((5, 2, 3, 8)), jnp.ones((1, 1, 5), bool)
 
     def step(x, kv):
@@ -152,7 +184,12 @@ def test_ops_log_what_runs_in_the_end(platform, name, expected, caplog):
     args = jax.ShapeDtypeStruct((5, 2048), jnp.float32), jax.ShapeDtypeStruct((2, 40, 8), jnp.float32)
     called = {"list_pages", "attend_pages"} if name == "pallas" else set()
     lowers(step, *args, platform=platform, kernels=called)
-    assert {message.split(" (")[0] for message in caplog.messages} == expected
+    rows = (re.search(r"rows=\d+", message) for message in told.messages)
+    said = [
+        message.split(" (")[0] + (f" ({found[0]})" if found else "")
+        for message, found in zip(told.messages, rows, strict=True)
+    ]
+    assert said == expected
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import devices
 from kernels.lowering import lowers
-from pallas_kernels import prune, prune_gpu, prune_tpu
+from pallas_kernels import prune
+from pallas_kernels.prune import gpu, tpu
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
-kernels = devices.either(prune_gpu, prune_tpu)
+kernels = devices.either(gpu, tpu)
 EPS = 1e-5
 
 
@@ -103,7 +104,7 @@ def test_norm_prune(kernels, N, D):
 
 @pytest.mark.parametrize(("N", "D"), [(1, 576), (3, 37)])
 def test_compact(N, D):
-    compact = jax.jit(functools.partial(prune_gpu.compact, interpret=devices.interpreted("gpu")))
+    compact = jax.jit(functools.partial(gpu.compact, interpret=devices.interpreted("gpu")))
 
     @quick
     @given(st.data())
@@ -150,7 +151,7 @@ def test_leading_axes():
 def test_bfloat16_stays_bfloat16():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(9, 37)), jnp.bfloat16)
     expected = prune.keep_channels(x, jnp.full(9, 0.5), "xla")
-    for kernels in (prune_gpu, prune_tpu):
+    for kernels in (gpu, tpu):
         out = keep(kernels)(x, np.full(9, 19, np.int32))
         assert out.dtype == jnp.bfloat16
         np.testing.assert_array_equal(out, expected)
@@ -160,10 +161,8 @@ def test_tpu_kernels_do_not_race(capsys):
     rng = np.random.default_rng(0)
     x, count = rng.normal(size=(9, 130)).astype(np.float32), rng.integers(1, 131, 9).astype(np.int32)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    np.testing.assert_array_equal(keep(prune_tpu, params)(x, count), keep(prune_gpu)(x, count))
-    got, expected = (
-        f(x, count, np.ones(130, np.float32)) for f in (norm(prune_tpu, params), norm(prune_gpu))
-    )
+    np.testing.assert_array_equal(keep(tpu, params)(x, count), keep(gpu)(x, count))
+    got, expected = (f(x, count, np.ones(130, np.float32)) for f in (norm(tpu, params), norm(gpu)))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
     np.testing.assert_array_equal(got[1], expected[1])
     assert "RACE" not in capsys.readouterr().out

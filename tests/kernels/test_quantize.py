@@ -12,12 +12,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import devices
 from kernels.lowering import lowers
-from pallas_kernels import quantize, quantize_gpu, quantize_tpu
+from pallas_kernels import quantize
 from pallas_kernels.dispatch import current_platform, tracing_for
+from pallas_kernels.quantize import gpu, tpu
+from pallas_kernels.quantize.op import top_or_zero
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
-kernels = devices.either(quantize_gpu, quantize_tpu)
+kernels = devices.either(gpu, tpu)
 EPS = 1e-5
 
 
@@ -83,7 +85,7 @@ def test_fake_quantize_is_exact(kernels, N, D):
         expected = np.stack([by_numpy(row, int(b)) for row, b in zip(y, bits, strict=True)])
         if current_platform() == "cpu":  # XLA's division on a GPU is off by up to 2 units
             np.testing.assert_array_equal(quantize.fake_quantize(y, bits, "xla"), expected)
-        np.testing.assert_array_equal(alone(kernels)(y, quantize._top_or_zero(bits)), expected)
+        np.testing.assert_array_equal(alone(kernels)(y, top_or_zero(bits)), expected)
 
     check()
 
@@ -99,7 +101,7 @@ def test_quantize_residual(kernels, N, D):
         y, bits = draw_rows(data, N, D), draw_bits(data, N)
         rng = np.random.default_rng(0)
         residual, gain = rng.normal(size=(N, D)).astype(np.float32), rng.uniform(0.5, 2, D).astype(np.float32)
-        stream, normed = fused(kernels)(y, quantize._top_or_zero(bits), residual, gain)
+        stream, normed = fused(kernels)(y, top_or_zero(bits), residual, gain)
         rounded = np.stack([by_numpy(row, int(b)) for row, b in zip(y, bits, strict=True)])
         assert_stream(stream, residual, rounded)
         wide = np.asarray(stream, np.float64)
@@ -118,10 +120,10 @@ def test_bfloat16_rows(kernels):
     residual, gain = jnp.asarray(rng.normal(size=(9, 37)), jnp.float32), jnp.ones(37, jnp.bfloat16)
     expected = np.stack([by_numpy(np.float32(row), int(b)) for row, b in zip(y, bits, strict=True)])
     expected = jnp.asarray(expected, jnp.bfloat16)
-    got = alone(kernels)(y, quantize._top_or_zero(bits))
+    got = alone(kernels)(y, top_or_zero(bits))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, expected)
-    stream, normed = fused(kernels)(y, quantize._top_or_zero(bits), residual, gain)
+    stream, normed = fused(kernels)(y, top_or_zero(bits), residual, gain)
     assert stream.dtype == normed.dtype == jnp.float32
     np.testing.assert_array_equal(stream, residual + expected)  # a rounded product is not fused
 
@@ -155,11 +157,11 @@ def test_leading_axes():
 
 def test_tpu_kernels_do_not_race(capsys):
     rng = np.random.default_rng(0)
-    y, top = rng.normal(size=(9, 130)).astype(np.float32), quantize._top_or_zero(np.arange(8, 17))
+    y, top = rng.normal(size=(9, 130)).astype(np.float32), top_or_zero(np.arange(8, 17))
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    np.testing.assert_array_equal(alone(quantize_tpu, params)(y, top), alone(quantize_gpu)(y, top))
+    np.testing.assert_array_equal(alone(tpu, params)(y, top), alone(gpu)(y, top))
     args = (y, top, y[::-1].copy(), np.ones(130, np.float32))
-    got, expected = fused(quantize_tpu, params)(*args), fused(quantize_gpu)(*args)
+    got, expected = fused(tpu, params)(*args), fused(gpu)(*args)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert "RACE" not in capsys.readouterr().out
 

@@ -15,9 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.interpreted import compiled, kernel_calls, platforms
 from kernels.lowering import lowers
-from pallas_kernels import quest, quest_tpu, tuning
+from pallas_kernels import quest, tuning
 from pallas_kernels.dispatch import tracing_for
 from pallas_kernels.errors import UnavailableError
+from pallas_kernels.quest import tpu
 from pallas_kernels.shapes import SHAPES, distinct
 from pallas_kernels.topk import at_least_kth
 
@@ -255,7 +256,7 @@ def test_long_contexts_rank_all_blocks_together(platform):
 def test_tpu_kernels_do_not_race(capsys):
     rng = np.random.default_rng(0)
     k, valid = whole(rng, H, 1100, D), jnp.asarray(rng.random(1100) < 0.8)  # three blocks
-    got = quest_tpu.page_bounds(k, valid, 8, RACES)
+    got = tpu.page_bounds(k, valid, 8, RACES)
     np.testing.assert_array_equal(got, quest.page_bounds(k, valid, 8, "xla"))
     q, used = whole(rng, H, G, D), jnp.arange(len(got[0])) < 120
     fresh = compiled(lambda *a: quest.select_pages(*a, implementation="pallas"), "tpu", RACES)

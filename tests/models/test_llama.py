@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import split_attention
-from pallas_kernels.prefill import CPU_BLOCK, causal_attention
+from pallas_kernels.attention import split_attention
+from pallas_kernels.causal_attention import CPU_BLOCK, causal_attention
 from sol_jax.axes.base import ActionSpace, Axis, held_full
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest, Recency, Relevancy

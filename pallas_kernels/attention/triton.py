@@ -1,7 +1,7 @@
 """The GPU kernel of attention over listed pages in Triton's own language, called through jax-triton.
 
-The way out once Pallas loses its Triton lowering, and its peer in benchmarks.  An extra: Triton and
-jax-triton are imported where they are used.
+It is the way out once Pallas loses its Triton lowering, and its peer in benchmarks.  Triton and jax-triton
+are an extra, so they are imported where they are used.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention_gpu import PageList, block_sizes, num_splits
+from pallas_kernels.attention.gpu import PageList, block_sizes, num_splits
 
 
 def attend(
@@ -23,7 +23,7 @@ def attend(
     length_BxR: jax.Array,
     page_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attention_gpu.attend` of a `PageList`."""
+    """Does what `gpu.attend` does of a `PageList`."""
     import jax_triton
 
     (B, H, R, d), (_, L, _, S, _) = q_BxHxRxd.shape, k_BxLxHxSxd.shape
@@ -64,7 +64,7 @@ def attend(
 
 @functools.cache
 def attend_kernel() -> Any:
-    """The kernel, made on first use; what it computes is `attention_gpu._attend_kernel`."""
+    """Returns the kernel, made on first use, which computes what `gpu._attend_kernel` does."""
     import triton
     import triton.language as tl
 

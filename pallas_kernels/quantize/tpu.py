@@ -16,7 +16,7 @@ from pallas_kernels.topk import is_nan
 
 
 def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: Any = False) -> jax.Array:
-    """Each row rounded to whole multiples, up to `top`, of its own scale; unchanged where `top` is 0."""
+    """Rounds each row to whole multiples, up to `top`, of its own scale; a row whose `top` is 0 stays."""
     out = jax.ShapeDtypeStruct(y_NxD.shape, y_NxD.dtype)
     return call_rows(_quantize_kernel, out, y_NxD, top_N[:, None], name="fake_quantize", interpret=interpret)
 
@@ -29,7 +29,7 @@ def quantize_residual(
     eps: float,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fake_quantize`, the residual added, and the RMSNorm of that: two [N, D] of the residual's dtype."""
+    """Returns `residual + fake_quantize(y)` and the RMSNorm of that: two [N, D] of the residual's dtype."""
     out = (jax.ShapeDtypeStruct(y_NxD.shape, residual_NxD.dtype),) * 2
     kernel = functools.partial(_residual_kernel, eps=eps)
     args = y_NxD, top_N[:, None], residual_NxD, gain_D[None]
@@ -69,5 +69,5 @@ def _rounded(y: jax.Array, top: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b; interpreted, the selection keeps XLA from rewriting it (`quantize._divide`)."""
+    """Returns a / b; when interpreted, the selection keeps XLA from rewriting it (`reference._divide`)."""
     return a / jnp.where(a == a, b, a)

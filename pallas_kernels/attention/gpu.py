@@ -1,7 +1,8 @@
-"""GPU kernel of attention over chosen pages (Pallas, lowered through Triton), and of their compact list.
+"""GPU kernels (Pallas, lowered through Triton): attention over chosen pages, and their compact list.
 
-`B` sequences, `R` query rows of one key/value head that read the same keys (the heads of its group, for every
-schedule).  Which row keeps which page is a bit of a word [B, H, W, P]: row r is bit r % 32 of word r // 32.
+There are `B` sequences, and `R` query rows of one key/value head that read the same keys (the heads of its
+group, for every schedule).  Which row keeps which page is a bit of a word [B, H, W, P]: row r is bit r % 32
+of word r // 32.
 """
 
 import functools
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.quest_gpu import dot
+from pallas_kernels.products import dot_on_gpu
 
-# Untested on a GPU; chosen from byte counts and from what Triton makes of them for sm_90 (registers, spills).
+# These sizes are untested on a GPU.  They follow byte counts and what Triton makes of them for sm_90
+# (registers, spills).
 LIST_LANES = 4096  # pages compacted at a time
-# Rows of a tile -> (tokens of a block for 128 bfloat16 channels, warps, stages).  A few rows leave the time
-# to memory: 64 tokens of k and v are 32 KB; two blocks are under way (a load behind the list's takes two
-# stages), and registers let two programs share a processor: over 64 KB of loads where 40 hide the latency.
-# More rows make it a matrix product, whose accumulators fill the registers: shorter blocks, more warps.
+# This maps rows of a tile to (tokens of a block for 128 bfloat16 channels, warps, stages).  A few rows leave
+# the time to memory: 64 tokens of k and v are 32 KB; two blocks are under way (a load behind the list's takes
+# two stages), and registers let two programs share a processor: over 64 KB of loads where 40 hide the
+# latency.  More rows make it a matrix product, whose accumulators fill the registers: shorter blocks, more
+# warps.
 BLOCKS = {16: (64, 4, 5), 32: (64, 4, 3), 64: (32, 8, 3), 128: (32, 8, 2)}
 PROGRAMS = {16: 512, 32: 512, 64: 256, 128: 256}  # on 132 processors; tall tiles write more for each part
 MOST_TOKENS = 2048  # of one program where that makes more than PROGRAMS: uneven budgets then even out
@@ -34,14 +37,14 @@ class PageList(NamedTuple):
 
 
 def pack_rows(keep_BxHxRxP: jax.Array) -> jax.Array:
-    """Masks of R rows as words [B, H, W, P], int32."""
+    """Returns masks of R rows as words [B, H, W, P], int32."""
     B, H, R, P = keep_BxHxRxP.shape
     padded = jnp.pad(keep_BxHxRxP, ((0, 0), (0, 0), (0, -R % 32), (0, 0))).reshape(B, H, -1, 32, P)
     return jnp.sum(padded.astype(jnp.int32) << jnp.arange(32)[:, None], 3, dtype=jnp.int32)
 
 
 def list_pages(bits_BxHxP: jax.Array, interpret: bool = False) -> PageList:
-    """The pages whose word is not 0, compacted; N >= P."""
+    """Returns the pages whose word is not 0, compacted; N >= P."""
     B, H, P = bits_BxHxP.shape
     lanes = min(pl.next_power_of_2(P), LIST_LANES)
     N = pl.cdiv(P, lanes) * lanes
@@ -91,7 +94,7 @@ def attend(
     page_size: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention in parts: sums of weighted values [B, H, N, R, d], highest logits and weights [B, H, N, R].
+    """Returns attention in N parts: mixed [B, H, N, R, d], top and total [B, H, N, R] of a `Part`.
 
     Of a `PageList` (R <= 32) only its pages are read; words [B, H, W, P] say what rows keep of all pages,
     each read once for all rows of a tile.  Row r sees the first `length_BxR[:, r]` tokens.
@@ -148,14 +151,14 @@ def attend(
 
 
 def block_sizes(R: int, d: int, dtype: Any) -> tuple[int, int, int, int]:
-    """Rows of a tile, tokens of a block, warps and stages."""
+    """Returns rows of a tile, tokens of a block, warps and stages."""
     tile = min(max(16, pl.next_power_of_2(R)), max(BLOCKS))
     tokens, warps, stages = BLOCKS[tile]
     return tile, min(tokens * 256 // (pl.next_power_of_2(d) * dtype.itemsize), 128), warps, stages
 
 
 def num_splits(programs: int, tile: int, S: int, tokens: int) -> int:
-    """Into how many parts the keys of one head and tile of rows are cut."""
+    """Returns into how many parts the keys of one head and tile of rows are cut."""
     return min(pl.cdiv(S, tokens), max(pl.cdiv(PROGRAMS[tile], programs), pl.cdiv(S, MOST_TOKENS)))
 
 
@@ -189,7 +192,7 @@ def _attend_kernel(
     first = pl.program_id(1) * share
 
     def kept(page: jax.Array, live: jax.Array) -> jax.Array:
-        """Words of a block's tokens for each row: the tile has at most a few, picked without a gather."""
+        """Returns which of a block's tokens each row keeps; a tile has few words, picked without a gather."""
         word = jnp.zeros((tile, tokens), jnp.int32)
         for w in range(max(1, tile // 32)):
             index = jnp.minimum(tile_index * (tile // 32) + w, bits_ref.shape[0] - 1)
@@ -207,15 +210,15 @@ def _attend_kernel(
             live &= token < limit
         at, here = (layer, token[:, None], column[None, :]), live[:, None] & (column < d)
         k = plgpu.load(k_ref.at[at], mask=here, other=0)
-        logit = dot(q, k.astype(q.dtype).T, interpret) * d**-0.5
+        logit = dot_on_gpu(q, k.astype(q.dtype).T, interpret) * d**-0.5
         keep = kept(index, live) & (token < length[:, None])
         logit = jnp.where(keep, logit, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logit, 1))
-        # Rows that keep nothing so far: their weights are 0, not NaN.  A NaN logit stays one.
+        # Rows that keep nothing so far have weights of 0, not NaN.  A NaN logit stays one.
         base = jnp.where(higher == -jnp.inf, 0.0, higher)
         weight, fade = jnp.exp(logit - base[:, None]), jnp.exp(top - base)
         v = plgpu.load(v_ref.at[at], mask=here, other=0)
-        mixed = mixed * fade[:, None] + dot(weight.astype(v.dtype), v, interpret)
+        mixed = mixed * fade[:, None] + dot_on_gpu(weight.astype(v.dtype), v, interpret)
         return mixed, higher, total * fade + jnp.sum(weight, 1)
 
     start = (jnp.zeros((tile, len(column))), jnp.full((tile,), -jnp.inf), jnp.zeros((tile,)))

@@ -13,7 +13,7 @@ from pallas_kernels.rows_gpu import call_rows, lanes
 
 
 def fake_quantize(y_NxD: jax.Array, top_N: jax.Array, interpret: bool = False) -> jax.Array:
-    """Each row rounded to whole multiples, up to `top`, of its own scale; unchanged where `top` is 0."""
+    """Rounds each row to whole multiples, up to `top`, of its own scale; a row whose `top` is 0 stays."""
     out = jax.ShapeDtypeStruct(y_NxD.shape, y_NxD.dtype)
     kernel = functools.partial(_quantize_kernel, interpret=interpret)
     return call_rows(kernel, out, y_NxD, top_N, name="fake_quantize", interpret=interpret)
@@ -27,7 +27,7 @@ def quantize_residual(
     eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fake_quantize`, the residual added, and the RMSNorm of that: two [N, D] of the residual's dtype."""
+    """Returns `residual + fake_quantize(y)` and the RMSNorm of that: two [N, D] of the residual's dtype."""
     out = (jax.ShapeDtypeStruct(y_NxD.shape, residual_NxD.dtype),) * 2
     kernel = functools.partial(_residual_kernel, eps=eps, interpret=interpret)
     args = y_NxD, top_N, residual_NxD, gain_D
@@ -64,7 +64,8 @@ def _residual_kernel(
 
 def _rounded(y: jax.Array, top: jax.Array, interpret: bool) -> jax.Array:
     wide = y.astype(jnp.float32)
-    # The largest as bits: they order like the numbers, and the hardware's float maximum would drop a NaN.
+    # The largest is found by bits, which order like the numbers; the hardware's float maximum would drop a
+    # NaN.
     bits = lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)
     largest = lax.bitcast_convert_type(jnp.max(bits), jnp.float32)
     largest = jnp.where(largest < 1e-8, 1e-8, largest)
@@ -75,7 +76,7 @@ def _rounded(y: jax.Array, top: jax.Array, interpret: bool) -> jax.Array:
 
 
 def _half_to_even(x: jax.Array) -> jax.Array:
-    """Nearest whole number: Triton has none of XLA's roundings but floor."""
+    """Returns the nearest whole number; of XLA's roundings Triton has floor alone."""
     floor = jnp.floor(x)
     odd = floor - 2 * jnp.floor(floor * 0.5)
     past = x - floor  # exact
@@ -83,9 +84,10 @@ def _half_to_even(x: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array, interpret: bool) -> jax.Array:
-    """a / b rounded as IEEE 754 asks, which CUDA compilers must be told: theirs is off by up to 2 units.
+    """Returns a / b rounded as IEEE 754 asks.
 
-    Interpreted, the selection keeps XLA from rewriting the division (`quantize._divide`).
+    CUDA compilers must be told so: their own division is off by up to 2 units.  When interpreted, the
+    selection keeps XLA from rewriting the division (`reference._divide`).
     """
     if interpret:
         return a / jnp.where(a == a, b, a)

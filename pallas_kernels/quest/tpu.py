@@ -1,6 +1,7 @@
 """TPU kernels of Quest (Pallas, lowered through Mosaic): page bounds; page scores and exact selection as one.
 
-`B` sequences, `K` rows of each that share its pages, `R = K * G` query rows of one key/value head.
+There are `B` sequences, `K` rows of each that share its pages, and `R = K * G` query rows of one key/value
+head.
 """
 
 import functools
@@ -11,18 +12,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quest_gpu import reduce_page
+from pallas_kernels.products import dot_on_tpu
+from pallas_kernels.quest.gpu import reduce_page
 from pallas_kernels.topk import kth_largest, ordered_bits
 
-# Untested on a TPU.  Blocks of about half a megabyte hide the latency of a copy; rows come in eights.
+# These sizes are untested on a TPU.  Blocks of about half a megabyte hide the latency of a copy; rows come in
+# eights.
 BOUNDS_PAGES, SCORE_PAGES = 64, 512
-# Bytes on the chip for each score of a head's rows: itself and its order; masks of pages in use and of kept
-# ones, each twice, one being copied.  Mosaic allows a kernel 16 MB unless told otherwise; a v5p has 64.
+# Each score of a head's rows takes these bytes on the chip: itself and its order; masks of pages in use and
+# of kept ones, each twice, since one is being copied.  Mosaic allows a kernel 16 MB unless told otherwise; a
+# v5p has 64.
 SCORE_BYTES, DEFAULT_BYTES = 24, 16 << 20
 
 
 def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpret: Any = False) -> jax.Array:
-    """`quest.page_bounds` of one sequence (vmap adds grid axes); pages of a multiple of 8 keys."""
+    """Does what `reference.page_bounds` does, for one sequence (vmap adds grid axes).
+
+    Pages hold a multiple of 8 keys.
+    """
     H, N, d = k_HxNxd.shape
     P = pl.cdiv(N, page_size)
     pages = min(BOUNDS_PAGES, pl.cdiv(P, 8) * 8)
@@ -60,9 +67,10 @@ def select_pages(
     pages_BxR: jax.Array,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Masks [B, H, R, P] and [B, H, R, N] of each row's `pages` best of the used pages [B, R, P], [B, R, N].
+    """Returns masks [B, H, R, P] and [B, H, R, N] of each row's `pages` best of the pages in use.
 
-    Scores stay on the chip.  Where every row takes all its used pages, the bounds are not read.
+    `used` are the masks [B, R, P] and [B, R, N] of these.  Scores stay on the chip.  Where every row takes
+    all its used pages, the bounds are not read.
     """
     (B, H, R, width), P, N = q_BxHxRx2d.shape, bounds_BxLxHxPx2d.shape[3], own_score_BxHxRxN.shape[3]
     block = min(SCORE_PAGES, pl.cdiv(P, 128) * 128)
@@ -136,7 +144,7 @@ def _select_kernel(
 
     @pl.when(skip_ref[b] == 0)
     def _() -> None:
-        score_ref[step] = dot(q_ref[...], bounds_ref[...])
+        score_ref[step] = dot_on_tpu(q_ref[...], bounds_ref[...])
 
     @pl.when(step == steps - 1)
     def _() -> None:
@@ -156,17 +164,3 @@ def _select_kernel(
         for i, ordered in enumerate(bits[:-1]):
             keep_ref[:, i * block : (i + 1) * block] = (ordered >= threshold).astype(jnp.int32)
         own_keep_ref[...] = (bits[-1] >= threshold).astype(jnp.int32)
-
-
-def dot(a: jax.Array, b: jax.Array, transposed: bool = True) -> jax.Array:
-    """`a @ b.T`, or `a @ b`, with float32 accuracy."""
-    operand = jnp.promote_types(a.dtype, b.dtype)
-    precision = "highest" if operand == jnp.float32 else None
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        a.astype(operand),
-        b.astype(operand),
-        contract,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )

@@ -1,7 +1,8 @@
 """GPU kernels of Quest (Pallas, lowered through Triton): page bounds, page scores, exact selection.
 
-`B` sequences, `K` rows of each that share its pages, `R = K * G` query rows of one key/value head.  Blocks
-are powers of two and out-of-range lanes are masked, so any number of pages, rows and channels will do.
+There are `B` sequences, `K` rows of each that share its pages, and `R = K * G` query rows of one key/value
+head.  Blocks are powers of two and out-of-range lanes are masked, so any number of pages, rows and channels
+will do.
 """
 
 import functools
@@ -9,15 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.products import dot_on_gpu
 from pallas_kernels.topk import is_nan, kth_largest, ordered_bits
 
-# Untested on a GPU; chosen from byte counts and from what Triton makes of them for sm_90 (registers, spills).
-# Scoring moves bytes and little else: 64 pages of 2 x 128 bfloat16 are 32 KB, 256 bytes in flight a thread,
-# and give a single row at 32k tokens 256 programs of 8 heads.  Twice the width spills.
+# These sizes are untested on a GPU.  They follow byte counts and what Triton makes of them for sm_90
+# (registers, spills).  Scoring moves bytes and little else: 64 pages of 2 x 128 bfloat16 are 32 KB, 256 bytes
+# in flight a thread, and give a single row at 32k tokens 256 programs of 8 heads.  Twice the width spills.
 BOUNDS_TOKENS = 64  # keys reduced by one program
 SCORE_PAGES, SCORE_ROWS = {2: 64, 4: 32}, 64  # pages by the size of a number
 # A program holds its rows' scores in registers while it bisects: 16 of a thread's 255 for up to 8,192 pages.
@@ -26,7 +27,7 @@ SELECT_LANES, LANES_PER_WARP, MAX_WARPS = 2048, 512, 16
 
 
 def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpret: bool = False) -> jax.Array:
-    """`quest.page_bounds` of one sequence (vmap adds grid axes)."""
+    """Does what `reference.page_bounds` does, for one sequence (vmap adds grid axes)."""
     H, N, d = k_HxNxd.shape
     P = pl.cdiv(N, page_size)
     pages = max(1, BOUNDS_TOKENS // pl.next_power_of_2(page_size))
@@ -64,7 +65,7 @@ def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: in
 
 
 def reduce_page(k_PxNxd: jax.Array, valid_PxNx1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest and smallest of each page's valid keys, [P, d] each, for use in kernels (the TPU's too)."""
+    """Returns the largest and the smallest of each page's valid keys, [P, d] each; TPU kernels use it too."""
     # The hardware's maximum and minimum drop NaN; a page with one must keep it.
     spoilt = jnp.max((valid_PxNx1 & is_nan(k_PxNxd)).astype(jnp.int32), 1) != 0
     high = jnp.max(jnp.where(valid_PxNx1, k_PxNxd, -jnp.inf), 1)
@@ -79,7 +80,7 @@ def page_scores(
     bounds_BxLxHxPx2d: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """Scores [B, H, R, P] of every page of `layer` by `quest.signed` queries.
+    """Returns scores [B, H, R, P] of every page of `layer` by queries that are `reference.signed`.
 
     Nothing is read or written where `skip_B` is not 0.
     """
@@ -127,21 +128,8 @@ def _scores_kernel(
         at, inside = (layer_ref[0], page[:, None], column), (page < P)[:, None] & (column < width)
         bounds = plgpu.load(bounds_ref.at[at], mask=inside, other=0)
         operand = jnp.promote_types(q.dtype, bounds.dtype)
-        score = dot(q.astype(operand), bounds.astype(operand).T, interpret)
+        score = dot_on_gpu(q.astype(operand), bounds.astype(operand).T, interpret)
         plgpu.store(score_ref.at[row, page[None, :]], score, mask=(row < R) & (page < P))
-
-
-def dot(a: jax.Array, b: jax.Array, interpret: bool) -> jax.Array:
-    """Matrix product of two blocks with float32 accuracy.
-
-    Products of bfloat16 are exact in float32.  For float32 three products of tensor floats (errors near
-    2**-21) use the tensor cores; in one of full precision every thread would hold whole operands and spill.
-    The interpreter has no tensor floats.
-    """
-    precision: Any = None
-    if a.dtype == jnp.float32:
-        precision = "highest" if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def select(
@@ -150,7 +138,7 @@ def select(
     pages_BxK: jax.Array,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Masks [B, K, H, G, P] of each row's `pages` best of the used pages of all parts.
+    """Returns masks [B, K, H, G, P] of each row's `pages` best of the used pages of all parts.
 
     A part is some pages with scores [B, H, K, G, P] and the mask [B, K, P] of those in use.  Rows that take
     all their used pages get them without a look at the scores, which `page_scores` may have skipped.

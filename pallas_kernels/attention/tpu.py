@@ -1,8 +1,8 @@
 """TPU kernels of attention over chosen pages (Pallas, lowered through Mosaic).
 
-`B` sequences, `R` query rows of one key/value head that read the same keys (the heads of its group, for every
-schedule).  What a row sees is a count per page: its first `visible` tokens, 0 where it does not keep the
-page.
+There are `B` sequences, and `R` query rows of one key/value head that read the same keys (the heads of its
+group, for every schedule).  What a row sees is a count per page: its first `visible` tokens, 0 where it does
+not keep the page.
 """
 
 import functools
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quest_tpu import dot
+from pallas_kernels.products import dot_on_tpu
 
-# Untested on a TPU.  128 pages make full lanes of what is known by page; at 8 tokens of 128 bfloat16 channels
-# a block of k and v is half a megabyte.
+# This size is untested on a TPU.  128 pages make full lanes of what is known by page; at 8 tokens of 128
+# bfloat16 channels a block of k and v is half a megabyte.
 PAGES = 128
 
 Parts = tuple[jax.Array, jax.Array, jax.Array]
@@ -32,7 +32,7 @@ def attend_listed(
     visible_BxHxRxN: jax.Array,
     interpret: Any = False,
 ) -> Parts:
-    """Attention over the first `count` listed pages: [B, H, R, d] and twice [B, H, R, 1], as `decode.Part`.
+    """Returns attention over the first `count` listed pages as a `Part`, [B, H, R, d] and twice [B, H, R, 1].
 
     Each page is copied from the cache by itself, the next block's while one is worked on.
     """
@@ -69,7 +69,7 @@ def attend_whole(
     page_size: int,
     interpret: Any = False,
 ) -> Parts:
-    """The same over the first `limit` tokens in order, each read once for all rows."""
+    """Returns the same over the first `limit` tokens in order, each read once for all rows."""
     (B, H, R, d), S, P = q_BxHxRxd.shape, k_BxLxHxSxd.shape[3], visible_BxHxRxP.shape[-1]
     pages = min(PAGES, P)
     tokens = pages * page_size
@@ -98,12 +98,12 @@ def attend_whole(
 
 
 def _at_most(j: Any, count: Any, size: int) -> Any:
-    """Block j, or the one in which `count` ends: an index that stands still copies nothing."""
+    """Returns block j, or the one in which `count` ends: an index that stands still copies nothing."""
     return jnp.minimum(j, jax.lax.div(jnp.maximum(count - 1, 0), size))
 
 
 def _whole_blocks(visible_BxHxRxP: jax.Array, pages: int) -> jax.Array:
-    """No page seen past the last: a block's end would hold anything, and the product spread it."""
+    """Pads the masks so that no row sees a page past the last, where a block would hold anything."""
     return jnp.pad(visible_BxHxRxP, ((0, 0), (0, 0), (0, 0), (0, -visible_BxHxRxP.shape[-1] % pages)))
 
 
@@ -116,7 +116,10 @@ def _call(
     grid: tuple[int, int, int],
     interpret: Any,
 ) -> Parts:
-    """A kernel over (B, H, blocks of keys); its first array is the queries, and its results stay put."""
+    """Calls a kernel over (B, H, blocks of keys).
+
+    Its first array is the queries, and its results stay in place from block to block.
+    """
     B, H, R, d = arrays[0].shape
 
     def rows(size: int) -> pl.BlockSpec:
@@ -163,7 +166,7 @@ def _listed_kernel(
     count = count_ref[b, h]
 
     def each_copy(block: Any, act: Any) -> None:
-        """`act` on the copy of k and of v of every listed page of a block."""
+        """Calls `act` on the copy of k and of v of every listed page of a block."""
         slot = block & 1
 
         def both(i: Any, _: Any) -> None:
@@ -233,25 +236,26 @@ def _add_block(
     top_ref: Any,
     total_ref: Any,
 ) -> None:
-    """One step of the running softmax, over a block of pages whose first `filled` tokens are there."""
+    """Takes one step of the running softmax, over a block of pages whose first `filled` tokens are there."""
     (N, d), P = k_Nxd.shape, visible_ref.shape[-1]
-    # From pages to tokens by a product with a matrix of ones and zeros: lanes cannot be repeated otherwise.
+    # A product with a matrix of ones and zeros leads from pages to tokens: lanes cannot be repeated
+    # otherwise.
     page_PxN = jax.lax.broadcasted_iota(jnp.int32, (P, N), 0) * page_size
     token_PxN = jax.lax.broadcasted_iota(jnp.int32, (P, N), 1)
     inside_PxN = (token_PxN >= page_PxN) & (token_PxN < page_PxN + page_size)
-    visible_RxN = dot(visible_ref[...], inside_PxN.astype(jnp.float32), transposed=False)
+    visible_RxN = dot_on_tpu(visible_ref[...], inside_PxN.astype(jnp.float32), transposed=False)
     offset_1xN = jnp.sum(jnp.where(inside_PxN, token_PxN - page_PxN, 0), 0, keepdims=True)
     keep_RxN = offset_1xN.astype(jnp.float32) < visible_RxN
 
-    logit_RxN = jnp.where(keep_RxN, dot(q_ref[...], k_Nxd) * d**-0.5, -jnp.inf)
+    logit_RxN = jnp.where(keep_RxN, dot_on_tpu(q_ref[...], k_Nxd) * d**-0.5, -jnp.inf)
     top = top_ref[...]
     higher = jnp.maximum(top, jnp.max(logit_RxN, -1, keepdims=True))
-    # Rows that keep nothing so far: their weights are 0, not NaN.  A NaN logit stays one.
+    # Rows that keep nothing so far have weights of 0, not NaN.  A NaN logit stays one.
     base = jnp.where(higher == -jnp.inf, 0.0, higher)
     weight_RxN, fade = jnp.exp(logit_RxN - base), jnp.exp(top - base)
     there_Nx1 = jax.lax.broadcasted_iota(jnp.int32, (N, 1), 0) < filled
     v_Nxd = jnp.where(there_Nx1, v_Nxd, 0)  # what was not copied may hold NaN, and 0 * NaN is NaN
-    added = dot(weight_RxN.astype(v_Nxd.dtype), v_Nxd, transposed=False)
+    added = dot_on_tpu(weight_RxN.astype(v_Nxd.dtype), v_Nxd, transposed=False)
     mixed_ref[...] = mixed_ref[...] * fade + added
     total_ref[...] = total_ref[...] * fade + jnp.sum(weight_RxN, -1, keepdims=True)
     top_ref[...] = higher

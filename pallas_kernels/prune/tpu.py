@@ -22,7 +22,7 @@ INDEX = (1 << INDEX_BITS) - 1
 
 
 def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: Any = False) -> jax.Array:
-    """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
+    """Returns each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
     out = jax.ShapeDtypeStruct(x_NxD.shape, x_NxD.dtype)
     return call_rows(_keep_kernel, out, x_NxD, count_N[:, None], name="keep_channels", interpret=interpret)
 
@@ -30,7 +30,7 @@ def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: Any = False) 
 def norm_prune(
     x_NxD: jax.Array, count_N: jax.Array, gain_D: jax.Array, eps: float, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`prune.Pruned` of each row: [N, D], [N, D], [N]."""
+    """Returns the fields of `Pruned` for each row: [N, D], [N, D], [N]."""
     N, D = x_NxD.shape
     width = pl.cdiv(D, LANES) * LANES  # lanes shift within whole registers
     pad = ((0, 0), (0, width - D))
@@ -73,12 +73,12 @@ def _norm_kernel(
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Integers of at least 0 in the order of |x|."""
+    """Returns integers of at least 0 in the order of |x|."""
     return ordered_bits(jnp.abs(x.astype(jnp.float32)))
 
 
 def _kth_largest(bits: jax.Array, count: jax.Array) -> jax.Array:
-    """The count-th largest of each row, by bisection of its 31 bits, with two axes throughout."""
+    """Returns the count-th largest of each row, by bisection of its 31 bits, with two axes throughout."""
 
     def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
         higher = threshold | (jnp.int32(1) << (30 - i))
@@ -88,12 +88,15 @@ def _kth_largest(bits: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """How many of each row, [N, 1]; summed as float32, exact to 2**24 and what the chip reduces natively."""
+    """Returns how many lanes of each row are marked, [N, 1].
+
+    They are summed as float32, which is exact to 2**24 and what the chip reduces natively.
+    """
     return jnp.sum(mask.astype(jnp.float32), 1, keepdims=True).astype(jnp.int32)
 
 
 def _channels(kept: jax.Array, lane: jax.Array) -> jax.Array:
-    """The lanes that are kept, ascending, and then the others."""
+    """Returns the lanes that are kept, ascending, and then the others."""
     width = lane.shape[1]
     before = kept.astype(jnp.int32)  # becomes: how many are kept up to each lane
     for shift in _powers(width):
@@ -110,11 +113,14 @@ def _powers(width: int) -> list[int]:
 
 
 def _pack(lane: jax.Array, distance: jax.Array, live: jax.Array) -> jax.Array:
-    """Where a lane must go and, so that 0 is free, one more than its index; 0 in lanes that stay behind."""
+    """Packs how far a lane must go and its index plus one into 32 bits; lanes that are not `live` are 0."""
     return jnp.where(live, (distance << INDEX_BITS) | (lane + 1), 0)
 
 
 def _shift(packed: jax.Array, shift: int, roll: int) -> jax.Array:
-    """Moves the lanes whose distance has the bit `shift`.  Lowest bits first, no two lanes ever meet."""
+    """Moves the lanes whose distance has the bit `shift`.
+
+    If the lowest bits come first, no two lanes ever meet.
+    """
     moves = (packed >> INDEX_BITS) & shift != 0
     return jnp.where(moves, 0, packed) + pltpu.roll(jnp.where(moves, packed, 0), roll, 1)

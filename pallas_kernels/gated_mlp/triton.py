@@ -1,4 +1,4 @@
-"""The gated MLP of one row as Triton kernels called through jax-triton: what `mlp_gpu` computes.
+"""The gated MLP of one row as Triton kernels called through jax-triton: what `gpu` computes.
 
 Pallas' lowering through Triton is deprecated; this is the way on, and a peer to measure against.  The module
 needs the extra `triton`, so it is imported only where it is used.
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.mlp_gpu import WARPS, finish, tiling
+from pallas_kernels.gated_mlp.gpu import WARPS, finish, tiling
 from pallas_kernels.rows_gpu import row_params
 
 
 def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array) -> jax.Array:
-    """`mlp.gated_hidden` of one row [1, F], over the channels that it has."""
+    """Does what `reference.gated_hidden` does for one row [1, F], over the channels that it has."""
     import jax_triton  # refuses to be imported without a GPU
 
     D, F = gate_LxDxF.shape[1:]
@@ -52,7 +52,7 @@ def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_L
 
 @triton.jit
 def list_channels(x_ptr, channels_ptr, count_ptr, D: tl.constexpr, LANES: tl.constexpr):
-    """The channels where x [D] is not zero, ascending, and how many they are."""
+    """Lists the channels where x [D] is not zero, ascending, and counts them."""
     lane = tl.arange(0, LANES)
     kept = tl.load(x_ptr + lane, mask=lane < D, other=0.0) != 0.0
     place = tl.cumsum(kept.to(tl.int32)) - 1
@@ -75,7 +75,7 @@ def gather_gemv(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One share's sums [2, F] of gate and up, for one block of columns."""
+    """Computes one share's sums [2, F] of gate and up, for one block of columns."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     count = tl.load(count_ptr)

@@ -13,14 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import devices
 from kernels.lowering import lowers
-from pallas_kernels import mlp_gpu, mlp_tpu
 from pallas_kernels.dispatch import tracing_for
 from pallas_kernels.errors import UnavailableError
-from pallas_kernels.mlp import MAX_ROWS, gated_hidden
+from pallas_kernels.gated_mlp import MAX_ROWS, gated_hidden, gpu, tpu
 from pallas_kernels.shapes import distinct
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
-kernels = devices.either(mlp_gpu, mlp_tpu)
+kernels = devices.either(gpu, tpu)
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
@@ -84,7 +83,7 @@ def test_against_float64(kernels, N, D, F, dtype):
 def test_columns_that_fill_no_tile():
     """A GPU takes any width; what lies after the last column is not touched."""
     x, (gate, up) = jnp.ones((1, 16)), make_weights(16, 300, jnp.float32)
-    got = jitted(mlp_gpu)(x, jnp.int32(1), gate, up)
+    got = jitted(gpu)(x, jnp.int32(1), gate, up)
     np.testing.assert_allclose(got, exact(x, gate[1], up[1]), rtol=1e-5, atol=1e-6)
 
 
@@ -172,7 +171,7 @@ def test_tpu_kernel_does_not_race(keep, capsys):
     gate, up = make_weights(40, 256, jnp.float32)
     x = np.where(rng.random((2, 40)) < keep, rng.normal(size=(2, 40)), 0).astype(np.float32)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    got = jitted(mlp_tpu, params)(x, jnp.int32(1), gate, up)
+    got = jitted(tpu, params)(x, jnp.int32(1), gate, up)
     np.testing.assert_allclose(got, exact(x, gate[1], up[1]), rtol=1e-5, atol=1e-6)
     assert "RACE" not in capsys.readouterr().out
 
@@ -227,7 +226,7 @@ def test_triton_kernels_compile_for_hopper(shape):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from pallas_kernels import mlp_triton
+    from pallas_kernels.gated_mlp import triton as kernels
 
     def ptx(kernel, warps: int, **constants: int) -> str:
         types = {"layer_ptr": "*i32", "channels_ptr": "*i32", "count_ptr": "*i32", "sums_ptr": "*fp32"}
@@ -244,10 +243,10 @@ def test_triton_kernels_compile_for_hopper(shape):
         options = {"num_warps": warps, "num_stages": 1}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
-    channels, columns, (_, shares) = mlp_gpu.tiling(1, shape.ffn)
+    channels, columns, (_, shares) = gpu.tiling(1, shape.ffn)
     sizes = {"D": shape.hidden, "F": shape.ffn, "SHARES": shares, "CHANNELS": channels, "COLUMNS": columns}
-    gather = ptx(mlp_triton.gather_gemv, mlp_gpu.WARPS, **sizes)
-    per_thread = 2 * channels * columns * 2 // (32 * mlp_gpu.WARPS) // 16  # of 16 bytes, gate and up
+    gather = ptx(kernels.gather_gemv, gpu.WARPS, **sizes)
+    per_thread = 2 * channels * columns * 2 // (32 * gpu.WARPS) // 16  # of 16 bytes, gate and up
     assert gather.count(".v4.b32 {") == per_thread
     lanes = triton.next_power_of_2(shape.hidden)
-    assert "st.global" in ptx(mlp_triton.list_channels, 8, D=shape.hidden, LANES=lanes)
+    assert "st.global" in ptx(kernels.list_channels, 8, D=shape.hidden, LANES=lanes)

@@ -1,8 +1,8 @@
 """GPU kernels of the gated MLP at few rows (Pallas, lowered through Triton): a product over kept channels.
 
-Rows of [in, out] weights are contiguous, so a channel that is not there is a stretch of memory not read.
-One program lists the channels; then each of a grid over (columns, shares of the list) gathers their rows
-and sums; XLA adds the shares up and applies the SiLU.
+Rows of [in, out] weights are contiguous, so a channel that is not there is a stretch of memory that is not
+read.  One program lists the channels; then each of a grid over (columns, shares of the list) gathers their
+rows and sums; XLA adds the shares up and applies the SiLU.
 """
 
 import functools
@@ -14,13 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.prune_gpu import compact
+from pallas_kernels.prune.gpu import compact
 
-# Untested on a GPU; from byte counts, and what Triton makes of it for sm_90: 128 registers a thread, loads
-# of 16 bytes.  A thread asks for 128 bytes of bfloat16 at a time; three programs on each SM of an H200 have
-# 48 KB in flight, where 25 KB hide the memory's latency.  One wave: programs left over would run alone.
+# These sizes are untested on a GPU.  They follow byte counts, and what Triton makes of them for sm_90: 128
+# registers a thread, loads of 16 bytes.  A thread asks for 128 bytes of bfloat16 at a time; three programs on
+# each SM of an H200 have 48 KB in flight, where 25 KB hide the memory's latency.  All run in one wave:
+# programs left over would run alone.
 COLUMNS = 256
-CHANNELS = 16  # of a tile with one row of x; more rows, whose sums take registers too, have smaller ones
+CHANNELS = 16  # of a tile with one row of x; more rows, whose sums take registers too, have smaller tiles
 PROGRAMS = 132 * 3  # at most
 MAX_SHARES = 16
 WARPS = 4
@@ -29,7 +30,7 @@ WARPS = 4
 def gated_hidden(
     x_NxD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """`mlp.gated_hidden` of few rows [N, F], over the channels that any of them has."""
+    """Does what `reference.gated_hidden` does for few rows [N, F], over the channels that any of them has."""
     N, F = len(x_NxD), gate_LxDxF.shape[-1]
     channels_1xD, count_1 = compact(x_NxD, interpret)
     channels, columns, grid = tiling(N, F)
@@ -45,7 +46,7 @@ def gated_hidden(
 
 
 def tiling(N: int, F: int) -> tuple[int, int, tuple[int, int]]:
-    """Channels and columns of a tile, and the grid (blocks of columns, shares of the channels)."""
+    """Returns channels and columns of a tile, and the grid (blocks of columns, shares of the channels)."""
     columns = min(COLUMNS, pl.next_power_of_2(F))
     blocks = pl.cdiv(F, columns)
     shares = min(MAX_SHARES, max(1, PROGRAMS // blocks))
@@ -53,7 +54,7 @@ def tiling(N: int, F: int) -> tuple[int, int, tuple[int, int]]:
 
 
 def finish(sums_Cx2xNxF: jax.Array) -> jax.Array:
-    """The hidden activations [N, F] from each share's sums of gate and up."""
+    """Returns the hidden activations [N, F] from each share's sums of gate and up."""
     gate_NxF, up_NxF = jnp.sum(sums_Cx2xNxF, 0)
     return jax.nn.silu(gate_NxF) * up_NxF
 
@@ -93,7 +94,7 @@ def _gather_kernel(
             added += [sums[2 * row] + x * gate, sums[2 * row + 1] + x * up]
         return ahead, tuple(added)
 
-    # Tiles of sums, reduced at the end: a reduction crosses warps.
+    # Tiles of sums are reduced at the end, for a reduction crosses warps.
     zeros = (jnp.zeros((channels, columns), jnp.float32),) * (2 * N)
     tiles = pl.cdiv(end - start, channels)
     _, sums = lax.fori_loop(0, tiles, add_tile, (channels_of(jnp.int32(0)), zeros))

@@ -22,7 +22,10 @@ SLOTS = 16  # copies of channels in flight
 def gated_hidden(
     x_NxD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array, interpret: Any = False
 ) -> jax.Array:
-    """`mlp.gated_hidden` of few rows [N, F], over the channels that any of them has; F in whole lanes."""
+    """Does what `reference.gated_hidden` does for few rows [N, F], over the channels that any of them has.
+
+    F is a multiple of LANES.
+    """
     (N, D), (L, _, F) = x_NxD.shape, gate_LxDxF.shape
     by_channel = (L, D, F // LANES, LANES)
     sums = jax.ShapeDtypeStruct((N, F // LANES, LANES), jnp.float32)
@@ -47,7 +50,7 @@ def gated_hidden(
         name="gather_gemv",
     )(
         layer.reshape(1),
-        # Decided here, for in a kernel NaN == 0 and NaN != 0 are both false.
+        # XLA decides this, for in a kernel NaN == 0 and NaN != 0 are both false.
         jnp.any(x_NxD != 0, 0).astype(jnp.int32),
         x_NxD.astype(jnp.float32).reshape(-1),
         gate_LxDxF.reshape(by_channel),

@@ -14,7 +14,7 @@ from pallas_kernels.topk import ordered_bits
 
 
 def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: bool = False) -> jax.Array:
-    """Each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
+    """Returns each row with all but its `count` largest |channels|, and what ties with them, set to zero."""
     out = jax.ShapeDtypeStruct(x_NxD.shape, x_NxD.dtype)
     return call_rows(_keep_kernel, out, x_NxD, count_N, name="keep_channels", interpret=interpret)
 
@@ -22,7 +22,7 @@ def keep_channels(x_NxD: jax.Array, count_N: jax.Array, interpret: bool = False)
 def norm_prune(
     x_NxD: jax.Array, count_N: jax.Array, gain_D: jax.Array, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`prune.Pruned` of each row: [N, D], [N, D], [N]."""
+    """Returns the fields of `Pruned` for each row: [N, D], [N, D], [N]."""
     N, D = x_NxD.shape
     out = tuple(
         jax.ShapeDtypeStruct(shape, dtype)
@@ -33,7 +33,10 @@ def norm_prune(
 
 
 def compact(x_NxD: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The channels that some row has (is not zero in), ascending, then the others [1, D]; their count [1]."""
+    """Returns the channels where some row is not zero, ascending, then the others: [1, D].
+
+    The second result [1] counts the former.
+    """
     D = x_NxD.shape[1]
     out = jax.ShapeDtypeStruct((1, D), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return call_rows(_compact_kernel, out, x_NxD, name="compact", interpret=interpret, programs=1)
@@ -70,7 +73,7 @@ def _compact_kernel(x_ref: Any, channels_ref: Any, kept_ref: Any) -> None:
 
 
 def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
-    """Mask of the lanes whose |x| is at least the count-th largest (`topk.at_least_kth`)."""
+    """Returns a mask of the lanes whose |x| is at least the count-th largest (`topk.at_least_kth`)."""
     bits = jnp.where(inside, ordered_bits(jnp.abs(x.astype(jnp.float32))), -1)  # the padding below every |x|
 
     def unsettled(state: tuple[Any, Any, Any]) -> jax.Array:
@@ -84,8 +87,8 @@ def _largest(x: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
         enough = above >= count
         return i + 1, jnp.where(enough, higher, threshold), jnp.where(enough, above, at_least)
 
-    # Once exactly `count` lanes reach the threshold, its lower bits decide nothing: two thirds of the way in
-    # rows without ties.
+    # Once exactly `count` lanes reach the threshold, its lower bits decide nothing.  In rows without ties
+    # that is two thirds of the way.
     _, threshold, _ = lax.while_loop(unsettled, set_bit, (jnp.int32(0), jnp.int32(0), jnp.int32(bits.size)))
     return bits >= threshold
 

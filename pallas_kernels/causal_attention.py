@@ -1,17 +1,17 @@
-"""Dense causal attention over a whole sequence (prefill)."""
+"""Dense causal attention over a whole sequence, for prefill.  It is XLA's: there is no kernel of it."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Queries per block on the CPU.  The scores of a block and head stay in the second-level cache, and a block
-# never touches the keys after it, so small blocks do little more than half of the full square; long
-# sequences take larger ones, for at most MAX_BLOCKS of them are unrolled.
+# On the CPU queries come in blocks of this size.  The scores of a block and head stay in the second-level
+# cache, and a block never touches the keys after it, so small blocks do little more than half of the full
+# square; long sequences take larger ones, for at most MAX_BLOCKS of them are unrolled.
 CPU_BLOCK, MAX_BLOCKS = 128, 16
 
 
 def causal_attention(q_SxHxd: jax.Array, k_HkvxSxd: jax.Array, v_HkvxSxd: jax.Array) -> jax.Array:
-    """Softmax attention of each query over the keys up to its own position: [S, H, d], float32."""
+    """Returns softmax attention of each query over the keys up to its own position: [S, H, d], float32."""
     return lax.platform_dependent(
         q_SxHxd, k_HkvxSxd, v_HkvxSxd, cpu=_blocked_attention, default=_library_attention
     )
