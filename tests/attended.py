@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sol_jax.axes.base import Axis
-from sol_jax.axes.key_selection import Keys
+from sol_jax.axes.key_selection import KeysInReach
 
 _GARBAGE = 1e3  # in cache entries that are not filled: any use of them shows
 
@@ -27,7 +27,7 @@ def attended(
     prefix_HxNxd = jnp.where(position_N < prefix_len, k_HxNxd, _GARBAGE)
     suffix_HxNxd = jnp.where(position_N <= last, jnp.roll(k_HxNxd, -prefix_len, 1), _GARBAGE)
 
-    keys = Keys(prefix_HxNxd, suffix_HxNxd, jnp.int32(prefix_len), jnp.int32(0))
+    keys = KeysInReach(prefix_HxNxd, suffix_HxNxd, jnp.int32(prefix_len), jnp.int32(0))
     prefix_index = axis.index_prefix(prefix_HxNxd)
 
     def add(step: jax.Array, suffix_index: Any) -> Any:

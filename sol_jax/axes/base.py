@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.norm import rms_norm
-from sol_jax.axes.key_selection import Keys, Selection
+from sol_jax.axes.key_selection import KeysInReach, Selection
 from sol_jax.errors import UserError
 from sol_jax.options import Options, option
 
@@ -109,11 +109,11 @@ class Axis:
         """What to remember of a prefix' keys (one layer), computed once for all schedules."""
         return ()
 
-    def index_suffix(self, prefix_index: Any, keys: Keys) -> Any:
+    def index_suffix(self, prefix_index: Any, keys: KeysInReach) -> Any:
         """The same for a schedule's own keys, before its first step (`keys.suffix_HxTxd` unused)."""
         return ()
 
-    def index_token(self, suffix_index: Any, k_Hxd: jax.Array, keys: Keys) -> Any:
+    def index_token(self, suffix_index: Any, k_Hxd: jax.Array, keys: KeysInReach) -> Any:
         """`suffix_index` once the current token's key is there."""
         return suffix_index
 
@@ -121,7 +121,7 @@ class Axis:
         self,
         value: jax.Array,
         q_HxGxd: jax.Array,
-        keys: Keys,
+        keys: KeysInReach,
         prefix_index: Any,
         suffix_index: Any,
         layer: jax.Array | None = None,

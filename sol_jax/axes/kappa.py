@@ -19,7 +19,7 @@ from pallas_kernels.dispatch import without_triton
 from pallas_kernels.quest import Select, extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
 from sol_jax.axes.base import Axis, AxisConfig, AxisContext, Effect, StepShape, Work, kept_count
-from sol_jax.axes.key_selection import Keys, Selection, ends, exact_ceil, float32_ceil
+from sol_jax.axes.key_selection import KeysInReach, Selection, ends, exact_ceil, float32_ceil
 from sol_jax.options import option
 
 
@@ -54,7 +54,7 @@ class Quest(Axis):
         every_S = jnp.ones(k_HxSxd.shape[1], bool)
         return page_bounds(k_HxSxd, every_S, self.page_size, without_triton(self.kernels))
 
-    def index_suffix(self, prefix_index: jax.Array, keys: Keys) -> jax.Array:
+    def index_suffix(self, prefix_index: jax.Array, keys: KeysInReach) -> jax.Array:
         """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""
         (H, _, d), T = keys.prefix_HxSxd.shape, keys.suffix_HxTxd.shape[1]
         pages = (self.page_size + T - 2) // self.page_size + 1  # if the prefix ends one key short of a page
@@ -70,15 +70,15 @@ class Quest(Axis):
         )
         return jnp.concatenate([first_Hx1x2d, empty_HxPx2d], 1)
 
-    def index_token(self, suffix_index: jax.Array, k_Hxd: jax.Array, keys: Keys) -> jax.Array:
+    def index_token(self, suffix_index: jax.Array, k_Hxd: jax.Array, keys: KeysInReach) -> jax.Array:
         here_P = jnp.arange(suffix_index.shape[1]) == self._slot(keys, keys.step)
         return extend_bounds(suffix_index, k_Hxd, here_P)
 
-    def _boundary(self, keys: Keys) -> jax.Array:
+    def _boundary(self, keys: KeysInReach) -> jax.Array:
         """Position at which the trailing pages start."""
         return keys.prefix_len // self.page_size * self.page_size
 
-    def _slot(self, keys: Keys, step: jax.Array) -> jax.Array:
+    def _slot(self, keys: KeysInReach, step: jax.Array) -> jax.Array:
         """Trailing page of the suffix entry `step`."""
         return (keys.prefix_len % self.page_size + step) // self.page_size
 
@@ -86,7 +86,7 @@ class Quest(Axis):
         self,
         value: jax.Array,
         q_HxGxd: jax.Array,
-        keys: Keys,
+        keys: KeysInReach,
         prefix_index: jax.Array,
         suffix_index: jax.Array,
         layer: jax.Array | None = None,
@@ -106,7 +106,7 @@ class Quest(Axis):
         self,
         value: jax.Array,
         q_HxGxd: jax.Array,
-        keys: Keys,
+        keys: KeysInReach,
         prefix_index: jax.Array,
         suffix_index: jax.Array,
         layer: jax.Array | None = None,
@@ -150,7 +150,7 @@ class Recency(Axis):
         self,
         value: jax.Array,
         q_HxGxd: jax.Array,
-        keys: Keys,
+        keys: KeysInReach,
         prefix_index: Any,
         suffix_index: Any,
         layer: jax.Array | None = None,
@@ -187,7 +187,7 @@ class Relevancy(Axis):
         self,
         value: jax.Array,
         q_HxGxd: jax.Array,
-        keys: Keys,
+        keys: KeysInReach,
         prefix_index: Any,
         suffix_index: Any,
         layer: jax.Array | None = None,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Keys(NamedTuple):
+class KeysInReach(NamedTuple):
     """The keys a decode step may attend to: the shared prefix, then the schedule's own, the current last.
 
     `prefix_HxSxd` may be longer than `prefix_len`; `suffix_HxTxd` is filled up to and including `step`.
@@ -61,7 +61,7 @@ class Selection(NamedTuple):
         return Selection(a.prefix & b.prefix, a.suffix & b.suffix, a.page_size)
 
 
-def ends(keys: Keys, sinks: int, recent: int | jax.Array) -> Selection:
+def ends(keys: KeysInReach, sinks: int, recent: int | jax.Array) -> Selection:
     """The first `sinks` and the last `recent` keys in reach."""
     prefix_S, suffix_T = ((p < sinks) | (p >= keys.kv_len - recent) for p in keys.positions)
     return Selection(prefix_S[None, None], suffix_T[None, None])

@@ -24,7 +24,7 @@ from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.norm import rms_norm
 from sol_jax.axes.base import Axis, acting, effective, mlp_input, mlp_output
-from sol_jax.axes.key_selection import Keys
+from sol_jax.axes.key_selection import KeysInReach
 
 Weights = dict[str, Any]
 
@@ -311,7 +311,7 @@ def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suff
 
     def index(axis: Axis, prefix_index: Any) -> Any:
         def of_layer(layer_index: Any, k_HxSxd: jax.Array, k_HxTxd: jax.Array) -> Any:
-            return axis.index_suffix(layer_index, Keys(k_HxSxd, k_HxTxd, prefix.length, jnp.int32(0)))
+            return axis.index_suffix(layer_index, KeysInReach(k_HxSxd, k_HxTxd, prefix.length, jnp.int32(0)))
 
         return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
 
@@ -346,7 +346,7 @@ def decode_step(
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
-            keys = Keys(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
+            keys = KeysInReach(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
             S, keep = prefix.cache.k.shape[2], None
             for x, axis, value in acting(axes, action_X, "keys"):
                 chosen = axis.select(value, q_HxGxd, keys, prefix.axis_index[x], suffix_index[x], i)
@@ -417,7 +417,7 @@ def _append(
     """`suffix` with the current token's entry of layer `i` written in place, and the axes told."""
     k, v = (_put(old, kv[:, None], i, 0, step) for old, kv in zip(suffix.cache, (k_Hxd, v_Hxd), strict=True))
     cache = KVCache(k, v)
-    keys = Keys(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
+    keys = KeysInReach(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
     index = tuple(
         jax.tree.map(
             lambda old, new: _put(old, new, i),

@@ -23,7 +23,7 @@ from pallas_kernels.topk import at_least_kth
 from sol_jax.axes.base import ActionSpace, Axis
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest, Recency, Relevancy
-from sol_jax.axes.key_selection import Keys, exact_ceil, float32_ceil
+from sol_jax.axes.key_selection import KeysInReach, exact_ceil, float32_ceil
 from sol_jax.axes.rho import ChannelPruning
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -255,7 +255,7 @@ def test_quest_by_hand():
 @functools.partial(jax.jit, static_argnames="quest")
 def grow_bounds(quest: Quest, prefix: jax.Array, suffix: jax.Array, prefix_len: int, num_steps: int):
     """Quest's index of the suffix after `num_steps` tokens."""
-    keys = Keys(prefix, suffix, prefix_len, jnp.int32(0))
+    keys = KeysInReach(prefix, suffix, prefix_len, jnp.int32(0))
 
     def add(step, index):
         return quest.index_token(index, suffix[:, step], keys._replace(step=step))
