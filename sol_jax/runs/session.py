@@ -39,6 +39,7 @@ class Session:
 
 def open_session(config: RunConfig) -> Session:
     """Loads what a config names; raises `UserError` for whatever is wrong with it."""
+    config.check_here()
     path = load.resolve(config.model.path)
     model = load.load_config(path, config.model.dtype)
     setup = config.setup(model)

@@ -355,7 +355,8 @@ def test_nothing_optional_is_imported():
     tests = sorted(path.stem for path in pathlib.Path(__file__).parents[1].glob("kernels/test_*.py"))
     assert len(tests) > 8
     code = (
-        "import sys, experiments.benchmarks.kernels, experiments.benchmarks.generate, experiments.benchmarks.gpu_check\n"
+        "import sys\n"
+        "from experiments.benchmarks import generate, gpu_check, kernels\n"
         f"sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})\n"
         f"import conftest, kernels.conftest, {', '.join(f'kernels.{name}' for name in tests)}\n"
         "absent = 'tensorflow', 'clu', 'ml_collections', 'tensorflow_datasets', 'matplotlib', 'torch', "

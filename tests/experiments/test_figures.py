@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", figures.NAMES)
 def test_it_is_drawn_and_repeats(name, folder, tmp_path):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"experiments.figures.{name}")
     images = [plots.save(module.draw(folder), tmp_path / f"{n}.png").read_bytes() for n in range(2)]
     assert images[0] == images[1]
     assert images[0].startswith(b"\x89PNG")

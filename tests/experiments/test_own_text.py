@@ -1,4 +1,4 @@
-"""`experiments.studies.own_text`: lines that training can read, the same however often the program was killed."""
+"""`experiments.studies.own_text` writes lines that training can read, and goes on after it was killed."""
 
 import itertools
 import json
