@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 CACHE_DIR = "~/.cache/sol_jax"
@@ -25,6 +24,8 @@ def digest(what: Any) -> str:
 
 def array_digest(tree: Any) -> str:
     """Short hex name of a tree of arrays."""
+    import jax  # here, for text is prepared without it
+
     state = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         array = np.ascontiguousarray(leaf)
@@ -39,8 +40,8 @@ def file_digest(file: pathlib.Path) -> str:
     known, key = _remembered(), str(file)
     seen = [stamp.st_size, stamp.st_mtime_ns]
     found = known.get(key)
-    if isinstance(found, list) and found[:2] == seen:
-        return str(found[2])
+    if isinstance(found, list) and found[:-1] == seen:
+        return str(found[-1])
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     _remember(known | {key: [*seen, digest]})

@@ -80,7 +80,7 @@ class Options:
             head, _, rest = name.partition(".")
             group = isinstance(getattr(self, head, None), Options)
             if head not in _kinds(type(self)) or group != bool(rest):
-                raise _unknown(type(self), head)
+                raise _unknown(type(self), name)
             if rest:
                 inner.setdefault(head, {})[rest] = value
             else:
@@ -205,6 +205,8 @@ def _broken_bound(value: Any, rules: Mapping[str, Any]) -> str:
         return f"at least {low:g}"
     if above is not None and not above < value < math.inf:
         return f"above {above:g}"
+    if high is not None and not -math.inf < value <= high:
+        return f"at most {high:g}"
     return ""
 
 

@@ -35,7 +35,6 @@ def attended(
 
     suffix_index = lax.fori_loop(0, last + 1, add, axis.index_suffix(prefix_index, keys))
     keys = keys._replace(step=last)
-    chosen = axis.select(jnp.float32(value), q_HxGxd, keys, prefix_index, suffix_index)
-    keep = keys.valid if chosen is None else chosen.both(keys.valid, N)
+    keep = axis.select(jnp.float32(value), q_HxGxd, keys, prefix_index, suffix_index).both(keys.valid, N)
     prefix_mask, suffix_mask = (jnp.broadcast_to(m, (*q_HxGxd.shape[:2], N)) for m in keep[:2])
     return jnp.where(jnp.arange(N) < prefix_len, prefix_mask, jnp.roll(suffix_mask, prefix_len, -1))

@@ -24,6 +24,16 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_memory_of_digests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests hash is not remembered in the user's cache folder."""
+    from sol_jax import digests
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "CACHE_DIR", str(tmp_path_factory.mktemp("digests")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps() -> Iterator[None]:
     """Compiled programs are mapped into memory, some maps each, and Linux gives a process 65,530 of them.

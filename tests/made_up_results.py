@@ -4,15 +4,16 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.studies import pollution
 from experiments.tasks.prompts import TASKS
 from sol_jax.axes.base import ActionSpace
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import BASELINES, RandomScheduleRow, Row
+from sol_jax.evaluation.comparison import BASELINES, ComparisonRow, RandomScheduleRow
 from sol_jax.evaluation.statistics import wilson
-from sol_jax.runs.config import build_axes
+from sol_jax.runs.config import RunConfig
 
 AXES = ("kappa", "rho", "eta")
 # Nats that a controller is behind the policy.
@@ -23,10 +24,11 @@ BEHIND = {"policy": 0.0, "fixed": 0.1, "fixed_official": 0.13, "front": 0.09, "c
 
 
 def write(
-    folder: pathlib.Path, name: str, config, seed: int = 0, num_random: int = 0, **about
+    folder: pathlib.Path, name: str, given: ConfigDict, seed: int = 0, num_random: int = 0, **about
 ) -> pathlib.Path:
     """`folder/smollm2-135m/NAME-sSEED.csv`, and the draws beside it: a policy that is better everywhere."""
-    space = ActionSpace(build_axes(config))
+    config = RunConfig.from_dict(given.to_dict())
+    space = ActionSpace(config.axes.build(config.axis_context))
     rng = np.random.default_rng([seed, *name.encode()])
     diagonal = budgets.diagonal(space, 5)
     swept, along = budgets.axis_sweeps(space, 4)
@@ -43,7 +45,7 @@ def write(
             net = 1.0 if controller == "dense" else float(np.mean(cost))
             nats = own + gain
             place = (controller, "", axis, requested, cost, net, net, net, nats, float(np.exp(nats)))
-            rows.append(Row(*place, gain, gain - 0.05, gain + 0.05, 12800, 62, ("1:1",) * 3))
+            rows.append(ComparisonRow(*place, gain, gain - 0.05, gain + 0.05, 12800, 62, ("1:1",) * 3))
     said = {"run": name, "updates": 300, "model": "smollm2-135m", "prefix": 256, "horizon": 16,
             "text": "wiki.test.raw.gz:test", "blocks": 50, "seed": seed, "config": f"{name}{seed}",
             "commit": "abc", "protect": False, "stale_prefill": False,

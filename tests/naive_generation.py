@@ -14,7 +14,7 @@ import numpy as np
 from sol_jax.generation.episodes import Decoder, keys_at
 from sol_jax.generation.sampling import draw, token_logp
 from sol_jax.models import llama
-from sol_jax.rl.policy import Observation, Policy, PolicyConfig, observation_scalars
+from sol_jax.rl.policy import Observation, Policy, PolicySpec, budget_gap, progress
 
 decode = functools.partial(jax.jit, static_argnames=("axes", "cfg"))(llama.decode_step)
 prefill = functools.partial(jax.jit, static_argnames="cfg")(llama.prefill)
@@ -43,18 +43,26 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
         if cfg.refresh:
             hidden_SxD, cache = prefill(weights, jnp.array(tokens[:-1]), cfg.model)
             hidden_D = hidden_SxD[-1]
-        prefix = llama.make_prefix(cache, begin, cfg.space.axes)
+        prefix = llama.index_cache(cache, cfg.space.axes).prefix(begin)
         suffix = llama.empty_suffix(prefix, cfg.horizon, cfg.space.axes)
         seen: list[Observation] = []
         costs: list[np.ndarray] = []
         chosen = cfg.space.num_actions
         for t in range(cfg.horizon):
-            controllable = begin + t + 1 > cfg.uncontrolled
+            controllable = begin + t + 1 > cfg.rules.episode.uncontrolled
             total = np.sum(costs, 0) if costs else np.zeros(len(cfg.space.axes))
-            scalars = observation_scalars(t, cfg.horizon, controllable, budget, total, len(costs))
-            embed_D = llama.embed(weights, jnp.int32(tokens[-1]))
-            num_keys = jnp.int32(begin + t + 1)
-            seen.append(Observation(hidden_D, embed_D, scalars, jnp.int32(chosen), num_keys))
+            seen.append(
+                Observation(
+                    hidden=hidden_D,
+                    embed=llama.embed(weights, jnp.int32(tokens[-1])),
+                    progress=progress(t, cfg.horizon),
+                    controllable=jnp.float32(controllable),
+                    target=jnp.array(budget, jnp.float32),
+                    gap=budget_gap(total, len(costs), jnp.array(budget)),
+                    prev_action=jnp.int32(chosen),
+                    num_keys=jnp.int32(begin + t + 1),
+                )
+            )
             chosen = int(choose(params, seen, cfg.policy)) if params is not None else plan(episode, t)
             action = chosen if controllable else cfg.space.dense
             if controllable:
@@ -71,7 +79,7 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def choose(params, seen: list[Observation], policy: PolicyConfig):
+def choose(params, seen: list[Observation], policy: PolicySpec):
     """The policy's most likely action, from all that the episode has shown."""
     episode = jax.tree.map(lambda *steps: jnp.stack(steps), *seen)
     return jnp.argmax(Policy(policy).apply(params, episode)[-1])

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from sol_jax.errors import UserError
-from sol_jax.rl.train_step import OptimConfig, TrainState, optimizer
+from sol_jax.rl.config import OptimConfig
+from sol_jax.rl.learn import TrainState, optimizer
 from sol_jax.runs.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from configs import sol_j_2l
+from sol_jax.runs.config import RunConfig
 
 END = "<|end|>"
 VOCAB_SIZE = 260
@@ -102,23 +103,19 @@ def save_corpus(path: pathlib.Path, documents: int = 30, words: int = 60) -> pat
     return path
 
 
-def config_for(folder: pathlib.Path, **fields) -> ConfigDict:
+def config_for(folder: pathlib.Path, **fields) -> RunConfig:
     """The smoke config on the model and corpus in `folder`; `fields` are dotted paths with their values."""
-    config = sol_j_2l.get_config("smoke")
+    config = RunConfig.from_dict(sol_j_2l.get_config("smoke").to_dict())
     values = {
         "model.path": str(folder / "model"),
         "data.source": str(folder / "corpus.jsonl"),
         "data.cache_dir": str(folder / "blocks"),
         "policy.num_heads": 2,
     }
-    values |= fields
-    config.update_from_flattened_dict(values)
-    return config
+    return config.with_fields(values | fields)
 
 
-def flags_for(config: ConfigDict, base: ConfigDict) -> list[str]:
+def flags_for(config: RunConfig, base: ConfigDict) -> list[str]:
     """What to put on the command line after `base` to get `config`."""
-    from sol_jax.runs.config import flatten
-
-    old = flatten(base)
-    return [f"--config.{name}={value}" for name, value in flatten(config).items() if old[name] != value]
+    old = RunConfig.from_dict(base.to_dict()).flat()
+    return [f"--config.{name}={value}" for name, value in config.flat().items() if old[name] != value]

@@ -36,7 +36,7 @@ class ScoreCache:
         self.folder = root and root / digest(about)
         if self.folder is None:
             return
-        file, text = self.folder / "about.json", json.dumps(about, indent=2)
+        file, text = self.folder / "about.json", json.dumps(about, indent=2, sort_keys=True)
         if file.is_file() and file.read_text() != text:
             raise UserError(
                 f"{self.folder} holds scores of another evaluation (see its about.json); move it away"

@@ -114,7 +114,7 @@ def open_engine(
 
 def engine_for(options: GenerateOptions) -> tuple[Engine, Request]:
     """The engine and the request of a command line, checked before the weights are loaded."""
-    options.costs()  # a slip there is told before anything is opened
+    options.check_complete()  # a slip there is told before anything is opened
     found: list[Request] = []
 
     def check(engine: Engine) -> None:

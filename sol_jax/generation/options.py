@@ -75,13 +75,22 @@ class GenerateOptions(Options):
         """The request for an engine.  Raises `UserError` if the prompt cannot be."""
         return Request(self._prompt(tokenizer), self.costs(), self.max_tokens, self.stop, self.seed)
 
-    def _prompt(self, tokenizer: Tokenizer) -> list[int]:
+    def check_complete(self) -> None:
+        """Raises `UserError` for all that can be told without a model: no prompt, or no fitting budget."""
+        self._text()
+        self.costs()
+
+    def _text(self) -> str:
         if self.prompt is None:
             raise UserError("give --prompt, the text to continue")
         if not self.prompt:
             raise UserError("--prompt is empty; give at least one character to continue")
-        if self.chat:
-            return chat_prompt(tokenizer, self.prompt, self.system)
-        if self.system:
+        if self.system and not self.chat:
             raise UserError("--system is part of a conversation; it needs --chat")
-        return tokenizer.encode(self.prompt, add_special_tokens=True)
+        return self.prompt
+
+    def _prompt(self, tokenizer: Tokenizer) -> list[int]:
+        text = self._text()
+        if self.chat:
+            return chat_prompt(tokenizer, text, self.system)
+        return tokenizer.encode(text, add_special_tokens=True)

@@ -117,8 +117,6 @@ class RunConfig(Options):
         return AxisContext(self.kernels, self.episode.sinks, self.episode.window)
 
     def check(self) -> None:
-        if self.axes.budget_unit == "time":
-            self.prices()
         axes = self.axes.build(self.axis_context)
         if not self.eval.budgets:
             raise self.eval.wrong("budgets", "a list of at least one budget")
@@ -128,6 +126,14 @@ class RunConfig(Options):
             for axis, cost in zip(axes, budget, strict=False):
                 if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
                     check_budgets(axis, (cost,), "config.eval.budgets")
+
+    def check_here(self) -> None:
+        """Raises `UserError` for what this machine lacks: named kernels, or the file of a cost model.
+
+        Apart from `check`, for a run or a policy of another machine can be read here and told otherwise.
+        """
+        if self.axes.budget_unit == "time":
+            self.prices()
         if self.kernels not in ("auto", "xla"):  # which need no device to be looked for yet
             try:
                 choose("attend", self.kernels)

@@ -38,6 +38,7 @@ class Session:
 
 def open_session(config: RunConfig) -> Session:
     """Loads what a config names; raises `UserError` for whatever is wrong with it."""
+    config.check_here()
     model = open_model(config.model.path, config.model.dtype)
     setup = config.setup(model.config)
     blocks = data.prepare(

@@ -72,6 +72,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         raise UserError(
             f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
         )
+    config.check_here()
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, commit=commit())
     session = open_session(config)
     checkpoints.bind(session.identity)

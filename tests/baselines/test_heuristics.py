@@ -12,7 +12,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.baselines import heuristics
-from sol_jax.rl.policy import Observation, observation_scalars
+from sol_jax.rl.policy import Observation, budget_gap, progress
 
 SPACE = ActionSpace(
     (
@@ -62,8 +62,16 @@ def play(controller, hidden_TxD, embed_TxD, target_X, forced=0):
     memory, spent_X, counted, actions = controller.memory, np.zeros(3), 0, []
     for t in range(T):
         is_controllable = t >= forced
-        scalars = observation_scalars(t, T, is_controllable, target_X, spent_X, counted)
-        seen = Observation(hidden_TxD[t], embed_TxD[t], scalars, jnp.int32(0), jnp.int32(t + 1))
+        seen = Observation(
+            hidden=hidden_TxD[t],
+            embed=embed_TxD[t],
+            progress=progress(t, T),
+            controllable=jnp.float32(is_controllable),
+            target=jnp.float32(target_X),
+            gap=budget_gap(spent_X, counted, target_X),
+            prev_action=jnp.int32(0),
+            num_keys=jnp.int32(t + 1),
+        )
         action, _, memory = controller.act(jax.random.key(0), seen, memory)
         actions.append(int(action) if is_controllable else SPACE.dense)
         spent_X, counted = spent_X + is_controllable * costs[actions[-1]], counted + is_controllable

@@ -203,7 +203,7 @@ def test_steps_that_are_not_controlled_are_dense_and_count_for_nothing(problem, 
 
 def test_controllable_steps_by_hand():
     """Five tokens of prefix: the sixth and seventh key come with the first two steps."""
-    shape = EpisodeConfig(prefix_len=5, horizon=4, episodes_per_prefix=2, uncontrolled=7)
+    shape = EpisodeConfig(prefix_len=5, horizon=4, episodes_per_prefix=2, sinks=4, window=2)
     first, second = [False, False, True, True], [True] * 4
     np.testing.assert_array_equal(schedules.controllable(shape, 2), [first, second, first, second])
 

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import llama_reference
 import numpy as np
 import pytest
 
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.models.weights import load_model
-from sol_jax.rl.policy import PolicyConfig
+from sol_jax.rl.config import PolicyConfig
+from sol_jax.rl.policy import Observation, PolicySpec
 
 Vectors = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -121,27 +123,53 @@ def with_gains(weights: Weights, gains: Weights) -> Weights:
     return {**weights, **gains, "layers": {**weights["layers"], **gains["layers"]}}
 
 
-def policy_config(vectors: Mapping[str, np.ndarray], prefix: str, num_heads: int) -> PolicyConfig:
-    """The config of the policy whose weights are under `prefix`; only the heads cannot be read off them."""
+def policy_spec(vectors: Mapping[str, np.ndarray], prefix: str, num_heads: int) -> PolicySpec:
+    """The spec of the policy whose weights are under `prefix`; only the heads cannot be read off them."""
     shape = {
         name.removeprefix(prefix): array.shape for name, array in vectors.items() if name.startswith(prefix)
     }
     hidden_size, embed_size = _llm_sizes(vectors)
     width = shape["obs_proj.weight"][0]
-    return PolicyConfig(
+    return PolicySpec(
         hidden_size=hidden_size,
         token_embed_size=embed_size,
         num_actions=shape["pi.weight"][0],
         horizon=shape["pos_emb.weight"][0],
         num_axes=shape["budget_head.0.weight"][1],
-        d_model=width,
-        num_heads=num_heads,
-        num_layers=sum(name.endswith("ln1.weight") for name in shape),
-        mlp_ratio=shape["blocks.0.ff.0.weight"][0] / width,
+        config=PolicyConfig(
+            d_model=width,
+            num_heads=num_heads,
+            num_layers=sum(name.endswith("ln1.weight") for name in shape),
+            mlp_ratio=shape["blocks.0.ff.0.weight"][0] / width,
+        ),
         action_embed_size=shape["action_emb.weight"][1],
         scalar_embed_size=shape["scalar_proj.0.weight"][0],
         budget_embed_size=shape["budget_head.0.weight"][0],
     )
+
+
+def observations(vectors: Mapping[str, np.ndarray], ending: str = "") -> Observation:
+    """[N, T, ...] from the authors' time-major arrays, whose names all have the same `ending`."""
+    names = ("h", "e", "scalars", "prev_actions")
+    given = (jnp.asarray(np.swapaxes(vectors[f"{name}{ending}"], 0, 1)) for name in names)
+    hidden, embed, scalars, prev_action = given
+    num_axes = (scalars.shape[-1] - 2) // 2
+    return Observation(
+        hidden=hidden,
+        embed=embed,
+        progress=scalars[..., 0],
+        controllable=scalars[..., 1],
+        target=scalars[..., 2 : 2 + num_axes],
+        gap=scalars[..., 2 + num_axes :],
+        prev_action=prev_action,
+        num_keys=jnp.zeros_like(prev_action),  # which the authors' policy does not see
+    )
+
+
+def scalars_of(seen: Observation) -> jax.Array:
+    """The numbers of an observation as one array in the authors' order, [..., 2 + 2X]."""
+    single = jnp.stack([seen.progress, seen.controllable], -1)
+    return jnp.concatenate([single, seen.target, seen.gap], -1)
 
 
 def policy_params(vectors: Mapping[str, np.ndarray], prefix: str) -> Params:

@@ -20,14 +20,14 @@ from sol_jax.axes.kappa import Recency
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.baselines import heuristics, schedules
 from sol_jax.models import llama
+from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.rollout import (
-    EPISODE_AXES,
     Controller,
-    EpisodeConfig,
+    EpisodeRules,
     Rollout,
-    cut_episodes,
     group_rollout,
     label_logp,
+    prefill_block,
 )
 
 # README of the vectors: at these the authors' float32 sums decide between two counts.
@@ -185,12 +185,12 @@ def _steer(model, case: Case, controller: str) -> tuple[Rollout, np.ndarray]:
     """The heuristic's rollouts of all rows, [N, ...], and the label log-probabilities, [N, T]."""
     cfg, weights = model
     T = case.meta["T"]
-    shape = EpisodeConfig(case.meta["ctx"], T)
+    shape = EpisodeConfig(case.meta["ctx"], T, sinks=case.meta["Ts"], window=case.meta["Tw"])
+    rules = EpisodeRules(cfg, case.space, shape)
     ids_NxM = case.arrays["ids"].reshape(-1, case.arrays["ids"].shape[-1])
-    uncontrolled = case.meta["Ts"] + case.meta["Tw"] + 1
 
     def run(weights, tokens_N):
-        episode_W, _ = cut_episodes(weights, tokens_N, case.space, cfg, shape)
+        block = prefill_block(weights, tokens_N, rules)
         if controller == "emc":
             steered = heuristics.entropy_controller(weights, case.space, T)
         else:
@@ -201,11 +201,11 @@ def _steer(model, case: Case, controller: str) -> tuple[Rollout, np.ndarray]:
         def group(episode):
             budget_KxX = jnp.asarray(case.target_X, jnp.float32)[None]
             key_K = jax.random.split(jax.random.key(0), 1)
-            played = group_rollout(weights, episode, key_K, budget_KxX, one, case.space, cfg, uncontrolled)
-            logp = jax.vmap(label_logp, (None, 0, 0))(weights, played.hidden_TxD[0], episode.label_T)
+            played = group_rollout(weights, rules, block.cache, episode, key_K, budget_KxX, one)
+            logp = jax.vmap(label_logp, (None, 0, 0))(weights, played.hidden[0], episode.label)
             return jax.tree.map(lambda leaf: leaf[0], played), logp
 
-        return jax.tree.map(lambda leaf: leaf[0], jax.vmap(group, (EPISODE_AXES,))(episode_W))
+        return jax.tree.map(lambda leaf: leaf[0], jax.vmap(group)(block.episodes))
 
     played, logp = jax.jit(jax.vmap(run, (None, 0)))(weights, jnp.asarray(ids_NxM, jnp.int32))
     return played, np.asarray(logp)
@@ -223,8 +223,8 @@ def test_heuristics_in_the_rollout(controller, model):
             case.levels(controller).swapaxes(1, 2).reshape(-1, *case.levels(controller).shape[1::2])
         )
         effective_NxT = _rows(case.effective(0))
-        np.testing.assert_array_equal(played.controllable_T, effective_NxT)
-        taken = np.where(effective_NxT, played.action_T, case.space.dense)
+        np.testing.assert_array_equal(played.controllable, effective_NxT)
+        taken = np.where(effective_NxT, played.action, case.space.dense)
         equal_N = (np.asarray(case.space.join(expected_NxTxX)) == taken).all(1)
         same, total = same + equal_N.sum(), total + len(equal_N)
         recorded = json.loads(str(case.arrays[f"{controller}/result_json"]))

@@ -20,12 +20,12 @@ from sol_jax.axes.kappa import Quest, Recency, Relevancy
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models import llama
 from sol_jax.models.weights import load_model
-from sol_jax.rl.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.rollout import Controller, EpisodeRules, group_rollout, prefill_block, replay
 
 TOLERANCE = 2e-4
 UNSTEADY = 5 * TOLERANCE  # runs this far apart made different choices
 NUM_RUNS = 16  # the first is not disturbed
-UNCONTROLLED = 4 + 2 + 1  # sinks, window, current token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,29 +115,28 @@ def _decode(model: Model, case: golden.Vectors, space: ActionSpace) -> Decoded:
     """The recorded actions and the dense ones (K = 2) of all rows, in all runs, as one batch."""
     action_TxB = _actions_TxB(case, space)
     action_BxKxT = np.stack([action_TxB.T, np.full_like(action_TxB.T, space.dense)], 1)
-    shape = EpisodeConfig(prefix_len=int(case["ctx"]), horizon=len(action_TxB))
+    shape = EpisodeConfig(prefix_len=int(case["ctx"]), horizon=len(action_TxB), sinks=4, window=2)
+    rules = EpisodeRules(model.cfg, space, shape)
 
-    def cut(weights, tokens_N):
-        return cut_episodes(weights, tokens_N, space, model.cfg, shape, with_reference=True)
+    def prefill(weights, tokens_N):
+        return prefill_block(weights, tokens_N, rules, with_dense=True)
 
-    def play(weights, gains, episode_W, action_KxT):
+    def play(weights, gains, block, action_KxT):
         def group(episode):
             controller = Controller(replay(action_KxT[0]).act, action_KxT)
             key_K, budget_KxX = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, len(space.axes)))
             run = golden.with_gains(weights, gains)
-            return group_rollout(
-                run, episode, key_K, budget_KxX, controller, space, model.cfg, UNCONTROLLED
-            ).hidden_TxD
+            return group_rollout(run, rules, block.cache, episode, key_K, budget_KxX, controller).hidden
 
-        return jax.vmap(group, (EPISODE_AXES,))(episode_W)[0]
+        return jax.vmap(group)(block.episodes)[0]
 
     @jax.jit
     def decode(weights, gains_N, ids_BxN):
-        episode_BxW, reference_BxWxTxD = jax.vmap(cut, (None, 0))(weights, ids_BxN)
+        block_B = jax.vmap(prefill, (None, 0))(weights, ids_BxN)
         play_rows = jax.vmap(play, (None, None, 0, 0))
         play_runs = jax.vmap(play_rows, (None, 0, None, None))
-        played = play_runs(weights, gains_N, episode_BxW, jnp.asarray(action_BxKxT))
-        return Decoded(episode_BxW.hidden_D[:, 0], reference_BxWxTxD[:, 0], played)
+        played = play_runs(weights, gains_N, block_B, jnp.asarray(action_BxKxT))
+        return Decoded(block_B.episodes.hidden[:, 0], block_B.dense_hidden[:, 0], played)
 
     gains_N = golden.disturbed(model.weights, model.num_runs)
     return jax.block_until_ready(decode(model.weights, gains_N, jnp.asarray(case["ids"], jnp.int32)))

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from sol_jax.rl import grpo, rewards
-from sol_jax.rl.policy import Observation, Policy, initial_carry, observation_scalars
-from sol_jax.rl.train_step import OptimConfig, minibatches, optimizer
+from sol_jax.rl.config import OptimConfig
+from sol_jax.rl.learn import minibatches, optimizer
+from sol_jax.rl.policy import Observation, Policy, budget_gap, initial_carry, progress
 
 AXES = ("tok", "pru", "q")
 TRAIN_STEPS = ("quest_sum_process", "recency_kl_outcome", "quest_short_ctx")
@@ -171,14 +172,12 @@ def vectors(request):
 
 
 def _policy(vectors) -> Policy:
-    return Policy(golden.policy_config(vectors, "pol0/", golden.config_of(vectors)["policy_n_heads"]))
+    return Policy(golden.policy_spec(vectors, "pol0/", golden.config_of(vectors)["policy_n_heads"]))
 
 
 def _observations(vectors) -> Observation:
     """[N, T, ...]: one episode per schedule of the batch."""
-    fields = (vectors[name] for name in ("h_seq", "e_seq", "scalars_seq", "prev_actions_seq"))
-    given = [jnp.asarray(np.swapaxes(field, 0, 1)) for field in fields]
-    return Observation(*given, num_keys=jnp.zeros_like(given[-1]))  # which the authors' policy does not see
+    return golden.observations(vectors, "_seq")
 
 
 def _budget_NxX(vectors):
@@ -205,9 +204,9 @@ def test_scalars(vectors):
         def step(taken, inputs):
             cost_sum_X, num_counted = taken
             index, cost_X, controllable = inputs
-            scalars = observation_scalars(
-                index, controllable_T.size, controllable, budget_X, cost_sum_X, num_counted
-            )
+            single_2 = jnp.stack([progress(index, controllable_T.size), jnp.float32(controllable)])
+            gap_X = budget_gap(cost_sum_X, num_counted, budget_X)
+            scalars = jnp.concatenate([single_2, jnp.float32(budget_X), gap_X])
             return (cost_sum_X + controllable * cost_X, num_counted + controllable), scalars
 
         steps = (jnp.arange(controllable_T.size), cost_TxX, controllable_T)
@@ -254,7 +253,7 @@ def test_logp_of_the_rollout(vectors):
             logits_A, carry = model.apply(params, obs, carry, method="step")
             return carry, grpo.action_logp(logits_A / temperature, action)
 
-        return jax.lax.scan(step, initial_carry(model.config), (obs_T, action_T))[1]
+        return jax.lax.scan(step, initial_carry(model.spec), (obs_T, action_T))[1]
 
     logp_NxT = jax.vmap(episode)(_observations(vectors), jnp.asarray(vectors["actions_seq"].T))
     golden.assert_close(logp_NxT.T, vectors["logp_old_seq"], "logp_old_seq")

@@ -1,4 +1,4 @@
-"""A whole recorded training step, from tokens to the updated policy, through the stages of `update`.
+"""A whole recorded training step, from tokens to the updated policy, through the stages of `train_step`.
 
 Fed the authors' tokens, budgets, sampled actions and order of minibatches, everything else must come out as
 theirs.  `test_reward_vectors` checks the parts on the recorded inputs of each; here each stage gets what ours
@@ -20,22 +20,12 @@ from sol_jax.axes.kappa import Quest, Recency, Relevancy
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.rl import grpo, rewards
+from sol_jax.rl.collect import beside_dense, prefill_blocks, run_schedules, score_labels
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig, OptimConfig
+from sol_jax.rl.learn import Experience, TrainState, advantages, fit, optimizer
 from sol_jax.rl.policy import Observation, initial_carry
-from sol_jax.rl.rollout import Controller, EpisodeConfig, Rollout, dense_divergence
-from sol_jax.rl.train_step import (
-    Experience,
-    GrpoConfig,
-    OptimConfig,
-    Setup,
-    TrainState,
-    advantages,
-    beside_dense,
-    fit,
-    optimizer,
-    prefill_blocks,
-    run_schedules,
-    score,
-)
+from sol_jax.rl.rollout import Controller, EpisodeRules, Rollout, dense_divergence
+from sol_jax.rl.setup import Setup
 
 NUM_RUNS = 12  # the first is not disturbed
 # Of the language model's gains in the other runs.  The authors' rounding and ours are as far apart as runs
@@ -78,12 +68,10 @@ def _space(vectors: golden.Vectors) -> ActionSpace:
 
 def _setup(vectors: golden.Vectors, model: LlamaConfig) -> Setup:
     cfg = golden.config_of(vectors)
-    uncontrolled = cfg["Ts"] + cfg["Tw"] + 1
+    shape = EpisodeConfig(cfg["context_len"], cfg["rollout_len"], sinks=cfg["Ts"], window=cfg["Tw"])
     return Setup(
-        model,
-        _space(vectors),
-        EpisodeConfig(cfg["context_len"], cfg["rollout_len"], uncontrolled=uncontrolled),
-        golden.policy_config(vectors, "pol0/", cfg["policy_n_heads"]),
+        EpisodeRules(model, _space(vectors), shape),
+        golden.policy_spec(vectors, "pol0/", cfg["policy_n_heads"]),
         GrpoConfig(
             num_schedules=cfg["grpo_rollouts_per_input"],
             gamma=cfg["reward_gamma"],
@@ -150,17 +138,16 @@ class Collected(NamedTuple):
 def _collect(
     weights: Weights, params: Any, ids: jax.Array, budget_BxWxX: jax.Array, action: jax.Array, setup: Setup
 ) -> Collected:
-    """`update.collect` and `update.advantages`, but for the controller: each schedule has its own actions."""
+    """`collect` and `advantages`, but for the controller: each schedule has its own actions."""
     rows = setup.memory.head_rows
-    episode, dense_BxWxTxD = prefill_blocks(weights, ids, setup, with_reference=True)
+    blocks = prefill_blocks(weights, ids, setup, with_dense=True)
     controller = _forced_policy(setup, params, action)
     budget = jnp.broadcast_to(budget_BxWxX[:, :, None], (*action.shape[:3], budget_BxWxX.shape[-1]))
-    rollout = run_schedules(weights, episode, jax.random.key(0), budget, controller, setup)
-    logp = score(weights, rollout, episode.label_T, rows)
-    kl = beside_dense(dense_divergence, weights, rollout, dense_BxWxTxD, rows)
+    rollout = run_schedules(weights, blocks, jax.random.key(0), budget, controller, setup)
+    logp = score_labels(weights, rollout.hidden, blocks.episodes.label, rows)
+    kl = beside_dense(dense_divergence, weights, rollout.hidden, blocks.dense_hidden, rows)
     reward = rewards.task_reward(logp, kl, setup.grpo.divergence_weight)
-    dense = rollout._replace(hidden_TxD=dense_BxWxTxD[:, :, None])
-    dense_logp = score(weights, dense, episode.label_T, rows)
+    dense_logp = score_labels(weights, blocks.dense_hidden[:, :, None], blocks.episodes.label, rows)
     return Collected(rollout, reward, dense_logp, *advantages(reward, rollout, budget_BxWxX, setup))
 
 
@@ -173,15 +160,15 @@ def _recorded(found: Collected, setup: Setup) -> golden.Vectors:
     # Theirs are not weighted yet.
     weight_X = np.array([axis.penalty_weight for axis in setup.space.axes])
     penalty_XxN = (found.penalty.reshape(-1, len(weight_X)) / weight_X).T
-    cost_XxTxN = jnp.moveaxis(_by_step(rollout.cost_TxX), -1, 0)
+    cost_XxTxN = jnp.moveaxis(_by_step(rollout.cost), -1, 0)
     values = {
-        "h_seq": _by_step(rollout.observation.hidden_D),
-        "e_seq": _by_step(rollout.observation.embed_D),
-        "scalars_seq": _by_step(rollout.observation.scalars_N),
+        "h_seq": _by_step(rollout.observation.hidden),
+        "e_seq": _by_step(rollout.observation.embed),
+        "scalars_seq": _by_step(golden.scalars_of(rollout.observation)),
         "prev_actions_seq": _by_step(rollout.observation.prev_action),
-        "actions_seq": _by_step(rollout.action_T),
-        "logp_old_seq": _by_step(rollout.logp_T),
-        "eff_all": _by_step(rollout.controllable_T).astype(jnp.float32),
+        "actions_seq": _by_step(rollout.action),
+        "logp_old_seq": _by_step(rollout.logp),
+        "eff_all": _by_step(rollout.controllable).astype(jnp.float32),
         "keep_all": cost_XxTxN[0],
         "prune_all": cost_XxTxN[1] * max(setup.space.axes[1].levels),
         "qratio_all": cost_XxTxN[2],
@@ -202,12 +189,12 @@ def _recorded_of_minibatch(
     batch = jax.tree.map(lambda leaf: leaf[index_R], experience)
     apply = jax.vmap(setup.network.apply, (None, 0))
     logits_RxTxA = apply(params, batch.observation) / setup.grpo.temperature
-    logp_RxT = jax.vmap(jax.vmap(grpo.action_logp))(logits_RxTxA, batch.action_T)
+    logp_RxT = jax.vmap(jax.vmap(grpo.action_logp))(logits_RxTxA, batch.action)
     values_RxT = {
         "logp_new": logp_RxT,
-        "logp_old": batch.logp_T,
-        "ratio": jnp.exp(logp_RxT - batch.logp_T),
-        "adv_flat": batch.adv_T,
+        "logp_old": batch.logp,
+        "ratio": jnp.exp(logp_RxT - batch.logp),
+        "adv_flat": batch.advantage,
     }
     flat = {name: np.asarray(value_RxT.T.ravel()) for name, value_RxT in values_RxT.items()}
     return {"logits_seq": np.asarray(logits_RxTxA.swapaxes(0, 1)), **flat}
@@ -239,7 +226,7 @@ def _train_step(vectors: golden.Vectors, weights: Weights, setup: Setup) -> Step
     found = _collect(weights, params, ids, budget_BxX[:, None], action, setup)
 
     rollout = found.rollout
-    experience = Experience(rollout.observation, rollout.action_T, rollout.logp_T, found.adv)
+    experience = Experience(rollout.observation, rollout.action, rollout.logp, found.adv)
     experience = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), experience)
     state = TrainState(jnp.int32(0), jax.random.key(0), params, optimizer(setup.optim).init(params), None)
     minibatches = []

@@ -19,10 +19,12 @@ from sol_jax.costs.decode_step import (
     policy_step,
     step_cost,
 )
-from sol_jax.generation.engine import Episode, Output, Request
+from sol_jax.generation.engine import EpisodeRecord, Output, Request
 from sol_jax.generation.episodes import Decoder
 from sol_jax.generation.output_cost import dense_text_cost, text_cost
-from sol_jax.rl.policy import PolicyConfig
+from sol_jax.rl.config import EpisodeConfig, PolicyConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import EpisodeRules
 
 DENSE = StepCost(
     attention=Work(384, 192),  # of each layer: q 4*4, k 4*2, v 4*2, o 4*4: 48 weights; 96 in all
@@ -93,12 +95,22 @@ def test_recency_and_relevancy():
 
 def test_the_policy_reads_its_matrices():
     """E 4, one head, MLP of 8, D 4, 3 axes, 6 actions; sizes of the embeddings 2 and 3."""
-    config = PolicyConfig(4, 6, 5, 3, 4, 1, 1, 2.0, 2, 3, 5)
+    spec = PolicySpec(
+        hidden_size=4,
+        num_actions=6,
+        horizon=5,
+        num_axes=3,
+        config=PolicyConfig(d_model=4, num_heads=1, num_layers=1, mlp_ratio=2.0),
+        action_embed_size=2,
+        scalar_embed_size=3,
+        budget_embed_size=5,
+    )
     numbers = 8 * 3 + (4 + 4 + 3 + 2) * 4 + 4 * 4 * 4 + 2 * 4 * 8 + 4 * 6 + 3 * 5 + 5 * 6
-    assert policy_step(config) == Work(4 * numbers, 2 * numbers)
-    factored = dataclasses.replace(config, factors=(3, 2))
+    assert policy_step(spec) == Work(4 * numbers, 2 * numbers)
+    by_axis = dataclasses.replace(spec.config, factored_head=True)
+    factored = dataclasses.replace(spec, config=by_axis, level_counts=(3, 2))
     assert policy_step(factored) == Work(4 * (numbers - 4 - 5), 2 * (numbers - 4 - 5))
-    assert step_cost(TOP, 10, MODEL, AXES, config).policy == policy_step(config)
+    assert step_cost(TOP, 10, MODEL, AXES, spec).policy == policy_step(spec)
 
 
 def test_a_dense_pass():
@@ -158,9 +170,9 @@ class Ended:
 def test_a_text():
     """Two episodes of 3 steps after a prompt of 7 tokens; the text ends after 2 steps of the second."""
     space = ActionSpace(AXES)
-    cfg = Decoder(MODEL, space, 3)
+    cfg = Decoder(EpisodeRules(MODEL, space, EpisodeConfig(horizon=3)))
     cheap, free, seen = np.array([0, space.dense, 0]), np.ones(3, bool), np.zeros((3, 4))
-    episodes = [Episode(7, cheap, free, 3, 3, seen), Episode(10, cheap, free, 2, 2, seen)]
+    episodes = [EpisodeRecord(7, cheap, free, 3, 3, seen), EpisodeRecord(10, cheap, free, 2, 2, seen)]
     output = Output(Request([0] * 7), Ended(6, "stop"), episodes)
     steps = [((0.2, 0.3, 8.0), 8), (TOP, 9), ((0.2, 0.3, 8.0), 10), ((0.2, 0.3, 8.0), 11), (TOP, 12)]
     played = sum((step_cost(levels, kv_len, MODEL, AXES) for levels, kv_len in steps), StepCost())
@@ -179,7 +191,7 @@ def test_a_text():
 def test_a_long_text_at_the_lowest_level_costs_no_less_than_it():
     """255 float32 costs of 0.45, summed in float32, average to 0.449999; no schedule could meet that."""
     actions, free = np.zeros(255, int), np.ones(255, bool)
-    episode = Episode(7, actions, free, 255, 255, np.zeros((255, 4)))
+    episode = EpisodeRecord(7, actions, free, 255, 255, np.zeros((255, 4)))
     output = Output(Request([0] * 7), Ended(256, "length"), [episode])
     costs_AxX = np.array([[0.45], [1.0]], np.float32)
     assert output.mean_cost(costs_AxX)[0] == pytest.approx(np.float32(0.45), rel=1e-12)
@@ -188,8 +200,8 @@ def test_a_long_text_at_the_lowest_level_costs_no_less_than_it():
 def test_a_lossless_text_pays_for_what_it_takes_back():
     """An episode of 3 steps that added one token, and the dense pass over all 4 with their logits."""
     space = ActionSpace(AXES)
-    cfg = Decoder(MODEL, space, 3, lossless=True)
-    episode = Episode(7, np.zeros(3, int), np.ones(3, bool), 1, 3, np.zeros((3, 4)))
+    cfg = Decoder(EpisodeRules(MODEL, space, EpisodeConfig(horizon=3)), lossless=True)
+    episode = EpisodeRecord(7, np.zeros(3, int), np.ones(3, bool), 1, 3, np.zeros((3, 4)))
     output = Output(Request([0] * 7), Ended(2, "length"), [episode])
     cost = text_cost(output, cfg)
     assert cost.refresh == dense_pass(4, 7, MODEL, with_head=True)

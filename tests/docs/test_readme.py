@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from sol_jax.runs import config as config_lib
+from sol_jax.runs.config import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -36,10 +36,9 @@ def test_commands_name_modules_configs_and_fields_that_exist(command):
     assert importlib.util.find_spec(words[2]), f"no module {words[2]}"
     if "--config" in words:
         config = load_config(words[words.index("--config") + 1])
-        config_lib.check(config)
-        for word in words:
-            if word.startswith("--config."):
-                config_lib.field(config, word.removeprefix("--config.").split("=")[0])
+        RunConfig.from_dict(config.to_dict()).check_here()
+        given = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+        assert {word.split("=")[0] for word in given} <= set(RunConfig().flat())
 
 
 def test_named_files_exist():
@@ -47,10 +46,12 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), f"README names {path}"
 
 
-def test_the_map_names_every_module():
+def test_the_map_names_every_package_and_what_stands_beside_them():
     tree = README.split("## Where things are")[1].split("```")[1]
+    packages = {path.parent.name for path in (ROOT / "sol_jax").glob("*/__init__.py")}
     modules = {path.stem for path in (ROOT / "sol_jax").glob("*.py")} - {"__init__", "errors"}
-    missing = {name for name in modules if not re.search(rf"\b{name}\b", tree)}
+    assert len(packages) > 5
+    missing = {name for name in packages | modules if not re.search(rf"\b{name}\b", tree)}
     assert not missing, f"the README's map leaves out {sorted(missing)}"
 
 

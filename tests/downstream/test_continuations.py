@@ -18,7 +18,7 @@ from sol_jax.costs import decode_step as costs
 from sol_jax.downstream import teacher_forced as forced
 from sol_jax.downstream.continuations import (
     Continuation,
-    Score,
+    ContinuationScore,
     batches,
     mean_cost,
     plans,
@@ -34,8 +34,17 @@ from sol_jax.generation.episodes import Decoder
 from sol_jax.models import llama
 from sol_jax.models.tokenizer import load_tokenizer
 from sol_jax.models.weights import load_model
-from sol_jax.rl.policy import Observation, Policy, PolicyConfig, example_observation, initial_carry
-from sol_jax.rl.policy import observation_scalars as scalars_of
+from sol_jax.rl.config import EpisodeConfig, PolicyConfig
+from sol_jax.rl.policy import (
+    Observation,
+    Policy,
+    PolicySpec,
+    budget_gap,
+    example_observation,
+    initial_carry,
+    progress,
+)
+from sol_jax.rl.rollout import EpisodeRules
 
 SPACE = ActionSpace(
     (
@@ -54,11 +63,12 @@ ENDINGS = (" cat", " walls and seven birds", " mat")
 def tiny_model(tiny_folder):
     """Engines by controller, and texts as requests: one context has three endings, one has a single token."""
     model, weights = load_model(tiny_folder / "model")
-    policy = PolicyConfig(model.hidden_size, SPACE.num_actions, T, d_model=16)
+    policy = PolicySpec(model.hidden_size, SPACE.num_actions, T, config=PolicyConfig(d_model=16))
     example = example_observation(policy), initial_carry(policy)
     init = jax.jit(lambda key: Policy(policy).init(key, *example, method="step"))
     params = jax.tree.map(lambda x: 8 * np.asarray(x), init(jax.random.key(3)))  # or none would move it
-    tokenizer, decoder = load_tokenizer(tiny_folder / "model"), Decoder(model, SPACE, T)
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    decoder = Decoder(EpisodeRules(model, SPACE, EpisodeConfig(horizon=T)))
     engines = {name: Engine(weights, tokenizer, decoder, name) for name in ("fixed", "random", "dense")}
     engines["policy"] = Engine(
         weights, tokenizer, dataclasses.replace(decoder, policy=policy), "policy", params
@@ -70,16 +80,13 @@ def tiny_model(tiny_folder):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def begin_episode(cache, length, cfg):
-    prefix = llama.make_prefix(cache, length, cfg.space.axes)
+    prefix = llama.index_cache(cache, cfg.space.axes).prefix(length)
     return prefix, llama.empty_suffix(prefix, cfg.horizon, cfg.space.axes)
 
 
 @jax.jit
 def all_logp(weights, hidden):
     return jax.nn.log_softmax(llama.logits(weights, hidden))
-
-
-observed = functools.partial(jax.jit, static_argnums=(1,))(scalars_of)
 
 
 def naively(engine, request, plan=None):
@@ -96,15 +103,18 @@ def naively(engine, request, plan=None):
             hidden_D = np.asarray(hidden_SxD)[begin + n - 1] * (begin + n > 0)
             prefix, suffix = begin_episode(cache, begin + n, cfg)
             seen, spent, chosen = [], [], cfg.space.num_actions
-        controllable = begin + n + 1 > cfg.uncontrolled
+        controllable = begin + n + 1 > cfg.rules.episode.uncontrolled
         total = np.sum(spent, 0) if spent else np.zeros(3)
         seen.append(
             Observation(
-                hidden_D,
-                np.asarray(engine.weights["embed"])[text[begin + n]],
-                observed(t, cfg.horizon, controllable, BUDGET, total, len(spent)),
-                np.int32(chosen),
-                np.int32(begin + n + 1),
+                hidden=hidden_D,
+                embed=np.asarray(engine.weights["embed"])[text[begin + n]],
+                progress=np.asarray(progress(t, cfg.horizon)),
+                controllable=np.float32(controllable),
+                target=np.array(BUDGET, np.float32),
+                gap=np.asarray(budget_gap(total, len(spent), np.array(BUDGET, np.float32))),
+                prev_action=np.int32(chosen),
+                num_keys=np.int32(begin + n + 1),
             )
         )
         chosen = int(naive.choose(engine.params, seen, cfg.policy)) if plan is None else int(plan[n])
@@ -229,7 +239,7 @@ def test_work_by_hand(tiny_model):
     cfg = tiny_model.engines["policy"].cfg
     request = Continuation((0,) * 8, (0,) * 6)
     action = 0
-    mine = Score(np.zeros(6), np.zeros(6, bool), np.full(6, action), np.ones(6, bool))
+    mine = ContinuationScore(np.zeros(6), np.zeros(6, bool), np.full(6, action), np.ones(6, bool))
     spent, dense = work([request] * 2, [mine] * 2, cfg)
     steps = [
         costs.step_cost(SPACE.values_AxX[action], keys, cfg.model, SPACE.axes, cfg.policy)
@@ -248,7 +258,8 @@ def test_work_by_hand(tiny_model):
 
 def test_shares_of_dense_work():
     assert shares(Work(3.0, 1.0), Work(4.0, 8.0)) == {"bytes": 0.75, "flops": 0.125}
-    assert shares(*work([], [], Decoder(None, SPACE))) == {"bytes": 1.0, "flops": 1.0}  # nothing was spent
+    decoder = Decoder(EpisodeRules(None, SPACE, EpisodeConfig()))
+    assert shares(*work([], [], decoder)) == {"bytes": 1.0, "flops": 1.0}  # nothing was spent
 
 
 def test_compiled_shapes_are_reused(tiny_model, monkeypatch):
@@ -256,10 +267,10 @@ def test_compiled_shapes_are_reused(tiny_model, monkeypatch):
     monkeypatch.setattr(logging, "info", lambda message, *values: told.append(message % values))
     engine = dataclasses.replace(tiny_model.engines["policy"], compiled=set())
     score(engine, tiny_model.requests, BUDGET)
-    before = forced.prefill._cache_size(), forced.score_controlled._cache_size()
+    before = forced.prefill_contexts._cache_size(), forced.score_controlled._cache_size()
     assert told == ["bucket: rows 8, contexts 4, prefix 64, steps 30"]
     score(engine, [*tiny_model.requests[1:], tiny_model.requests[1]], (0.5, 0.5, 0.5))
-    assert (forced.prefill._cache_size(), forced.score_controlled._cache_size()) == before
+    assert (forced.prefill_contexts._cache_size(), forced.score_controlled._cache_size()) == before
     assert len(told) == 1
     dense = dataclasses.replace(tiny_model.engines["dense"], compiled=engine.compiled)
     score(dense, tiny_model.requests)  # another decoder has its own programs

@@ -8,7 +8,6 @@ import tiny
 from sol_jax.axes.base import ActionSpace
 from sol_jax.errors import UserError
 from sol_jax.evaluation import budget_grid as budgets
-from sol_jax.runs.config import build_axes
 
 
 def test_budgets_by_hand(tiny_session):
@@ -21,7 +20,8 @@ def test_budgets_by_hand(tiny_session):
     assert swept[3] == (0.55, 0.4, 0.65625)
     assert len(swept) == 9
     one_level = tiny.config_for(pathlib.Path("."), **{"axes.eta.levels": (16,)})
-    single, _ = budgets.axis_sweeps(ActionSpace(build_axes(one_level)), 2)
+    axes = one_level.axes.build(one_level.axis_context)
+    single, _ = budgets.axis_sweeps(ActionSpace(axes), 2)
     assert single == ((0.1, 0.7, 1.0), (1.0, 0.7, 1.0), (0.55, 0.4, 1.0), (0.55, 1.0, 1.0))
 
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import tiny
 
-from sol_jax import evaluate
 from sol_jax.errors import UserError
-from sol_jax.evaluate import Options
-from sol_jax.evaluation import provenance as subject
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.comparison import ComparisonPlan
+from sol_jax.evaluation.options import EvaluateOptions
+from sol_jax.evaluation.provenance import open_text, refuse_training_text, training_documents
+from sol_jax.evaluation.report import compare_quietly, evaluate, report_run
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import flatten
+from sol_jax.runs.trained_policy import open_run, policy_of_run
 from sol_jax.text.blocks import evaluation_batches
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def state(session):
 @pytest.fixture
 def workdir(session, state, tmp_path):
     """A run with one checkpoint."""
-    checkpoints = Checkpoints(tmp_path / "run", flatten(session.config), keep=1)
+    checkpoints = Checkpoints(tmp_path / "run", session.config.flat(), keep=1)
     checkpoints.save(1, state, {"position": 0}, 0.0)
     checkpoints.close()
     return tmp_path / "run"
@@ -84,23 +84,23 @@ def test_training_text_is_refused_by_name(tiny_folder, session, tmp_path):
     fresh = json.dumps({"text": "a new text about walls " * 30})
     text.write_text(fresh + "\n" + json.dumps(json.loads(leak) | {"title": "Grey Birds"}) + "\n")
     config = session.config
-    other = subject.open_text(config, str(text), "")
+    other = open_text(config, str(text), "")
     assert list(other.blocks) == ["test"]
-    documents = subject.training_documents(config, other)
+    documents = training_documents(config, other)
     assert set(documents) == {name[: policy_files.HASH_LENGTH] for name in trained}
     with pytest.raises(UserError) as mistake:
-        subject.refuse_training_text(other, "test", documents)
+        refuse_training_text(other, "test", documents)
     assert "holds documents that the policy was trained on: 'Grey Birds' (sha256 " in str(mistake.value)
     # The very text that it was trained on, by the name that the run has for it.
-    whole = subject.open_text(config, config.data.source, config.data.document_start)
-    assert set(subject.training_documents(config, whole)) == set(documents)
+    whole = open_text(config, config.data.source, config.data.document_start)
+    assert set(training_documents(config, whole)) == set(documents)
     with pytest.raises(UserError, match="documents that the policy was trained on"):
-        subject.refuse_training_text(whole, "test", documents)
+        refuse_training_text(whole, "test", documents)
     text.write_text(fresh + "\n")
-    subject.refuse_training_text(subject.open_text(config, str(text), ""), "test", documents)
-    subject.refuse_training_text(session, "test", documents)
+    refuse_training_text(open_text(config, str(text), ""), "test", documents)
+    refuse_training_text(session, "test", documents)
     with pytest.raises(UserError, match="the train text of"):
-        subject.refuse_training_text(session, "train", documents)
+        refuse_training_text(session, "train", documents)
 
 
 # --- the program ---------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_training_text_is_refused_by_name(tiny_folder, session, tmp_path):
 
 def test_the_command_reproduces_the_report(session, state, workdir, capsys):
     """results.csv of a run, by the program and in the process."""
-    rows = evaluate.report(session, state._replace(step=1), workdir)
+    rows = report_run(session, state._replace(step=1), workdir)
     shown = capsys.readouterr().out
     written = (workdir / "results.csv").read_text()
     records = list(csv.DictReader(written.splitlines()))
@@ -121,8 +121,8 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
         *(f"cost_{axis}" for axis in AXES), "net", "bytes", "flops", "nats", "perplexity",
         "gain", "gain_low", "gain_high", "tokens", "documents",
         *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
-        "protect", "restate", "blocks", "seed", "config", "commit", "run_updates", "stale_prefill",
-        "num_random", "note",
+        "protect", "restate", "blocks", "seed", "config", "text_digest", "weights", "tokenizer", "commit",
+        "run_updates", "stale_prefill", "num_random", "note",
     ]  # fmt: skip
     assert {record["blocks"] for record in records} == {"5"}
     noted = {record["controller"] for record in records if "favours it" in record["note"]}
@@ -199,12 +199,41 @@ def test_a_policy_by_folder(session, state, workdir, tmp_path):
     assert "holds results of restate 'False', and these are of 'True'" in refused.stderr
 
 
+def test_texts_of_one_name_and_different_content_share_no_csv(session, workdir, tmp_path):
+    """Nor do a model and another of its name; a copy of the text elsewhere is the same text."""
+    folders = {name: tmp_path / name for name in ("first", "copy", "second")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        words = "walls and birds " if name == "second" else "birds and walls "
+        lines = [json.dumps({"text": f"{n} new words on {words}" * 9}) + "\n" for n in range(3)]
+        (folder / "text.jsonl").write_text("".join(lines))
+    output = tmp_path / "out.csv"
+
+    def scored(name):
+        source = str(folders[name] / "text.jsonl")
+        asked = {"source": source, "output": str(output), "controllers": ("fixed",), "num_blocks": 2}
+        return evaluate(EvaluateOptions(str(workdir), **asked))
+
+    scored("first")
+    first = results.read(output)
+    assert {row["text"] for row in first} == {"text.jsonl:test"}
+    scored("copy")
+    assert results.read(output) == first
+    with pytest.raises(UserError) as mistake:
+        scored("second")
+    told_of = f"{output} holds results of text_digest {first[0]['text_digest']!r}, and these are of "
+    assert str(mistake.value).startswith(told_of)
+    assert str(mistake.value).endswith("; name another --output")
+    assert results.read(output) == first
+    assert {row["weights"] for row in first} == {session.identity["weights"]}
+    assert {row["tokenizer"] for row in first} == {session.identity["tokenizer"]}
+
+
 @pytest.mark.parametrize(("given", "said"), [((), "True"), (("--norestate",), "False")])
 def test_a_policy_is_asked_as_it_was_trained_on_any_run_s_text(
     given, said, session, state, workdir, tmp_path
 ):
-    config = session.config.copy_and_resolve_references()
-    config.policy.restate = True
+    config = session.config.with_fields({"policy.restate": True})
     about = {
         "title": "tiny/restated", "model": "tiny", "command": "none", "updates": 7, "seed": 0, "commit": "a",
         "documents": policy_files.document_names(session.blocks["train"].documents), "results": [],
@@ -234,7 +263,7 @@ def test_refused_at_once(name, workdir, tmp_path):
 
 
 def test_a_run_without_a_checkpoint(session, tmp_path):
-    Checkpoints(tmp_path, flatten(session.config), keep=1).close()
+    Checkpoints(tmp_path, session.config.flat(), keep=1).close()
     message = told(run_program("--workdir", tmp_path))
     assert message == (
         f"error: {tmp_path} holds no checkpoint; --workdir must be the folder of a training run"
@@ -249,30 +278,29 @@ def test_a_run_from_before_a_field_was_added(session, workdir):
     checkpoints = Checkpoints(bare, own, keep=1)
     checkpoints.save(4, init_state(jax.random.key(1), session.setup), {"position": 0}, 0.0)
     checkpoints.close()
-    config, checkpoints = subject.open_run(bare)
+    config, checkpoints = open_run(bare)
     assert config.kernels == "auto"
-    assert subject.policy_of_run(checkpoints, config, session.setup, "bare").updates == 4
+    assert policy_of_run(checkpoints, config, session.setup, "bare").updates == 4
 
 
 def test_another_checkpoint_than_the_best(session, tmp_path):
-    checkpoints = Checkpoints(tmp_path, flatten(session.config), keep=2)
+    checkpoints = Checkpoints(tmp_path, session.config.flat(), keep=2)
     for step, score in ((1, 0.5), (2, 0.1)):
         checkpoints.save(step, init_state(jax.random.key(step), session.setup), {"position": 0}, score)
     checkpoints.close()
-    config, checkpoints = subject.open_run(tmp_path)
-    taken = {step: subject.policy_of_run(checkpoints, config, session.setup, "x", step) for step in (None, 2)}
+    config, checkpoints = open_run(tmp_path)
+    taken = {step: policy_of_run(checkpoints, config, session.setup, "x", step) for step in (None, 2)}
     assert [policy.updates for policy in taken.values()] == [1, 2]
     with pytest.raises(UserError, match=r"no checkpoint of step 3; the steps are \[1, 2\]"):
-        subject.policy_of_run(checkpoints, config, session.setup, "x", 3)
+        policy_of_run(checkpoints, config, session.setup, "x", 3)
 
 
 def test_plans(session):
     config, setup = session.config, session.setup
-    plan = evaluate.plan_of(Options(), config, setup)
+    plan = EvaluateOptions().plan(config, setup.space)
     assert plan == ComparisonPlan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
-    plan = evaluate.plan_of(
-        Options(grid=20, random_budgets=6, num_random=500, hold=["eta"], seed=3), config, setup
-    )
+    asked = EvaluateOptions(grid=20, random_budgets=6, num_random=500, hold=("eta",), seed=3)
+    plan = asked.plan(config, setup.space)
     assert len(plan.budgets) == 50
     assert plan.random_at == (1, 5, 8, 11, 15, 18)  # of the diagonal
     assert plan.along == ("",) * 20 + ("kappa",) * 10 + ("rho",) * 10 + ("eta",) * 10
@@ -282,20 +310,20 @@ def test_plans(session):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"controllers": ["fixt"]}, "--controllers: there is no 'fixt'; there are fixed, fixed_official"),
-        ({"hold": ["tau"]}, "--hold: there is no axis 'tau'; the axes are kappa, rho, eta"),
+        ({"controllers": ("fixt",)}, "--controllers: there is no 'fixt'; there are fixed, fixed_official"),
+        ({"hold": ("tau",)}, "--hold: there is no axis 'tau'; the axes are kappa, rho, eta"),
         ({"budgets": "0.5,0.5,0.5", "grid": 3}, "give --budgets or --grid, not both"),
         ({"budgets": "0.05,0.5,0.5"}, "--budgets: kappa = 0.05 cannot be met"),
     ],
 )
 def test_plans_that_are_refused(session, given, expected):
     with pytest.raises(UserError) as mistake:
-        evaluate.plan_of(Options(**given), session.config, session.setup)
+        EvaluateOptions(**given).plan(session.config, session.setup.space)
     assert expected in str(mistake.value)
 
 
 def test_compare_for_training(session, state):
     batches = list(evaluation_batches(session.split("test"), 2, 3))
-    rows = evaluate.compare(session.weights, state.params, batches, BUDGETS, 2, session.setup)
+    rows = compare_quietly(session.weights, state.params, batches, BUDGETS, 2, session.setup)
     assert [row.controller for row in rows] == ["policy", "fixed", "random", "random_best", "dense"] * 2
     np.testing.assert_allclose([row.requested for row in rows[::5]], BUDGETS)

@@ -8,11 +8,10 @@ import pytest
 from experiments import publish
 from experiments.figures import plots
 from experiments.studies import analyse
-from sol_jax import evaluate
 from sol_jax.errors import UserError
 from sol_jax.evaluation import comparison
 from sol_jax.evaluation import results_csv as results
-from sol_jax.evaluation.comparison import ComparisonPlan, RandomScheduleRow, Row
+from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, RandomScheduleRow, summary
 from sol_jax.evaluation.scoring import EntryScores
 
 BUDGETS = ((0.3, 0.6, 0.5), (0.7, 0.8, 0.75))
@@ -28,7 +27,7 @@ def made_up(logp_NxJ, T=4):
 
 
 def test_the_best_random_schedule_is_the_best_in_the_mean(tiny_session):
-    """RandomScheduleRow 1 wins in one block by far and draw 2 in both by little; the mean decides."""
+    """Draw 1 wins in one block by far and draw 2 in both by little; the mean decides."""
     scores = {
         ("policy", ""): made_up([[-1.0], [-1.0]]),
         ("dense", ""): made_up([[-0.5], [-0.5]]),
@@ -61,7 +60,7 @@ def test_the_interval_is_over_documents(tiny_session):
 
 def row_of(controller="policy", **fields):
     costs, numbers = ((0.3, 0.6, 0.5), (0.4, 0.6, 0.6)), (0.5, 0.8, 0.9, 2.0, 7.4, 0.0, 0.0, 0.0, 8, 2)
-    made = Row(controller, "", "", *costs, *numbers, ("1:1",) * 3)
+    made = ComparisonRow(controller, "", "", *costs, *numbers, ("1:1",) * 3)
     return dataclasses.replace(made, **fields)
 
 
@@ -69,9 +68,9 @@ def test_the_summary_and_what_the_best_checkpoint_has_most_of(tiny_session):
     """Two budgets, missed by 0.1, 0 and 0.1, and met; the fixed schedule is 0.3 and 0.1 behind."""
     met = row_of(cost=(0.3, 0.6, 0.5))
     fixed = [row_of("fixed", gain=gain) for gain in (0.3, 0.1)]
-    score = evaluate.summary([row_of(), met, *fixed], tiny_session.setup)["eval/score"]
+    score = summary([row_of(), met, *fixed], tiny_session.setup)["eval/score"]
     assert score == pytest.approx(0.2 - (0.08 + 0.08) / 2)
-    scalars = evaluate.summary([row_of(), row_of("dense", gain=-0.25)], tiny_session.setup)
+    scalars = summary([row_of(), row_of("dense", gain=-0.25)], tiny_session.setup)
     penalty = 100 * (0.1 - 0.02) ** 2 + 200 * (0.1 - 0.02) ** 2
     assert scalars["eval/penalty"] == pytest.approx(penalty)
     assert "eval/score" not in scalars
@@ -89,6 +88,9 @@ ABOUT = {
     "protect": False,
     "restate": False,
     "stale_prefill": False,
+    "weights": "01ab",
+    "tokenizer": "23cd",
+    "text_digest": "45ef",
     "commit": "abc",
 }
 
@@ -135,6 +137,9 @@ def test_rows_are_replaced_or_added(tmp_path):
         ("protect", True),
         ("restate", True),
         ("stale_prefill", True),
+        ("weights", "fedc"),
+        ("tokenizer", "fedc"),
+        ("text_digest", "fedc"),
     ],
 )
 def test_results_of_another_config_are_not_added_to(field, value, tmp_path):
@@ -156,6 +161,18 @@ def test_a_csv_from_before_restated_policies_can_be_added_to_twice(tmp_path):
         with pytest.raises(UserError, match="holds results of restate 'False'"):
             results.check_same(path, ABOUT | {"restate": True})
         results.merge(path, results.records([row_of("fixed")], AXES, ABOUT))
+
+
+def test_a_csv_from_before_digests_can_be_added_to_until_it_has_some(tmp_path):
+    """Its rows do not say what they are of; those that come now do, and from then on it counts."""
+    path, records = tmp_path / "results.csv", results.records([row_of(), row_of("fixed")], AXES, ABOUT)
+    results.write(path, [{k: v for k, v in row.items() if k not in results.CONTENT} for row in records])
+    results.check_same(path, ABOUT | {"text_digest": "fedc"})
+    results.merge(path, results.records([row_of("front")], AXES, ABOUT))
+    assert [row["text_digest"] for row in results.read(path)] == ["", "", "45ef"]
+    results.check_same(path, ABOUT)
+    with pytest.raises(UserError, match="holds results of text_digest '45ef', and these are of 'fedc'"):
+        results.check_same(path, ABOUT | {"text_digest": "fedc"})
 
 
 def test_a_csv_from_before_bytes_and_flops(tmp_path):

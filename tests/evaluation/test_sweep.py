@@ -1,4 +1,4 @@
-"""Running columns: each controller plays what it is given; padding, chunks and files change nothing."""
+"""Running entries: each controller plays what it is given; padding, chunks and files change nothing."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.kappa import Quest
 from sol_jax.baselines import schedules
 from sol_jax.costs.decode_step import policy_step
+from sol_jax.digests import array_digest
 from sol_jax.errors import UserError
-from sol_jax.evaluation import score_cache as score_files
 from sol_jax.evaluation import stale_prefill
 from sol_jax.evaluation.comparison import ComparisonPlan, run
-from sol_jax.evaluation.score_cache import ScoreCache
+from sol_jax.evaluation.score_cache import ScoreCache, read_folder
 from sol_jax.evaluation.scoring import POLICY, REPLAY, BatchScorer, ControllerSpec
 from sol_jax.evaluation.sweep import EntryGroup, Sweep
 from sol_jax.models import llama
@@ -107,8 +107,9 @@ def test_costs_by_hand(tiny_session, policy):
     setup = tiny_session.setup
     expected = np.array([(3 * 0.1 + 1) / 4, (3 * 0.4 + 1) / 4, (2 * 0.3125 + 2) / 4])
     np.testing.assert_allclose(scores.costs(setup)[0, 0, 0], expected, rtol=1e-6)
-    shape = dataclasses.replace(setup.episode, uncontrolled=setup.episode.prefix_len + 2)
-    late = scores.costs(dataclasses.replace(setup, episode=shape))[0, 0, 0]
+    shape = dataclasses.replace(setup.episode, sinks=setup.episode.prefix_len - 1)
+    assert shape.uncontrolled == setup.episode.prefix_len + 2
+    late = scores.costs(setup.with_rules(episode=shape))[0, 0, 0]
     np.testing.assert_allclose(late, [0.1, 0.4, (0.3125 + 1) / 2], rtol=1e-6)
 
 
@@ -122,9 +123,8 @@ def test_work_by_hand(tiny_session, policy):
     from small_models import COUNTED as MODEL
 
     space = ActionSpace(AXES)
-    setup = dataclasses.replace(
-        tiny_session.setup, model=MODEL, space=space, episode=EpisodeConfig(8, 2, 2, uncontrolled=9)
-    )
+    episode = EpisodeConfig(8, 2, 2, sinks=6, window=2)  # the first step is not controlled
+    setup = tiny_session.setup.with_rules(model=MODEL, space=space, episode=episode)
     action = np.full((2, 2, 1, 2), space.dense)
     action[0, 0, 0, 0] = int(space.join(np.array([1, 0, 1])))  # prunes; it counts, controllable or not
     action[1, 1, 0, 1] = 0  # everything at its lowest, 12 keys
@@ -161,7 +161,7 @@ def test_heuristics_meet_their_budgets(tiny_session, make, name):
 # --- files -------------------------------------------------------------------------------------------
 
 
-def jobs_of(policy):
+def groups_of(policy):
     return [
         EntryGroup("again", policy.action_NxWxJxT, REPLAYED),
         EntryGroup("policy", given(), ControllerSpec(POLICY)),
@@ -178,23 +178,23 @@ def refuse(*args, **kwargs):
 
 def test_scores_on_disk_are_not_run_again(make, policy, tmp_path, monkeypatch):
     """Nor are those of a sweep that asks for more; a lost or damaged file is."""
-    jobs = jobs_of(policy)
+    groups = groups_of(policy)
     told = []
-    first = make(tmp_path).run(jobs, told.append)
-    assert sum(told) == 12  # two jobs, three batches, two columns
-    assert make(tmp_path).columns(jobs) == (12, 12)
+    first = make(tmp_path).run(groups, told.append)
+    assert sum(told) == 12  # two groups, three batches, two entries
+    assert make(tmp_path).count(groups) == (12, 12)
     written = files(tmp_path)
     assert len(written) == 6
     with monkeypatch.context() as patch:
         patch.setattr(BatchScorer, "play", refuse)
-        again = make(tmp_path).run(jobs)
+        again = make(tmp_path).run(groups)
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
     paths = sorted(tmp_path.rglob("batch-*.npz"))
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:100])
-    assert make(tmp_path).columns(jobs) == (12, 8)
-    repaired = make(tmp_path).run(jobs)
+    assert make(tmp_path).count(groups) == (12, 8)
+    repaired = make(tmp_path).run(groups)
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(repaired), strict=True):
         np.testing.assert_array_equal(one, other)
     kept = set(written.items()) & set(files(tmp_path).items())
@@ -202,18 +202,16 @@ def test_scores_on_disk_are_not_run_again(make, policy, tmp_path, monkeypatch):
 
 
 def test_what_decides_scores_decides_their_folder(make, policy, params, tmp_path):
-    job = EntryGroup("policy", given(), ControllerSpec(POLICY))
+    group = EntryGroup("policy", given(), ControllerSpec(POLICY))
     other_params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
-    make(tmp_path).run([job])
-    assert make(tmp_path).columns([job])[1] == 6
-    assert make(tmp_path, params=other_params).columns([job])[1] == 0
-    assert make(tmp_path).columns([EntryGroup("policy", given(), ControllerSpec(POLICY, "rho"))])[1] == 0
-    assert (
-        make(tmp_path).columns([EntryGroup("policy", given(BUDGETS[::-1]), ControllerSpec(POLICY))])[1] == 0
-    )
+    make(tmp_path).run([group])
+    assert make(tmp_path).count([group])[1] == 6
+    assert make(tmp_path, params=other_params).count([group])[1] == 0
+    assert make(tmp_path).count([EntryGroup("policy", given(), ControllerSpec(POLICY, "rho"))])[1] == 0
+    assert make(tmp_path).count([EntryGroup("policy", given(BUDGETS[::-1]), ControllerSpec(POLICY))])[1] == 0
     replay = EntryGroup("again", policy.action_NxWxJxT, REPLAYED)
     make(tmp_path).run([replay])
-    assert make(tmp_path, params=other_params).columns([replay])[1] == 6  # the policy has no part in it
+    assert make(tmp_path, params=other_params).count([replay])[1] == 6  # the policy has no part in it
     assert ScoreCache(tmp_path, {"model": "other"}).folder != make(tmp_path).store.folder
 
 
@@ -274,12 +272,12 @@ def test_a_stale_prefill_with_budget_for_all_is_the_dense_one(tiny_session):
 
 
 def test_stale_prefill_moves_what_follows_a_sparse_batch_only(make, tiny_session):
-    """Column 0 ends each batch dense, column 1 with kappa 0.1; the first batch has nothing before it."""
+    """Entry 0 ends each batch dense, entry 1 with kappa 0.1; the first batch has nothing before it."""
     space, T = tiny_session.setup.space, tiny_session.setup.episode.horizon
     ends = [space.dense, int(space.join(np.array([0, 1, 1])))]
     action = np.broadcast_to(np.array(ends)[:, None], (5, 1, 2, T)).copy()
-    job = EntryGroup("ends", action, REPLAYED)
-    clean, stale = make().run([job])[0], make(stale=True).run([job])[0]
+    group = EntryGroup("ends", action, REPLAYED)
+    clean, stale = make().run([group])[0], make(stale=True).run([group])[0]
     difference = np.abs(clean.logp_NxWxJxT - stale.logp_NxWxJxT)[:, 0]
     assert difference[:2].max() == 0
     assert difference[2:, 0].max() < 1e-4
@@ -291,8 +289,8 @@ def test_stale_prefill_goes_by_the_row(make, tiny_session):
     space, T = tiny_session.setup.space, tiny_session.setup.episode.horizon
     low, dense = int(space.join(np.array([0, 1, 1]))), space.dense
     action = np.broadcast_to(np.array([low, dense, low, dense, dense])[:, None, None, None], (5, 1, 3, T))
-    job = EntryGroup("rows", action, REPLAYED)
-    clean, stale = make().run([job])[0], make(stale=True).run([job])[0]
+    group = EntryGroup("rows", action, REPLAYED)
+    clean, stale = make().run([group])[0], make(stale=True).run([group])[0]
     moved = np.abs(clean.logp_NxWxJxT - stale.logp_NxWxJxT).max((1, 2, 3)) > 1e-3
     np.testing.assert_array_equal(moved, [False, False, True, False, True])
 
@@ -301,10 +299,10 @@ def test_a_stale_prefill_needs_quest_and_one_episode(make, tiny_session):
     setup = tiny_session.setup
     shape = dataclasses.replace(setup.episode, episodes_per_prefix=2)
     with pytest.raises(UserError, match="episodes_per_prefix = 1"):
-        make(stale=True, setup=dataclasses.replace(setup, episode=shape))
+        make(stale=True, setup=setup.with_rules(episode=shape))
     axes = tuple(axis for axis in setup.space.axes if not isinstance(axis, Quest))
     with pytest.raises(UserError, match=r"axes\.kappa\.rule must be quest"):
-        make(stale=True, setup=dataclasses.replace(setup, space=dataclasses.replace(setup.space, axes=axes)))
+        make(stale=True, setup=setup.with_rules(space=ActionSpace(axes)))
 
 
 # --- the comparison ------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ def test_everything_is_matched_to_what_the_policy_spent(make, tiny_session):
 
     def progress(total, done, label):
         labels.append((total, done, label))
-        return lambda columns: None
+        return lambda entries: None
 
     rows, draws = run(make(), plan, progress)
     assert labels == [(12, 0, "policy"), (3 * (1 + 8 * 4 + 2 * 3), 0, "baselines")]
@@ -356,8 +354,8 @@ def test_blind_controllers_see_the_policys_costs_and_not_its_text(make, batches,
     """`swapped` plays the schedules of other blocks; `clock` has the mean costs of each step."""
     sweep = make(store=ScoreCache(tmp_path, {"blocks": [""] * len(batches)}))
     run(sweep, ComparisonPlan(BUDGETS, ("clock", "swapped")))
-    jobs = score_files.read_folder(sweep.store.folder).jobs
-    own, clock, swapped = (jobs[name, ""][1] for name in ("policy", "clock", "swapped"))
+    groups = read_folder(sweep.store.folder).groups
+    own, clock, swapped = (groups[name, ""][1] for name in ("policy", "clock", "swapped"))
     N, W = own.action_NxWxJxT.shape[:2]
     assert N > 1
     np.testing.assert_array_equal(swapped.action_NxWxJxT, np.roll(own.action_NxWxJxT, N // 2, 0))
@@ -382,6 +380,6 @@ def test_draws_do_not_depend_on_what_else_is_run(make):
 
 def test_digests_tell_arrays_apart():
     a = np.arange(6, dtype=np.float32)
-    assert score_files.array_digest([a, a]) == score_files.array_digest([a.copy(), a])
+    assert array_digest([a, a]) == array_digest([a.copy(), a])
     others = [a.reshape(2, 3), a.astype(np.int32), a[::-1], np.zeros(6, np.float32)]
-    assert len({score_files.array_digest(x) for x in [a, *others]}) == 5
+    assert len({array_digest(x) for x in [a, *others]}) == 5

@@ -220,8 +220,8 @@ def test_over_fixed_by_hand():
 def test_scores_are_read_back(folders, tiny_session):
     scored = read_folder(folders[0])
     assert scored.tokens_NxM.shape == (5, tiny_session.setup.episode.block_length)
-    assert set(scored.jobs) == {(name, "") for name in ("policy", "dense", "fixed", "random0", "random1")}
-    asked, scores = scored.jobs["random1", ""]
+    assert set(scored.groups) == {(name, "") for name in ("policy", "dense", "fixed", "random0", "random1")}
+    asked, scores = scored.groups["random1", ""]
     assert asked == [BUDGETS[1]] * 3
     assert scores.logp_NxWxJxT.shape == (5, 1, 3, 4)
     costs = analyse.step_costs(scored, scores)
@@ -231,12 +231,12 @@ def test_scores_are_read_back(folders, tiny_session):
     np.testing.assert_allclose(costs["net"], expected.mean(-1), rtol=1e-6)
 
 
-def test_incomplete_jobs_are_passed_over(folders, tmp_path):
+def test_incomplete_groups_are_passed_over(folders, tmp_path):
     import shutil
 
     copy = shutil.copytree(folders[0], tmp_path / "copy")
     next(copy.glob("fixed-*/batch-0001-*.npz")).unlink()
-    assert ("fixed", "") not in read_folder(copy).jobs
+    assert ("fixed", "") not in read_folder(copy).groups
     (copy / "blocks.npz").unlink()
     with pytest.raises(UserError, match="is not a whole folder of scores"):
         read_folder(copy)
@@ -276,7 +276,7 @@ def test_the_effect_of_a_stale_prefill(folders, tmp_path):
     ]
     mine, fixed, _ = found[:3]
     scores = [
-        scored.jobs["policy", ""][1].logp_NxWxJxT[:, 0, 0].mean(dtype=float) for scored in (clean, stale)
+        scored.groups["policy", ""][1].logp_NxWxJxT[:, 0, 0].mean(dtype=float) for scored in (clean, stale)
     ]
     assert mine["shift"] == pytest.approx(scores[1] - scores[0])
     assert any(record["shift"] != 0 for record in found)

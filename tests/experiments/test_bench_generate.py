@@ -14,7 +14,14 @@ from small_models import COUNTED as MODEL
 
 from experiments.benchmarks import generate as bench_generate
 from experiments.benchmarks import timing
-from experiments.benchmarks.generate import HORIZON, MAX_TOKENS, SPACE, episodes, play_translated, random_rows
+from experiments.benchmarks.generate import (
+    HORIZON,
+    MAX_TOKENS,
+    SPACE,
+    episodes,
+    play_translated,
+    random_texts,
+)
 from experiments.benchmarks.kernel_steps import MODELS
 from sol_jax.generation import episodes as decoding
 from sol_jax.generation.engine import length_bucket
@@ -30,8 +37,8 @@ def bench():
 
 def played_by(bench, name):
     """The first episode of fresh texts."""
-    row_B, played = episodes(bench, BATCH, PROMPT, (name,))[name]()
-    np.testing.assert_array_equal(row_B.length, PROMPT + HORIZON)
+    text_B, played = episodes(bench, BATCH, PROMPT, (name,))[name]()
+    np.testing.assert_array_equal(text_B.length, PROMPT + HORIZON)
     return played
 
 
@@ -44,17 +51,17 @@ def dense(bench):
 def test_everybody_writes_the_dense_text(name, bench, dense):
     """By dense actions of their own space: the last one of each."""
     played, space = played_by(bench, name), bench.decoders[name].space
-    np.testing.assert_array_equal(played.token_N, dense.token_N)
-    np.testing.assert_array_equal(played.action_T, space.dense)
+    np.testing.assert_array_equal(played.token, dense.token)
+    np.testing.assert_array_equal(played.action, space.dense)
     assert space.num_actions == (SPACE.num_actions if name == "masks" else 1)
-    assert played.controllable_T.all()
+    assert played.controllable.all()
 
 
 def test_runs_begin_where_the_first_began(bench):
     run = episodes(bench, BATCH, PROMPT, ("dense",))["dense"]
     for _ in range(3):
-        row_B, _ = run()
-        np.testing.assert_array_equal(row_B.length, PROMPT + HORIZON)
+        text_B, _ = run()
+        np.testing.assert_array_equal(text_B.length, PROMPT + HORIZON)
 
 
 @pytest.mark.parametrize("name", ["policy", "masks"])
@@ -65,14 +72,14 @@ def test_the_policy_is_run_and_told_of_its_choices(name, bench):
     """
     cfg, identity_A = bench.decoders[name], jnp.arange(SPACE.num_actions)
     budget_BxX, plan_BxT = jnp.full((BATCH, 3), 0.5), jnp.zeros((BATCH, HORIZON), jnp.int32)
-    row_B = random_rows(BATCH, PROMPT, bench.model)
-    _, played = play_translated(bench.weights, bench.params, row_B, budget_BxX, identity_A, cfg)
-    assert len(np.unique(played.action_T)) > 2
+    text_B = random_texts(BATCH, PROMPT, bench.model)
+    _, played = play_translated(bench.weights, bench.params, text_B, budget_BxX, identity_A, cfg)
+    assert len(np.unique(played.action)) > 2
     if name == "masks":
-        row_B = random_rows(BATCH, PROMPT, bench.model)
-        _, own = decoding.play(bench.weights, bench.params, row_B, budget_BxX, plan_BxT, cfg)
-        np.testing.assert_array_equal(played.action_T, own.action_T)
-        np.testing.assert_array_equal(played.token_N, own.token_N)
+        text_B = random_texts(BATCH, PROMPT, bench.model)
+        _, own = decoding.play(bench.weights, bench.params, text_B, budget_BxX, plan_BxT, cfg)
+        np.testing.assert_array_equal(played.action, own.action)
+        np.testing.assert_array_equal(played.token, own.token)
 
 
 def test_limits_by_hand():

@@ -23,12 +23,12 @@ def scored():
     position = S + np.arange(W * T).reshape(W, T)
     second = position % 4 == 1
     action = np.broadcast_to(np.where(second, 2, 0)[None, :, None], (N, W, 1, T))
-    jobs = {
+    groups = {
         ("dense", ""): ([], scores(-2.0)),
         ("policy", ""): ([(0.5, 0.5)], scores(-2.0, action)),
         ("fixed", ""): ([(0.5, 0.5)], scores(np.where(second, -3.0, -2.0)[None, :, None])),
     }
-    return CachedScores({"costs": COSTS}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, jobs)
+    return CachedScores({"costs": COSTS}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, groups)
 
 
 def test_places_by_hand(scored):
@@ -45,21 +45,21 @@ def test_places_by_hand(scored):
 
 
 def test_budgets_are_paired_by_value(scored):
-    """However the two controllers' columns lie."""
-    (asked, policy), (_, fixed) = scored.jobs["policy", ""], scored.jobs["fixed", ""]
+    """However the two controllers' entries lie."""
+    (asked, policy), (_, fixed) = scored.groups["policy", ""], scored.groups["fixed", ""]
 
     def beside(scores, other):
         return EntryScores(*(np.concatenate([part, other(part)], 2) for part in scores))
 
     cheap = [(0.2, 0.5)]
-    scored.jobs["policy", ""] = (asked + cheap, beside(policy, lambda part: part))
-    scored.jobs["fixed", ""] = (cheap + asked, beside(fixed, lambda part: part))
-    lossy = scored.jobs["fixed", ""][1]
+    scored.groups["policy", ""] = (asked + cheap, beside(policy, lambda part: part))
+    scored.groups["fixed", ""] = (cheap + asked, beside(fixed, lambda part: part))
+    lossy = scored.groups["fixed", ""][1]
     lossy.logp_NxWxJxT[:, :, 0] = -9.0
     found = pages.pages(scored, "made-up", 4)
     assert [r["loss"] for r in found if r["budget"] == "0.5/0.5"] == [0, 1, 0, 0]
     assert [r["loss"] for r in found if r["budget"] == "0.2/0.5"] == [7, 7, 7, 7]
-    scored.jobs["fixed", ""] = (asked, fixed)
+    scored.groups["fixed", ""] = (asked, fixed)
     with pytest.raises(UserError, match=r"no fixed schedule at \(0\.2, 0\.5\)"):
         pages.pages(scored, "made-up", 4)
 
@@ -69,6 +69,6 @@ def test_pages_longer_than_the_text_leave_places_out(scored):
 
 
 def test_scores_without_fixed_are_refused(scored):
-    del scored.jobs["fixed", ""]
+    del scored.groups["fixed", ""]
     with pytest.raises(UserError, match=r"scores of x lack 'fixed'; evaluate with --controllers fixed"):
         pages.pages(scored, "x", 4)

@@ -12,9 +12,9 @@ from configs import sol_j_2l
 from experiments import reproduce
 from sol_jax.costs import update as flops
 from sol_jax.errors import UserError
-from sol_jax.evaluate import Options
 from sol_jax.evaluation import results_csv as results
-from sol_jax.runs.config import build
+from sol_jax.evaluation.options import EvaluateOptions
+from sol_jax.training import estimate
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -24,46 +24,44 @@ def config(tiny_folder):
     return tiny.config_for(tiny_folder)
 
 
-def test_columns_by_hand(config, tiny_session):
+def test_entries_by_hand(config, tiny_session):
     """2 budgets on the diagonal and 2 along each axis, three controllers each; dense once, draws at one."""
-    options = Options(grid=2, controllers=("fixed", "random", "entropy"), num_random=7, random_budgets=1)
+    controllers = ("fixed", "random", "entropy")
+    options = EvaluateOptions(grid=2, controllers=controllers, num_random=7, random_budgets=1)
     setup = tiny_session.setup
-    assert reproduce.columns_of(options, config, setup) == 1 + 8 * 3 + 7
-    plan = reproduce.plan_of(options, config, setup)
-    assert len(plan.budgets) == 8
+    assert estimate.entries_of(options, config, setup) == 1 + 8 * 3 + 7
+    assert len(options.plan(config, setup.space).budgets) == 8
 
 
 def test_evaluation_operations_are_those_of_a_rollout(tiny_session):
-    """As many as an update's with K = columns, without its policy's share; the prefill does not grow."""
+    """As many as an update's with K = entries, without its policy's share; the prefill does not grow."""
     setup = tiny_session.setup
     K = setup.grpo.num_schedules
     parts = flops.update_flops(setup, 3)
-    one = reproduce.evaluation_flops(setup, 3, K)
+    one = estimate.evaluation_flops(setup, 3, K)
     assert one == parts["prefill"] + parts["rollout"] + parts["head"]
-    assert reproduce.evaluation_flops(setup, 3, 2 * K) - one == parts["rollout"] + parts["head"]
+    assert estimate.evaluation_flops(setup, 3, 2 * K) - one == parts["rollout"] + parts["head"]
 
 
 def test_the_estimate(config, tiny_session, monkeypatch):
     """Twice the updates take twice as long; at a rate of one operation per second it is their number."""
-    monkeypatch.setattr(flops, "matmul_rate", lambda dtype: 1.0 / reproduce.SHARE)
-    config.eval.every = 0
-    setup = build(config, tiny_session.setup.model)
-    options = Options(num_blocks=4)
-    seconds = reproduce.estimate(config, setup, 10, options)
+    monkeypatch.setattr(estimate, "matmul_rate", lambda dtype: 1.0 / estimate.SHARE)
+    config = config.with_fields({"eval.every": 0})
+    setup = config.setup(tiny_session.setup.model)
+    options = EvaluateOptions(num_blocks=4)
+    seconds = estimate.estimated_seconds(config, setup, 10, options)
     assert seconds["training"] == pytest.approx(10 * sum(flops.update_flops(setup, 2).values()))
-    assert reproduce.estimate(config, setup, 20, options)["training"] == 2 * seconds["training"]
-    assert (
-        reproduce.estimate(config, setup, 10, Options(num_blocks=8))["evaluation"]
-        == 2 * seconds["evaluation"]
-    )
-    config.eval.every = 5
-    assert reproduce.estimate(config, setup, 10, options)["training"] > seconds["training"]
+    assert estimate.estimated_seconds(config, setup, 20, options)["training"] == 2 * seconds["training"]
+    twice = estimate.estimated_seconds(config, setup, 10, EvaluateOptions(num_blocks=8))
+    assert twice["evaluation"] == 2 * seconds["evaluation"]
+    validated = config.with_fields({"eval.every": 5})
+    assert estimate.estimated_seconds(validated, setup, 10, options)["training"] > seconds["training"]
 
 
 def test_words():
-    assert reproduce.clock(0.5) == "1 min"
-    assert reproduce.clock(3599) == "60 min"
-    assert reproduce.clock(9000) == "2.5 h"
+    assert estimate.clock(0.5) == "1 min"
+    assert estimate.clock(3599) == "60 min"
+    assert estimate.clock(9000) == "2.5 h"
     assert reproduce.name_of("configs/sol_j_fl.py:cpu,t4") == "sol_j_fl-cpu-t4"
     assert reproduce.name_of("configs/demo.py") == "demo"
     assert reproduce.name_of("configs/single_axis.py:kappa-0.1,cpu") == "single_axis-kappa-0.1-cpu"
@@ -71,8 +69,8 @@ def test_words():
 
 def test_only_the_time(config, tmp_path, capsys):
     """Nothing is written."""
-    config.train.num_updates = 0  # one pass: as many as the text has
-    reproduce.reproduce(config, tmp_path / "run", Options(num_blocks=3), seconds_only=True)
+    config = config.with_fields({"train.num_updates": 0})  # one pass: as many as the text has
+    reproduce.reproduce(config, tmp_path / "run", EvaluateOptions(num_blocks=3), seconds_only=True)
     shown = capsys.readouterr().out
     assert re.match(r"this will take about \d+ min here: \d\d updates \d+ min, evaluation 1 min", shown)
     assert not (tmp_path / "run").exists()
@@ -80,12 +78,15 @@ def test_only_the_time(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "fields"),
-    [(Options(source="nowhere.txt", num_blocks=2), {}), (Options(num_blocks=2), {"data.test_fraction": 0.0})],
+    [
+        (EvaluateOptions(source="nowhere.txt", num_blocks=2), {}),
+        (EvaluateOptions(num_blocks=2), {"data.test_fraction": 0.0}),
+    ],
 )
 def test_a_test_text_that_is_not_there_is_told_before_the_training(
     tiny_folder, tmp_path, monkeypatch, options, fields
 ):
-    monkeypatch.setattr(reproduce.train, "train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(reproduce, "train", lambda *_: pytest.fail("it trains"))
     with pytest.raises(UserError, match=r"nowhere\.txt|test_fraction"):
         reproduce.reproduce(tiny.config_for(tiny_folder, **fields), tmp_path, options, seconds_only=False)
 

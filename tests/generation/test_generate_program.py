@@ -12,22 +12,18 @@ import jax
 import pytest
 import tiny
 import tokenizers
+from safetensors.numpy import load_file, save_file
 
-from sol_jax import generate
 from sol_jax.errors import UserError
 from sol_jax.generation import html_page as page
+from sol_jax.generation.load_engine import engine_for
+from sol_jax.generation.options import GenerateOptions
+from sol_jax.generation.terminal import paint
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEFAULTS = {
-    "model": None, "dtype": "float32", "kernels": "auto", "policy": None, "controller": None, "budget": None,
-    "prompt": "the cat", "chat": False, "system": "", "max_tokens": 12, "stop": [], "temperature": 0.0,
-    "top_k": 0, "top_p": 1.0, "seed": 0, "refresh": True, "lossless": False,
-    "restate": None,
-}  # fmt: skip
 
 
 def save_run(workdir, flat, setup):
@@ -46,14 +42,14 @@ def policy(tiny_session, tmp_path_factory):
     about = {"title": "named", "model": "model", "documents": [], "updates": 0, "seed": 0}
     about |= {"command": "none", "commit": "none"}
     policy_files.save_policy(folder, state.params, session.config, about)
-    save_run(workdir, flatten(session.config), session.setup)
+    save_run(workdir, session.config.flat(), session.setup)
     return types.SimpleNamespace(folder=str(folder), workdir=str(workdir), params=state.params)
 
 
 def opened(tiny_folder, **given):
     """The engine and request that flags would give."""
-    values = DEFAULTS | {"model": str(tiny_folder / "model")} | given
-    return generate.open_engine({name: types.SimpleNamespace(value=v) for name, v in values.items()})
+    values = {"model": str(tiny_folder / "model"), "prompt": "the cat", "max_tokens": 12} | given
+    return engine_for(GenerateOptions.from_dict(values))
 
 
 def test_prompts_begin_as_the_tokenizer_has_texts_begin(tiny_folder, tmp_path):
@@ -76,7 +72,8 @@ def test_policies_come_from_folders_and_from_runs(tiny_folder, tiny_session, pol
     assert engine.controller == "policy"
     assert engine.cfg.policy == tiny_session.setup.policy
     restated, _ = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5", restate=True)
-    assert restated.cfg.policy == dataclasses.replace(tiny_session.setup.policy, restate=True)
+    asked = dataclasses.replace(tiny_session.setup.policy.config, restate=True)
+    assert restated.cfg.policy == dataclasses.replace(tiny_session.setup.policy, config=asked)
     assert engine.cfg.space == tiny_session.setup.space
     assert engine.cfg.horizon == tiny_session.setup.episode.horizon
     assert request.budget == (0.5, 0.7, 0.5)
@@ -154,6 +151,35 @@ def test_a_policy_for_another_model(tiny_folder, policy, kind, tmp_path):
     assert "\n" not in str(mistake.value)
 
 
+@pytest.mark.parametrize("kind", ["folder", "workdir"])
+def test_a_policy_goes_with_copies_of_its_model_and_with_no_other(tiny_folder, tiny_session, kind, tmp_path):
+    """Whatever its name: what the files hold decides, where a policy knows that."""
+    state = init_state(jax.random.key(0), tiny_session.setup)
+    if kind == "folder":
+        about = {"title": "named", "model": "model", "documents": [], "updates": 0, "seed": 0}
+        about |= {"command": "none", "commit": "none", "identity": tiny_session.identity}
+        policy_files.save_policy(tmp_path / "policy", state.params, tiny_session.config, about)
+    else:
+        checkpoints = Checkpoints(tmp_path / "policy", tiny_session.config.flat(), keep=1)
+        checkpoints.bind(tiny_session.identity)
+        checkpoints.save(1, state, {}, score=0.0)
+        checkpoints.close()
+    asked = {"policy": str(tmp_path / "policy"), "budget": "0.5,0.7,0.5"}
+    copy = shutil.copytree(tiny_folder / "model", tmp_path / "another name")
+    engine, _ = opened(tiny_folder, model=str(copy), **asked)
+    assert engine.controller == "policy"
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(UserError) as mistake:
+        opened(tiny_folder, model=str(copy), **asked)
+    differ = f"its weights have the digest {tiny_session.identity['weights']}, and here it is "
+    assert differ in str(mistake.value)
+    assert "another model" in str(mistake.value)
+    assert "tokenizer" not in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
 def test_a_policy_for_other_actions(tiny_folder, policy, tmp_path):
     """Its config was edited: the parameters are those of eight actions."""
     folder = tmp_path / "edited"
@@ -170,11 +196,11 @@ def test_a_policy_for_other_actions(tiny_folder, policy, tmp_path):
 
 def test_a_run_from_before_a_field_was_there(tiny_folder, tiny_session, policy, tmp_path):
     """Its config and checkpoint lack the field; it has the default."""
-    flat = flatten(tiny_session.config)
+    flat = tiny_session.config.flat()
     del flat["policy.normalize_inputs"]
     save_run(tmp_path, flat, tiny_session.setup)
     engine, _ = opened(tiny_folder, policy=str(tmp_path), budget="0.5,0.7,0.5")
-    assert not engine.cfg.policy.normalize_inputs
+    assert not engine.cfg.policy.config.normalize_inputs
 
 
 def test_a_run_without_a_checkpoint(tiny_folder, policy, tmp_path):
@@ -185,10 +211,10 @@ def test_a_run_without_a_checkpoint(tiny_folder, policy, tmp_path):
 
 
 def test_tokens_are_painted_line_by_line():
-    assert generate.paint("a\nb", 1.0) == (
+    assert paint("a\nb", 1.0) == (
         "\x1b[38;2;0;0;0;48;2;66;146;198ma\x1b[0m\n\x1b[38;2;0;0;0;48;2;66;146;198mb\x1b[0m"
     )
-    assert generate.paint("", 0.1) == ""
+    assert paint("", 0.1) == ""
 
 
 def run_program(*args: str) -> subprocess.CompletedProcess:

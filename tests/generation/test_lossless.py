@@ -22,6 +22,8 @@ from sol_jax.generation.sampling import GREEDY, Sampling, token_logp
 from sol_jax.models import llama
 from sol_jax.models.tokenizer import load_tokenizer
 from sol_jax.models.weights import load_model
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.rollout import EpisodeRules
 
 SPACE = ActionSpace(
     (
@@ -112,8 +114,9 @@ def test_greedy_texts_are_the_dense_model_s_own(tiny_folder, controller):
     """Rows that advance at different rates, drafts good and bad; the last row ends at a stop string."""
     model, weights = load_model(tiny_folder / "model")
     tokenizer = load_tokenizer(tiny_folder / "model")
-    dense = Engine(weights, tokenizer, Decoder(model, SPACE, 6))
-    lossless = Engine(weights, tokenizer, Decoder(model, SPACE, 6, lossless=True), controller)
+    rules = EpisodeRules(model, SPACE, EpisodeConfig(horizon=6))
+    dense = Engine(weights, tokenizer, Decoder(rules))
+    lossless = Engine(weights, tokenizer, Decoder(rules, lossless=True), controller)
     requests = [
         Request(tokenizer.encode(text), (0.4, 0.5, 0.5), max_tokens=30, seed=n)
         for n, text in enumerate(["c", "the cat sat on", "seven grey birds saw the", "fly"])
@@ -153,14 +156,14 @@ def drawn(weights, cfg, lossless):
     """The first three tokens after the prompt in many texts, [ROWS, 3]."""
     tokens_BxS = jnp.tile(jnp.array(PROMPT), (ROWS, 1))
     key_B = jax.random.split(jax.random.key(5), ROWS)
-    row_B = decoding.start(weights, tokens_BxS, jnp.full(ROWS, len(PROMPT)), key_B, 32, cfg)
-    texts = [[token] for token in np.asarray(row_B.token)]
+    text_B = decoding.start(weights, tokens_BxS, jnp.full(ROWS, len(PROMPT)), key_B, 32, cfg)
+    texts = [[token] for token in np.asarray(text_B.token)]
     cfg = dataclasses.replace(cfg, lossless=lossless)  # the prefill, compiled once, is the same for both
     cheapest = jnp.zeros((ROWS, cfg.horizon), jnp.int32)
     for _ in range(2):  # each episode adds a token at least
-        row_B, played = decoding.play(weights, None, row_B, jnp.ones((ROWS, 3)), cheapest, cfg)
+        text_B, played = decoding.play(weights, None, text_B, jnp.ones((ROWS, 3)), cheapest, cfg)
         for text, token_N, new in zip(
-            texts, np.asarray(played.token_N), np.asarray(played.num_new), strict=True
+            texts, np.asarray(played.token), np.asarray(played.num_new), strict=True
         ):
             text.extend(token_N[:new])
     return np.array([text[:3] for text in texts])
@@ -183,7 +186,8 @@ def test_sampled_texts_are_distributed_as_the_dense_model_s():
 
     expected = np.exp(np.asarray(text_logp(texts), np.float64)).reshape(5, 5, 5)
     assert expected.sum() == pytest.approx(1, abs=1e-4)
-    cfg = Decoder(SMALL, SPACE, 2, sampling=rule, prefill_batch=ROWS)
+    rules = EpisodeRules(SMALL, SPACE, EpisodeConfig(horizon=2))
+    cfg = Decoder(rules, sampling=rule, prefill_batch=ROWS)
     seen = [drawn(weights, cfg, lossless) for lossless in (True, False)]
     assert p_value(seen[0], expected) > 1e-3
     assert p_value(seen[1], expected) < 1e-6

@@ -25,7 +25,7 @@ def kernels_of_a_step(platform: str, kernels: str, model: str, batch: int, K: in
 
     def step(weights, cache_B, token_BxK, action_BxKxX):
         def sequence(cache, token_K, action_KxX):
-            prefix = llama.make_prefix(cache, jnp.int32(context), axes("xla"))
+            prefix = llama.index_cache(cache, axes("xla")).prefix(jnp.int32(context))
             suffix = llama.empty_suffix(prefix, HORIZON, axes("xla"))
 
             def schedule(token, action_X):
@@ -96,6 +96,7 @@ class Shift(Axis):
     """An axis of one's own, with plain effects only: adds its level before and after the MLP."""
 
     name: str = dataclasses.field(default="shift", init=False)
+    effects = frozenset({"mlp_input", "mlp_output"})
 
     def mlp_input(self, value: jax.Array, x_D: jax.Array) -> jax.Array:
         return x_D + value

@@ -14,9 +14,10 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models import llama
 from sol_jax.rl import train_step as update
-from sol_jax.rl.config import EpisodeConfig
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.train_step import GrpoConfig, Setup
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import EpisodeRules
+from sol_jax.rl.setup import Setup
 
 SMOLLM2 = MODELS["smollm2-135m"]
 AXES = {"page_bounds", "select_pages", "norm_prune", "quantize_residual"}
@@ -29,11 +30,10 @@ def update_of(cfg, kernels):
         ChannelPruning((0.4, 1.0), (0.4, 1.0), 100.0, kernels=kernels),
         OutputQuantization((5.0, 16.0), (0.3125, 1.0), 200.0, kernels=kernels),
     )
+    shape = EpisodeConfig(prefix_len=1024, horizon=16, episodes_per_prefix=2)
     setup = Setup(
-        dataclasses.replace(cfg, kernels=kernels),
-        ActionSpace(axes),
-        EpisodeConfig(prefix_len=1024, horizon=16, episodes_per_prefix=2),
-        PolicyConfig(cfg.hidden_size, 8, 16),
+        EpisodeRules(dataclasses.replace(cfg, kernels=kernels), ActionSpace(axes), shape),
+        PolicySpec(cfg.hidden_size, 8, 16),
         GrpoConfig(num_schedules=16),
     )
     state = jax.eval_shape(lambda: update.init_state(jax.random.key(0), setup))

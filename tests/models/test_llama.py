@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import llama_config
 
 from pallas_kernels.attention import split_attention
 from pallas_kernels.causal_attention import CPU_BLOCK, causal_attention
@@ -17,23 +18,13 @@ from sol_jax.axes.kappa import Quest, Recency, Relevancy
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.rollout import EPISODE_AXES, EpisodeConfig, Rollout, cut_episodes, replay, rollout
-from sol_jax.rl.train_step import GrpoConfig, OptimConfig, Setup, init_state, jit_train_step
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig, OptimConfig, PolicyConfig
+from sol_jax.rl.policy import PolicySpec
+from sol_jax.rl.rollout import EpisodeRules, Rollout, prefill_block, replay, rollout
+from sol_jax.rl.setup import Setup
+from sol_jax.rl.train_step import init_state, jit_train_step
 
-CFG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=24,
-    ffn_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    max_position=128,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-)
+CFG = llama_config(vocab_size=61, hidden_size=24, ffn_size=40, head_size=6, tie_embeddings=False)
 
 
 def random_config(seed: int) -> LlamaConfig:
@@ -68,7 +59,8 @@ EVERY = ActionSpace(
         axis(OutputQuantization, 5, 16),
     )
 )
-ONE_EPISODE = EpisodeConfig(prefix_len=21, horizon=5)
+# Every step is controlled: each has more keys than the one that it writes.
+ONE_EPISODE = EpisodeConfig(prefix_len=21, horizon=5, sinks=0, window=0)
 
 
 def random_weights(cfg: LlamaConfig, seed: int = 0) -> llama.Weights:
@@ -97,14 +89,14 @@ def play(
     shape: EpisodeConfig,
 ) -> tuple[Rollout, jax.Array]:
     """Given schedules of all episodes of a block, and the dense hidden states [W, T, D]."""
-    episode_W, reference_WxTxD = cut_episodes(weights, tokens_N, space, cfg, shape, with_reference=True)
+    rules = EpisodeRules(cfg, space, shape)
+    block = prefill_block(weights, tokens_N, rules, with_dense=True)
 
     def one(episode, action_T):
         budget_X = jnp.zeros(len(space.axes))
-        key = jax.random.key(0)
-        return rollout(weights, episode, key, budget_X, replay(action_T), space, cfg, uncontrolled=0)
+        return rollout(weights, rules, block.cache, episode, jax.random.key(0), budget_X, replay(action_T))
 
-    return jax.vmap(one, (EPISODE_AXES, 0))(episode_W, action_WxT), reference_WxTxD
+    return jax.vmap(one)(block.episodes, action_WxT), block.dense_hidden
 
 
 def assert_same(actual: jax.Array, expected: jax.Array, tolerance: float) -> None:
@@ -123,12 +115,12 @@ def assert_same(actual: jax.Array, expected: jax.Array, tolerance: float) -> Non
 def test_dense_action_equals_plain_forward(seed, dtype, tolerance):
     """Step by step as in one pass; three episodes share a cache that is longer than the prefix of each."""
     cfg = dataclasses.replace(random_config(seed), dtype=dtype)
-    shape = EpisodeConfig(prefix_len=5 + 6 * seed, horizon=7, episodes_per_prefix=3)
+    shape = dataclasses.replace(ONE_EPISODE, prefix_len=5 + 6 * seed, horizon=7, episodes_per_prefix=3)
     weights = random_weights(cfg, seed)
     dense_WxT = jnp.full((3, 7), EVERY.dense)
     played, reference = play(weights, tokens(cfg, shape.block_length), dense_WxT, EVERY, cfg, shape)
-    assert played.hidden_TxD.dtype == jnp.float32
-    assert_same(played.hidden_TxD, reference, tolerance)
+    assert played.hidden.dtype == jnp.float32
+    assert_same(played.hidden, reference, tolerance)
 
 
 def test_each_axis_changes_the_step():
@@ -138,7 +130,7 @@ def test_each_axis_changes_the_step():
         cheap = int(EVERY.join(1 - np.eye(len(EVERY.axes), dtype=int)[x]))
         action_1xT = jnp.full((1, 5), EVERY.dense).at[0, 1].set(cheap)
         played, reference = play(weights, tokens_N, action_1xT, EVERY, CFG, ONE_EPISODE)
-        change_T = np.abs(played.hidden_TxD - reference).max((0, 2))
+        change_T = np.abs(played.hidden - reference).max((0, 2))
         assert change_T[0] < 1e-5
         # The dense steps that follow read the compressed step's keys and values.
         assert (change_T[1:] > 1e-5).all(), f"{changed}: {change_T}"
@@ -153,9 +145,9 @@ def test_an_axis_with_the_full_level_alone_is_left_out():
     dense_1xT = jnp.full((1, 5), EVERY.dense)
     every, _ = play(weights, tokens_N, dense_1xT, EVERY, CFG, ONE_EPISODE)
     none, _ = play(weights, tokens_N, dense_1xT * 0, held, CFG, ONE_EPISODE)
-    assert_same(none.hidden_TxD, every.hidden_TxD, 2e-6)
+    assert_same(none.hidden, every.hidden, 2e-6)
     cache = llama.prefill(weights, tokens_N, CFG)[1]
-    prefix = llama.make_prefix(cache, 5, held.axes)
+    prefix = llama.index_cache(cache, held.axes).prefix(5)
     assert jax.tree.leaves((prefix.axis_index, llama.empty_suffix(prefix, 3, held.axes).axis_index)) == []
     plain = tuple(Axis(axis.levels, axis.budget, axis.penalty) for axis in held.axes)
     programs = {
@@ -235,6 +227,7 @@ class OutputScaling(Axis):
     """Scales the MLP's output; remembers nothing, chooses no keys."""
 
     name: str = dataclasses.field(default="scale", init=False)
+    effects = frozenset({"mlp_output"})
 
     def cost(self, level: float) -> float:
         return level**2
@@ -247,10 +240,8 @@ def test_fourth_axis_needs_no_change_elsewhere():
     kappa = axis(Quest, 0.2, 1.0, page_size=3)
     space = ActionSpace((kappa, *EVERY.axes[-2:], axis(OutputScaling, 0.5, 1.0)))
     setup = Setup(
-        model=CFG,
-        space=space,
-        episode=EpisodeConfig(prefix_len=9, horizon=4),
-        policy=PolicyConfig(CFG.hidden_size, space.num_actions, horizon=4, num_axes=4, d_model=16),
+        EpisodeRules(CFG, space, EpisodeConfig(prefix_len=9, horizon=4)),
+        PolicySpec(CFG.hidden_size, space.num_actions, 4, num_axes=4, config=PolicyConfig(d_model=16)),
         grpo=GrpoConfig(num_schedules=4),
         optim=OptimConfig(learning_rate=1e-2, minibatch_steps=8, accumulate=2),
     )

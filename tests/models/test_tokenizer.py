@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import llama_config
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from sol_jax.errors import UserError
-from sol_jax.models import llama
 from sol_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 needs_smollm2 = pytest.mark.skipif(
@@ -231,31 +231,15 @@ def test_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
     assert byte_tokenizer(tmp_path, pre="smollm").fingerprint != first
 
 
-def model_of(vocab_size: int) -> llama.LlamaConfig:
-    return llama.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=4,
-        ffn_size=4,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_size=4,
-        max_position=8,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-    )
-
-
 @pytest.mark.parametrize(("vocab_size", "fits"), [(259, False), (260, True), (772, True), (773, False)])
 def test_vocabulary_must_fit_the_model(tmp_path: Path, vocab_size: int, fits: bool) -> None:
     """A model may fill up its table of embeddings."""
     tokenizer = byte_tokenizer(tmp_path)
     if fits:
-        check_vocabulary(tokenizer, model_of(vocab_size))
+        check_vocabulary(tokenizer, llama_config(vocab_size=vocab_size))
         return
     with pytest.raises(UserError, match=f"260 ids but the model embeds {vocab_size}: it belongs to another"):
-        check_vocabulary(tokenizer, model_of(vocab_size))
+        check_vocabulary(tokenizer, llama_config(vocab_size=vocab_size))
 
 
 @pytest.mark.parametrize(
@@ -273,10 +257,10 @@ def test_vocabulary_must_fit_the_model(tmp_path: Path, vocab_size: int, fits: bo
 def test_the_end_token_must_be_one_of_the_model_s(tmp_path: Path, files: dict[str, Any], fits: bool) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path, {"eos_token": "<|end|>"}, **files))
     if fits:
-        check_vocabulary(tokenizer, model_of(258))
+        check_vocabulary(tokenizer, llama_config(vocab_size=258))
         return
     with pytest.raises(UserError, match=r"id 256 but the model's eos_token_id is 7 or 8: it belongs to"):
-        check_vocabulary(tokenizer, model_of(258))
+        check_vocabulary(tokenizer, llama_config(vocab_size=258))
 
 
 def test_unknown_id(tmp_path: Path) -> None:

@@ -195,7 +195,19 @@ def test_gguf_quantised(tmp_path: Path) -> None:
 def test_embedded_config() -> None:
     cfg = load_config("smollm2-135m", "bfloat16")
     assert cfg == llama.LlamaConfig(
-        49152, 576, 1536, 30, 9, 3, 64, 8192, 100000.0, 1e-5, True, None, "bfloat16"
+        vocab_size=49152,
+        hidden_size=576,
+        ffn_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_size=64,
+        max_position=8192,
+        rope_theta=100000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        rope_scaling=None,
+        dtype="bfloat16",
     )
 
 

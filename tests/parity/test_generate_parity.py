@@ -14,6 +14,8 @@ from sol_jax.generation.sampling import Sampling, token_logp
 from sol_jax.models.chat_template import render
 from sol_jax.models.tokenizer import load_tokenizer
 from sol_jax.models.weights import load_model, resolve
+from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.rollout import EpisodeRules
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch and transformers")
 transformers = pytest.importorskip("transformers")
@@ -41,7 +43,8 @@ def test_smollm2_writes_what_transformers_writes(options):
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokenizer, (model, weights) = load_tokenizer(path), load_model(path)
-    engine = Engine(weights, tokenizer, Decoder(model, SPACE, 8, **options), "fixed" if options else "dense")
+    decoder = Decoder(EpisodeRules(model, SPACE, EpisodeConfig(horizon=8)), **options)
+    engine = Engine(weights, tokenizer, decoder, "fixed" if options else "dense")
     requests = [Request(tokenizer.encode(text), (0.6, 0.8, 0.7), max_tokens=30) for text in TEXTS]
     for output, request in zip(generate(engine, requests), requests, strict=True):
         with torch.no_grad():

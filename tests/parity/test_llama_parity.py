@@ -1,7 +1,7 @@
 """Our Llama against `transformers`' in float32: every layer and the logits, and loosely in bfloat16.
 
-`pytest tests/parity --record` also rewrites the values that `tests/test_llama_parity_recorded.py` checks
-without torch; run it after changing the configurations or the text in `tests/llama_reference.py`.
+`pytest tests/parity --record` also rewrites the values that `tests/models/test_llama_parity_recorded.py`
+checks without torch; run it after changing the configurations or the text in `tests/llama_reference.py`.
 """
 
 import functools

@@ -214,7 +214,7 @@ def policy(tiny_session, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("controller", ["policy", "dense"])
 def test_lines_say_what_was_spent(tmp_path, tiny_folder, policy, controller):
-    """Bytes and operations of a scored and a written answer, counted as in `experiments.tasks.downstream`."""
+    """Bytes and operations of a scored and a written answer, counted as `experiments.tasks.sweep` does."""
     from lm_eval.api.instance import Instance
 
     from sol_jax.downstream.lm_eval_adapter import SolJax

@@ -1,22 +1,23 @@
 """What a user can get wrong: each mistake is one sentence that names it, before anything heavy starts."""
 
 import errno
+import functools
 import gzip
 import json
+import operator
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import pytest
 import tiny
-from ml_collections import ConfigDict
 
 from sol_jax.errors import UserError
-from sol_jax.runs.config import check, flatten
-from sol_jax.runs.config import field as field_of
-from sol_jax.runs.session import open_session, read_config
-from sol_jax.train import train
+from sol_jax.runs.config import RunConfig, read_config
+from sol_jax.runs.session import open_session
+from sol_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -105,14 +106,12 @@ CASES = [(field, value) for field, values in IMPOSSIBLE.items() for value in val
 
 @pytest.mark.parametrize(("field", "value"), CASES, ids=[f"{f}={v}" for f, v in CASES])
 def test_impossible_values_are_named(field, value, tmp_path):
-    config = tiny.config_for(tmp_path)  # whose model and corpus do not exist: nothing may look for them
-    with config.unlocked():
-        parent, leaf = field.rsplit(".", 1) if "." in field else ("", field)
-        node = field_of(config, parent) if parent else config
-        del node[leaf]
-        node[leaf] = value
+    values = tiny.config_for(tmp_path).to_dict()  # no model or corpus is there: nothing may look for them
+    *groups, leaf = field.split(".")
+    functools.reduce(operator.getitem, groups, values)[leaf] = value
     with pytest.raises(UserError) as mistake:
-        check(config)
+        RunConfig.from_dict(values).check_here()
+    assert re.search("must be|cannot be met|cannot run", told(mistake))
     name = "policy.d_model" if field == "policy.num_heads" and value == 3 else field
     assert f"config.{name}" in told(mistake)
 
@@ -123,28 +122,27 @@ def test_every_number_has_bounds():
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
     unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input", "policy.restate"}
-    assert set(flatten(tiny.config_for(ROOT))) - set(IMPOSSIBLE) == unbounded
+    assert set(tiny.config_for(ROOT).flat()) - set(IMPOSSIBLE) == unbounded
 
 
 @pytest.mark.parametrize("prices", ["", "none.json"])
 def test_time_needs_prices(prices, tmp_path):
     config = tiny.config_for(tmp_path, **{"axes.budget_unit": "time", "axes.prices": prices})
     with pytest.raises(UserError) as mistake:
-        check(config)
+        config.check_here()
     assert "config.axes.prices" in told(mistake)
 
 
 def test_decay_must_end_after_the_warmup(tmp_path):
-    config = tiny.config_for(tmp_path, **{"optim.warmup": 20, "optim.decay_steps": 10})
     with pytest.raises(UserError) as mistake:
-        check(config)
+        tiny.config_for(tmp_path, **{"optim.warmup": 20, "optim.decay_steps": 10})
     assert "config.optim.decay_steps is 10; it must be 0, or above optim.warmup = 20" in told(mistake)
 
 
 def test_recency_levels_must_suit_its_arithmetic(tmp_path):
-    config = tiny.config_for(tmp_path, **{"axes.kappa.rule": "recency", "axes.kappa.levels": (0.01, 1.0)})
+    fields = {"axes.kappa.rule": "recency", "axes.kappa.levels": (0.01, 1.0)}
     with pytest.raises(UserError, match=r"config.axes.kappa.levels .* 1/64 under the recency rule"):
-        check(config)
+        tiny.config_for(tmp_path, **fields)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_episodes_beyond_the_context(fields, tokens, tiny_folder):
 # --- models, text and folders ------------------------------------------------------------------------
 
 
-def refused(config: ConfigDict, workdir: pathlib.Path) -> str:
+def refused(config: RunConfig, workdir: pathlib.Path) -> str:
     with pytest.raises(UserError) as mistake:
         train(config, workdir)
     return told(mistake)
@@ -278,8 +276,9 @@ def test_a_workdir_that_is_a_file(tiny_folder, tmp_path):
 
 
 def test_an_impossible_value_leaves_the_workdir_alone(tiny_folder, tmp_path):
-    config = tiny.config_for(tiny_folder, **{"grpo.gamma": 2.0})
-    assert "config.grpo.gamma" in refused(config, tmp_path / "run")
+    with pytest.raises(UserError) as mistake:
+        train(tiny.config_for(tiny_folder, **{"grpo.gamma": 2.0}), tmp_path / "run")
+    assert told(mistake) == "config.grpo.gamma is 2.0; it must be between 0 and 1"
     assert not (tmp_path / "run").exists()
 
 

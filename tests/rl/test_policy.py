@@ -1,4 +1,4 @@
-"""The policy: two faces of one network, its inputs, its start, and every field of its config."""
+"""The policy: two faces of one network, its inputs, its start, and every field of its spec."""
 
 import dataclasses
 import functools
@@ -14,43 +14,56 @@ from hypothesis import strategies as st
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.kappa import Recency
 from sol_jax.axes.rho import ChannelPruning
+from sol_jax.errors import UserError
+from sol_jax.rl.config import PolicyConfig
 from sol_jax.rl.policy import (
     Observation,
     Policy,
-    PolicyConfig,
+    PolicySpec,
+    budget_gap,
     example_observation,
     initial_carry,
     join_scores,
-    observation_scalars,
+    progress,
     restated,
 )
 
-SMALL = PolicyConfig(
+SMALL = PolicySpec(
     hidden_size=6,
     num_actions=5,
     horizon=4,
-    d_model=16,
-    num_heads=2,
-    num_layers=2,
+    config=PolicyConfig(d_model=16, num_heads=2, num_layers=2),
     action_embed_size=4,
     scalar_embed_size=8,
 )
 
-configs = st.builds(
+
+def other(spec, config=None, **fields):
+    """A spec with some of its own fields changed, and some of its config's."""
+    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, **config or {}), **fields)
+
+
+network_configs = st.builds(
     lambda num_heads, head_size, **rest: PolicyConfig(
         d_model=num_heads * head_size, num_heads=num_heads, **rest
     ),
     num_heads=st.integers(1, 3),
     head_size=st.sampled_from([2, 4]),
+    normalize_inputs=st.booleans(),
+    num_layers=st.integers(1, 3),
+    mlp_ratio=st.sampled_from([0.5, 2.0, 4.0]),
+)
+specs = st.builds(
+    lambda page_size, config, **rest: PolicySpec(
+        config=dataclasses.replace(config, page_input=page_size > 0), page_size=page_size, **rest
+    ),
+    config=network_configs,
     hidden_size=st.integers(1, 9),
     token_embed_size=st.none() | st.integers(1, 9),
     num_actions=st.integers(1, 7),
-    normalize_inputs=st.booleans(),
     page_size=st.sampled_from([0, 1, 3]),
     horizon=st.integers(1, 6),
     num_axes=st.integers(1, 4),
-    num_layers=st.integers(1, 3),
-    mlp_ratio=st.sampled_from([0.5, 2.0, 4.0]),
     action_embed_size=st.integers(1, 5),
     scalar_embed_size=st.integers(2, 9),
     budget_embed_size=st.integers(1, 5),
@@ -67,12 +80,10 @@ def test_a_factored_head_adds_the_scores_of_the_levels_in_the_order_of_the_joint
 
 
 def test_a_factored_policy_has_one_output_per_level():
-    config = dataclasses.replace(SMALL, num_actions=6, factors=(2, 3))
-    params = _params(config)
+    spec = other(SMALL, {"factored_head": True}, num_actions=6, level_counts=(2, 3))
+    params = _params(spec)
     assert params["params"]["head"]["kernel"].shape == (16, 5)
-    logits_A, _ = Policy(config).apply(
-        params, example_observation(config), initial_carry(config), method="step"
-    )
+    logits_A, _ = Policy(spec).apply(params, example_observation(spec), initial_carry(spec), method="step")
     table_2x3 = logits_A.reshape(2, 3)
     gaps = table_2x3[1] - table_2x3[0]  # no interaction between the axes
     np.testing.assert_allclose(gaps, jnp.full(3, gaps[0]), atol=1e-5)
@@ -80,61 +91,70 @@ def test_a_factored_policy_has_one_output_per_level():
 
 def test_factors_that_do_not_multiply_to_the_actions_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 2\).*num_actions 5"):
-        dataclasses.replace(SMALL, factors=(2, 2))
+        other(SMALL, {"factored_head": True}, level_counts=(2, 2))
+
+
+def test_a_policy_that_is_shown_pages_must_know_their_size():
+    with pytest.raises(ValueError, match="page_size"):
+        other(SMALL, {"page_input": True})
 
 
 def test_normalized_inputs_make_the_policy_blind_to_the_scale_of_the_states():
-    config = dataclasses.replace(SMALL, normalize_inputs=True)
-    params = _params(config)
-    obs = example_observation(config)._replace(hidden_D=jnp.arange(6.0), embed_D=jnp.arange(6.0) ** 2)
-    scaled = obs._replace(hidden_D=1000 * obs.hidden_D, embed_D=100 * obs.embed_D)
-    step = functools.partial(Policy(config).apply, params, method="step")
-    ours, theirs = (step(o, initial_carry(config))[0] for o in (obs, scaled))
+    spec = other(SMALL, {"normalize_inputs": True})
+    params = _params(spec)
+    obs = example_observation(spec)._replace(hidden=jnp.arange(6.0), embed=jnp.arange(6.0) ** 2)
+    scaled = obs._replace(hidden=1000 * obs.hidden, embed=100 * obs.embed)
+    step = functools.partial(Policy(spec).apply, params, method="step")
+    ours, theirs = (step(o, initial_carry(spec))[0] for o in (obs, scaled))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def _init(config, key):
-    return Policy(config).init(key, example_observation(config), initial_carry(config), method="step")
+def _init(spec, key):
+    return Policy(spec).init(key, example_observation(spec), initial_carry(spec), method="step")
 
 
-def _params(config, seed=0):
+def _params(spec, seed=0):
     """Weights of the right shapes, drawn by NumPy: compiling the real start takes longer than the test."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_init, spec), jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
 @functools.cache
-def _apply(config):
-    return jax.jit(Policy(config).apply)
+def _apply(spec):
+    return jax.jit(Policy(spec).apply)
 
 
-def _episode(config, num_steps, seed=0) -> Observation:
+def _episode(spec, num_steps, seed=0) -> Observation:
     rng = np.random.default_rng(seed)
-    sizes = (config.hidden_size, config.embed_size, config.num_scalars)
-    fields = (jnp.asarray(rng.normal(size=(num_steps, size)), jnp.float32) for size in sizes)
-    action_T = rng.integers(0, config.num_actions, num_steps)
-    action_T[0] = config.num_actions
-    return Observation(*fields, jnp.asarray(action_T, jnp.int32), 100 + jnp.arange(num_steps))
+    example, action_T = example_observation(spec), rng.integers(0, spec.num_actions, num_steps)
+    action_T[0] = spec.num_actions
+    whole = {"prev_action": jnp.asarray(action_T, jnp.int32), "num_keys": 100 + jnp.arange(num_steps)}
+    drawn = {
+        name: jnp.asarray(rng.normal(size=(num_steps, *field.shape)), jnp.float32)
+        for name, field in example._asdict().items()
+        if name not in whole
+    }
+    return Observation(**drawn, **whole)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step_through(config, params, obs_T):
+def _step_through(spec, params, obs_T):
     def step(carry, obs):
-        logits_A, carry = Policy(config).apply(params, obs, carry, method="step")
+        logits_A, carry = Policy(spec).apply(params, obs, carry, method="step")
         return carry, logits_A
 
-    return jax.lax.scan(step, initial_carry(config), obs_T)
+    return jax.lax.scan(step, initial_carry(spec), obs_T)
 
 
 @settings(max_examples=8, deadline=None)
-@given(configs, st.integers(0, 1000), st.data())
-def test_stepping_equals_the_whole_episode(config, seed, data):
-    num_steps = data.draw(st.integers(1, config.horizon))
-    params, obs_T = _params(config, seed), _episode(config, num_steps, seed)
-    whole_TxA = _apply(config)(params, obs_T)
-    carry, stepped_TxA = _step_through(config, params, obs_T)
-    assert whole_TxA.shape == (num_steps, config.num_actions)
+@given(specs, st.integers(0, 1000), st.data())
+def test_stepping_equals_the_whole_episode(spec, seed, data):
+    num_steps = data.draw(st.integers(1, spec.horizon))
+    params, obs_T = _params(spec, seed), _episode(spec, num_steps, seed)
+    whole_TxA = _apply(spec)(params, obs_T)
+    carry, stepped_TxA = _step_through(spec, params, obs_T)
+    assert whole_TxA.shape == (num_steps, spec.num_actions)
     assert whole_TxA.dtype == jnp.float32
     assert carry.step == num_steps
     np.testing.assert_allclose(stepped_TxA, whole_TxA, rtol=1e-5, atol=1e-5)
@@ -153,26 +173,26 @@ def test_both_faces_batch_with_vmap():
 def test_a_step_sees_no_later_one():
     params, obs_T = _params(SMALL), _episode(SMALL, 4)
     logits_TxA = _apply(SMALL)(params, obs_T)
-    changed = obs_T._replace(hidden_D=obs_T.hidden_D.at[2].add(1.0))
+    changed = obs_T._replace(hidden=obs_T.hidden.at[2].add(1.0))
     changed_TxA = _apply(SMALL)(params, changed)
     np.testing.assert_array_equal((logits_TxA != changed_TxA).any(axis=1), [False, False, True, True])
 
 
 @pytest.mark.parametrize("field", Observation._fields)
 def test_every_input_matters_to_every_later_step(field):
-    config = dataclasses.replace(SMALL, page_size=3)
-    params, obs_T = _params(config), _episode(config, 4)
+    spec = other(SMALL, {"page_input": True}, page_size=3)
+    params, obs_T = _params(spec), _episode(spec, 4)
     value_T = getattr(obs_T, field)
     change = (value_T[0] + 1) % SMALL.num_actions if field == "prev_action" else value_T[0] + 1
     changed = obs_T._replace(**{field: value_T.at[0].set(change)})
-    difference_TxA = _apply(config)(params, changed) - _apply(config)(params, obs_T)
+    difference_TxA = _apply(spec)(params, changed) - _apply(spec)(params, obs_T)
     assert (jnp.abs(difference_TxA).max(axis=1) > 1e-5).all()
 
 
 def test_of_the_keys_a_policy_sees_how_full_the_newest_page_is_or_nothing():
-    config, obs_T = dataclasses.replace(SMALL, page_size=3), _episode(SMALL, 4)
-    params = _params(config)
-    logits = [_apply(config)(params, obs_T._replace(num_keys=obs_T.num_keys + n)) for n in (0, 1, 3)]
+    spec, obs_T = other(SMALL, {"page_input": True}, page_size=3), _episode(SMALL, 4)
+    params = _params(spec)
+    logits = [_apply(spec)(params, obs_T._replace(num_keys=obs_T.num_keys + n)) for n in (0, 1, 3)]
     np.testing.assert_array_equal(logits[0], logits[2])
     assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
     blind, later = _params(SMALL), obs_T._replace(num_keys=obs_T.num_keys + 1)
@@ -197,33 +217,35 @@ def test_an_unknown_previous_action_shows():
 
 def test_wrong_sizes_are_refused():
     params, obs_T = _params(SMALL), _episode(SMALL, 3)
-    with pytest.raises(ValueError, match="scalars_N"):
-        _apply(SMALL)(params, obs_T._replace(scalars_N=obs_T.scalars_N[:, 1:]))
-    with pytest.raises(ValueError, match="hidden_D"):
-        _apply(SMALL)(params, obs_T._replace(hidden_D=obs_T.hidden_D[:2]))
-    with pytest.raises(ValueError, match="not a multiple"):
-        dataclasses.replace(SMALL, num_heads=3)
+    for name in ("target", "gap"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 2\).*\(3, 3\)"):
+            _apply(SMALL)(params, obs_T._replace(**{name: getattr(obs_T, name)[:, 1:]}))
+    for name in ("progress", "controllable"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 1\).*\(3,\)"):
+            _apply(SMALL)(params, obs_T._replace(**{name: getattr(obs_T, name)[:, None]}))
+    with pytest.raises(ValueError, match="hidden has shape"):
+        _apply(SMALL)(params, obs_T._replace(hidden=obs_T.hidden[:2]))
+    with pytest.raises(UserError, match=r"config.policy.d_model is 16; it must be a multiple.*num_heads = 3"):
+        other(SMALL, {"num_heads": 3})
 
 
 def test_the_llm_gets_no_gradient_and_float32_throughout():
     params, obs_T = _params(SMALL), _episode(SMALL, 3)
 
     def total(hidden_TxD, embed_TxD, params):
-        return _apply(SMALL)(params, obs_T._replace(hidden_D=hidden_TxD, embed_D=embed_TxD)).sum()
+        return _apply(SMALL)(params, obs_T._replace(hidden=hidden_TxD, embed=embed_TxD)).sum()
 
     hidden_grad, embed_grad, params_grad = jax.grad(total, argnums=(0, 1, 2))(
-        obs_T.hidden_D, obs_T.embed_D, params
+        obs_T.hidden, obs_T.embed, params
     )
     assert not hidden_grad.any()
     assert not embed_grad.any()
     used = {jax.tree_util.keystr(path) for path, g in jax.tree.leaves_with_path(params_grad) if g.any()}
     assert used == {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)}
     # The LLM's own precision ends at the door.
-    halves = obs_T._replace(
-        hidden_D=obs_T.hidden_D.astype(jnp.bfloat16), embed_D=obs_T.embed_D.astype(jnp.bfloat16)
-    )
+    halves = obs_T._replace(hidden=obs_T.hidden.astype(jnp.bfloat16), embed=obs_T.embed.astype(jnp.bfloat16))
     widened = halves._replace(
-        hidden_D=halves.hidden_D.astype(jnp.float32), embed_D=halves.embed_D.astype(jnp.float32)
+        hidden=halves.hidden.astype(jnp.float32), embed=halves.embed.astype(jnp.float32)
     )
     logits_TxA = _apply(SMALL)(params, halves)
     assert logits_TxA.dtype == jnp.float32
@@ -231,8 +253,8 @@ def test_the_llm_gets_no_gradient_and_float32_throughout():
 
 
 def test_gradient_matches_finite_differences():
-    config = dataclasses.replace(SMALL, horizon=3)
-    params, obs_T = _params(config), _episode(config, 3)
+    spec = dataclasses.replace(SMALL, horizon=3)
+    params, obs_T = _params(spec), _episode(spec, 3)
     direction = jax.tree.map(
         lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params
     )
@@ -240,7 +262,7 @@ def test_gradient_matches_finite_differences():
     @jax.jit
     def along(step):
         moved = jax.tree.map(lambda x, d: x + step * d, params, direction)
-        return jnp.sin(_apply(config)(moved, obs_T)).sum()
+        return jnp.sin(_apply(spec)(moved, obs_T)).sum()
 
     numeric = (along(1e-3) - along(-1e-3)) / 2e-3
     np.testing.assert_allclose(jax.grad(along)(0.0), numeric, rtol=2e-2, atol=2e-2)
@@ -251,9 +273,9 @@ def test_targets_reach_the_logits_directly():
     params, obs_T = _params(SMALL), _episode(SMALL, 3)
     params["params"]["head"] = jax.tree.map(jnp.zeros_like, params["params"]["head"])
     direct_TxA = _apply(SMALL)(params, obs_T)
-    hidden = obs_T._replace(hidden_D=obs_T.hidden_D + 1.0, scalars_N=obs_T.scalars_N.at[:, :2].add(1.0))
-    np.testing.assert_array_equal(_apply(SMALL)(params, hidden), direct_TxA)
-    moved = obs_T._replace(scalars_N=obs_T.scalars_N.at[1, 2].add(1.0))
+    others = {name: getattr(obs_T, name) + 1.0 for name in ("hidden", "progress", "controllable")}
+    np.testing.assert_array_equal(_apply(SMALL)(params, obs_T._replace(**others)), direct_TxA)
+    moved = obs_T._replace(target=obs_T.target.at[1, 0].add(1.0))
     changed_T = (_apply(SMALL)(params, moved) != direct_TxA).any(axis=1)
     np.testing.assert_array_equal(changed_T, [False, True, False])
 
@@ -263,36 +285,56 @@ OTHER = {
     "num_actions": 6,
     "horizon": 5,
     "num_axes": 2,
-    "d_model": 12,
-    "num_heads": 4,
-    "num_layers": 1,
-    "mlp_ratio": 2.0,
+    "level_counts": (1, 5),
+    "page_size": 3,
     "action_embed_size": 3,
     "scalar_embed_size": 9,
     "budget_embed_size": 7,
     "token_embed_size": 3,
-    "factors": (1, 5),
+}
+OTHER_CONFIG = {
+    "d_model": 12,
+    "num_heads": 4,
+    "num_layers": 1,
+    "mlp_ratio": 2.0,
+    "factored_head": True,
     "normalize_inputs": True,
+    "page_input": True,
     "restate": True,
-    "page_size": 3,
+}
+# What some fields need beside them before they mean anything.
+BESIDE = {
+    "level_counts": other(SMALL, {"factored_head": True}, level_counts=(5, 1)),
+    "page_size": other(SMALL, {"page_input": True}, page_size=2),
+    "factored_head": other(SMALL, level_counts=(1, 5)),
+    "page_input": other(SMALL, page_size=3),
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PolicyConfig)])
-def test_every_field_of_the_config_is_read(field):
-    other = dataclasses.replace(SMALL, **{field: OTHER[field]})
-    params, changed = _params(SMALL), _params(other)
+@pytest.mark.parametrize("field", [*OTHER, *OTHER_CONFIG])
+def test_every_field_of_the_spec_is_read(field):
+    small = BESIDE.get(field, SMALL)
+    is_own = field in OTHER
+    changed_spec = (
+        other(small, **{field: OTHER[field]}) if is_own else other(small, {field: OTHER_CONFIG[field]})
+    )
+    params, changed = _params(small), _params(changed_spec)
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, changed):
         return
     # The same weights: then the output has to differ.
-    logits_TxA, changed_TxA = (_apply(c)(params, _episode(SMALL, 3)) for c in (SMALL, other))
+    logits_TxA, changed_TxA = (_apply(spec)(params, _episode(SMALL, 3)) for spec in (small, changed_spec))
     assert jnp.abs(logits_TxA - changed_TxA).max() > 1e-4
+
+
+def test_no_field_of_the_spec_is_left_out():
+    assert {*OTHER, "config"} == {field.name for field in dataclasses.fields(PolicySpec)}
+    assert set(OTHER_CONFIG) == {field.name for field in dataclasses.fields(PolicyConfig)}
 
 
 def test_start_is_the_authors():
     """Linear layers uniform in ±1/sqrt(fan_in), embeddings N(0, 1), norms neutral, no bias in the head."""
-    config = PolicyConfig(hidden_size=96, num_actions=64, horizon=64, d_model=64)
-    params = _init(config, jax.random.key(0))["params"]
+    spec = PolicySpec(hidden_size=96, num_actions=64, horizon=64, config=PolicyConfig(d_model=64))
+    params = _init(spec, jax.random.key(0))["params"]
     fan_in = {
         "observation_in": 96 + 96 + 64 + 32,
         "scalar_in": 8,
@@ -322,64 +364,94 @@ def test_start_is_the_authors():
 
 
 def test_size_of_the_papers_policy():
-    config = PolicyConfig(hidden_size=2048, num_actions=1560, horizon=16)
-    shapes = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    spec = PolicySpec(hidden_size=2048, num_actions=1560, horizon=16)
+    shapes = jax.eval_shape(functools.partial(_init, spec), jax.random.key(0))
     # Inputs 2 * 2048 + 64 + 32 to 512; positions; block 4 + 8 squares; heads; norms and biases.
     expected = (4192 * 512 + 512) + 16 * 512 + (12 * 512**2 + 2048 + 512 + 2 * 1024) + 1024
     expected += (512 * 1560 + 1560) + (3 * 32 + 32) + (32 * 1560 + 1560) + 1561 * 32 + (8 * 64 + 64) + 128
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
 
 
-def test_scalars_by_hand():
+def _told(step, horizon, target_X, cost_sum_X, counted) -> Observation:
+    """What the policy is told of budgets and progress at a step; zeros otherwise."""
+    target_X = jnp.asarray(target_X, jnp.float32)
+    return example_observation(dataclasses.replace(SMALL, num_axes=len(target_X)))._replace(
+        progress=progress(step, horizon),
+        controllable=jnp.float32(1.0),
+        target=target_X,
+        gap=budget_gap(jnp.asarray(cost_sum_X), counted, target_X),
+    )
+
+
+def test_progress_and_gaps_by_hand():
     budget_X, cost_sum_X = jnp.array([0.5, 0.7, 0.4]), jnp.array([0.6, 2.0, 0.9])
-    scalars = observation_scalars(2, 4, True, budget_X, cost_sum_X, 2)
-    np.testing.assert_allclose(scalars, [0.75, 1, 0.5, 0.7, 0.4, -0.2, 0.3, 0.05], atol=1e-6)
-    assert scalars.dtype == jnp.float32
+    assert float(progress(2, 4)) == 0.75
+    gap_X = budget_gap(cost_sum_X, 2, budget_X)
+    np.testing.assert_allclose(gap_X, [-0.2, 0.3, 0.05], atol=1e-6)
+    assert progress(2, 4).dtype == gap_X.dtype == jnp.float32
     # Nothing counted yet: no difference, rather than minus the target.
-    first = observation_scalars(0, 4, False, budget_X, jnp.zeros(3), 0)
-    np.testing.assert_allclose(first, [0.25, 0, 0.5, 0.7, 0.4, 0, 0, 0], atol=1e-6)
+    assert float(progress(0, 4)) == 0.25
+    np.testing.assert_array_equal(budget_gap(jnp.zeros(3), 0, budget_X), np.zeros(3))
+
+
+def test_numbers_reach_the_network_in_the_order_of_the_authors():
+    """Progress, the flag, targets, gaps: read off the layer that they go through, made the identity."""
+    params, seen = _params(SMALL), _told(2, 4, [0.5, 0.7, 0.4], [0.6, 2.0, 0.9], 2)
+    params["params"]["scalar_in"] = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
+    obs_1 = jax.tree.map(lambda x: x[None], seen)
+    _, kept = Policy(SMALL).apply(params, obs_1, capture_intermediates=True, mutable=["intermediates"])
+    (numbers_1xN,) = kept["intermediates"]["scalar_in"]["__call__"]
+    np.testing.assert_allclose(numbers_1xN[0], [0.75, 1, 0.5, 0.7, 0.4, -0.2, 0.3, 0.05], atol=1e-6)
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 9))
-def test_scalars_fill_the_config(num_axes, step):
+def test_numbers_fill_the_spec(num_axes, step):
     budget_X = jnp.linspace(0.2, 0.8, num_axes)
-    scalars = observation_scalars(step, 10, True, budget_X, step * budget_X, step)
-    assert scalars.shape == (dataclasses.replace(SMALL, num_axes=num_axes).num_scalars,)
-    np.testing.assert_allclose(scalars[-num_axes:], 0.0, atol=1e-6)
+    seen = _told(step, 10, budget_X, step * budget_X, step)
+    numbers = (seen.progress, seen.controllable, seen.target, seen.gap)
+    spec = dataclasses.replace(SMALL, num_axes=num_axes)
+    assert sum(number.size for number in numbers) == spec.num_scalars
+    assert _params(spec)["params"]["scalar_in"]["kernel"].shape == (spec.num_scalars, 8)
+    np.testing.assert_allclose(seen.gap, 0.0, atol=1e-6)
 
 
 def test_a_restated_target_is_what_is_left_per_step():
     """After two steps of four that cost 0.9 and 0.3 on average, 0.5 asked of both axes."""
-    scalars_N = observation_scalars(2, 4, True, jnp.array([0.5, 0.5]), jnp.array([1.8, 0.6]), 2)
-    seen = restated(scalars_N, 2, 4)
-    np.testing.assert_allclose(seen, [*scalars_N[:2], (2.0 - 1.8) / 2, (2.0 - 0.6) / 2, 0, 0], atol=1e-6)
+    seen = _told(2, 4, [0.5, 0.5], [1.8, 0.6], 2)
+    asked = restated(seen, 4)
+    np.testing.assert_allclose(asked.target, [(2.0 - 1.8) / 2, (2.0 - 0.6) / 2], atol=1e-6)
+    np.testing.assert_array_equal(asked.gap, [0, 0])
+    kept = asked._replace(target=seen.target, gap=seen.gap)
+    jax.tree.map(np.testing.assert_array_equal, kept, seen)
     # Before the first step nothing changes, and no more than all or less than nothing is asked for.
-    first = observation_scalars(0, 4, True, jnp.array([0.5, 0.7]), jnp.zeros(2), 0)
-    np.testing.assert_allclose(restated(first, 2, 4), first, atol=1e-6)
-    late = observation_scalars(3, 4, True, jnp.array([0.2, 0.9]), jnp.array([1.8, 1.2]), 3)
-    np.testing.assert_allclose(restated(late, 2, 4)[2:4], [0.0, 1.0])
+    first = _told(0, 4, [0.5, 0.7], [0.0, 0.0], 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restated(first, 4), first)
+    late = _told(3, 4, [0.2, 0.9], [1.8, 1.2], 3)
+    np.testing.assert_allclose(restated(late, 4).target, [0.0, 1.0])
 
 
 def test_the_two_faces_of_a_policy_agree_when_targets_are_restated():
-    config = PolicyConfig(hidden_size=6, num_actions=4, horizon=4, num_axes=2, d_model=16, num_heads=2)
-    plain, asked = Policy(config), Policy(dataclasses.replace(config, restate=True))
+    config = PolicyConfig(d_model=16, num_heads=2)
+    spec = PolicySpec(hidden_size=6, num_actions=4, horizon=4, num_axes=2, config=config)
+    plain, asked = Policy(spec), Policy(other(spec, {"restate": True}))
     rng = np.random.default_rng(0)
     spent = np.cumsum(rng.uniform(size=(4, 2)), 0) - 0.3
-    scalars = [observation_scalars(t, 4, True, jnp.full(2, 0.5), jnp.asarray(spent[t]), t) for t in range(4)]
+    steps = [_told(t, 4, [0.5, 0.5], spent[t], t) for t in range(4)]
+    states, none_T = jnp.asarray(rng.normal(size=(4, 6))), jnp.zeros(4, jnp.int32)
 
-    def seen(scalars_TxN):
-        states = jnp.asarray(rng.normal(size=(4, 6)))
-        return Observation(states, states, jnp.stack(scalars_TxN), *jnp.zeros((2, 4), jnp.int32))
+    def seen(steps_T):
+        stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *steps_T)
+        return stacked._replace(hidden=states, embed=states, prev_action=none_T, num_keys=none_T)
 
-    episode = seen(scalars)
-    carry = initial_carry(config)
+    episode = seen(steps)
+    carry = initial_carry(spec)
     first = jax.tree.map(lambda x: x[0], episode)
     params = plain.init(jax.random.key(0), first, carry, method="step")
     whole_TxA = asked.apply(params, episode)
     for t in range(4):
         step_A, carry = asked.apply(params, jax.tree.map(lambda x, t=t: x[t], episode), carry, method="step")
         np.testing.assert_allclose(step_A, whole_TxA[t], atol=1e-5)
-    told = episode._replace(scalars_N=jnp.stack([restated(x, 2, 4) for x in scalars]))
+    told = seen([restated(step, 4) for step in steps])
     np.testing.assert_allclose(plain.apply(params, told), whole_TxA, atol=1e-5)
     assert jnp.abs(plain.apply(params, episode) - whole_TxA).max() > 1e-3

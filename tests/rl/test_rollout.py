@@ -14,8 +14,9 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.models import llama
 from sol_jax.rl import rollout
-from sol_jax.rl.policy import Policy, PolicyConfig, example_observation, initial_carry
-from sol_jax.rl.rollout import EPISODE_AXES, Controller, EpisodeConfig, cut_episodes, group_rollout, replay
+from sol_jax.rl.config import EpisodeConfig, PolicyConfig
+from sol_jax.rl.policy import Policy, PolicySpec, example_observation, initial_carry
+from sol_jax.rl.rollout import Controller, EpisodeRules, group_rollout, prefill_block, replay
 
 MODEL = llama_config()
 SPACE = ActionSpace(
@@ -26,7 +27,8 @@ SPACE = ActionSpace(
     )
 )
 S, T, W, K = 13, 5, 3, 4
-SHAPE = EpisodeConfig(S, T, W)
+SHAPE = EpisodeConfig(prefix_len=S, horizon=T, episodes_per_prefix=W)
+RULES = EpisodeRules(MODEL, SPACE, SHAPE)
 BUDGET_X = jnp.array([0.5, 0.7, 0.6])
 
 
@@ -45,20 +47,26 @@ def actions_WxKxT():
     return jax.random.randint(jax.random.key(2), (W, K, T), 0, SPACE.num_actions)
 
 
-def played(weights, episode, actions_KxT):
-    keys = jax.random.split(jax.random.key(3), len(actions_KxT))
-    budgets = jnp.broadcast_to(BUDGET_X, (len(actions_KxT), 3))
-    return group_rollout(
-        weights, episode, keys, budgets, replay(actions_KxT), SPACE, MODEL, SHAPE.uncontrolled
-    )
+def played(weights, block, actions_WxKxT, rules=RULES):
+    """K schedules of every episode of a block."""
+    keys = jax.random.split(jax.random.key(3), actions_WxKxT.shape[1])
+    budgets = jnp.broadcast_to(BUDGET_X, (len(keys), 3))
+
+    def each(episode, actions_KxT):
+        return group_rollout(weights, rules, block.cache, episode, keys, budgets, replay(actions_KxT))
+
+    return jax.vmap(each)(block.episodes, actions_WxKxT)
+
+
+@jax.jit
+def play_block(weights, tokens_N, actions_WxKxT):
+    return played(weights, prefill_block(weights, tokens_N, RULES), actions_WxKxT)
 
 
 @pytest.fixture(scope="module")
 def shared(weights, tokens_N, actions_WxKxT):
     """All W episodes of the block, from one prefill."""
-    episode, _ = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE)
-    each = lambda episode, actions: played(weights, episode, actions)
-    return jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
+    return play_block(weights, tokens_N, actions_WxKxT)
 
 
 def assert_close(ours, theirs, atol=1e-5):
@@ -68,28 +76,32 @@ def assert_close(ours, theirs, atol=1e-5):
 @pytest.mark.parametrize("w", range(W))
 def test_episodes_of_one_prefill_equal_separate_ones(weights, tokens_N, actions_WxKxT, shared, w):
     """Each sees its own past only, densely: the compressed steps of the episode before leave no trace."""
-    alone = EpisodeConfig(S + w * T, T)
-    episode, _ = cut_episodes(weights, tokens_N[: alone.block_length], SPACE, MODEL, alone)
-    one = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))
-    separate = jax.jit(one)(episode, actions_WxKxT[w : w + 1])
-    assert_close(jax.tree.map(lambda x: x[w], shared), jax.tree.map(lambda x: x[0], separate))
+    alone = dataclasses.replace(SHAPE, prefix_len=S + w * T, episodes_per_prefix=1)
+    rules = dataclasses.replace(RULES, episode=alone)
+
+    @jax.jit
+    def separate():
+        block = prefill_block(weights, tokens_N[: alone.block_length], rules)
+        return played(weights, block, actions_WxKxT[w : w + 1], rules)
+
+    assert_close(jax.tree.map(lambda x: x[w], shared), jax.tree.map(lambda x: x[0], separate()))
 
 
 @pytest.mark.parametrize("early", [0, 3])
 def test_episodes_that_start_early_are_those_of_a_shorter_prefix(weights, tokens_N, actions_WxKxT, early):
     """Also where the start is known only when the program runs."""
-    shorter = dataclasses.replace(SHAPE, prefix_len=S - early)
-    each = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))
+    shorter = dataclasses.replace(RULES, episode=dataclasses.replace(SHAPE, prefix_len=S - early))
+
+    def seen_and_played(block, rules):
+        return played(weights, block, actions_WxKxT, rules), block.episodes.label, block.dense_hidden
 
     @jax.jit
     def run(early):
-        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, SHAPE, True, early)
-        return each(episode, actions_WxKxT), episode.label_T, reference
+        return seen_and_played(prefill_block(weights, tokens_N, RULES, with_dense=True, early=early), RULES)
 
     @jax.jit
     def alone():
-        episode, reference = cut_episodes(weights, tokens_N, SPACE, MODEL, shorter, True)
-        return each(episode, actions_WxKxT), episode.label_T, reference
+        return seen_and_played(prefill_block(weights, tokens_N, shorter, with_dense=True), shorter)
 
     assert_close(run(early), alone())
     seen_W = run(early)[0].observation.num_keys[:, 0, 0]
@@ -99,51 +111,45 @@ def test_episodes_that_start_early_are_those_of_a_shorter_prefix(weights, tokens
 def test_what_comes_later_in_the_block_does_not_matter(weights, tokens_N, actions_WxKxT, shared):
     """Tokens after the first episode change, and nothing of it."""
     changed_N = tokens_N.at[S + T + 1 :].set((tokens_N[S + T + 1 :] + 1) % MODEL.vocab_size)
-    episode, _ = cut_episodes(weights, changed_N, SPACE, MODEL, SHAPE)
-    each = lambda episode, actions: played(weights, episode, actions)
-    again = jax.jit(jax.vmap(each, in_axes=(EPISODE_AXES, 0)))(episode, actions_WxKxT)
+    again = play_block(weights, changed_N, actions_WxKxT)
     assert_close(jax.tree.map(lambda x: x[0], again), jax.tree.map(lambda x: x[0], shared))
-    assert not np.allclose(again.hidden_TxD[2], shared.hidden_TxD[2], atol=1e-3)
+    assert not np.allclose(again.hidden[2], shared.hidden[2], atol=1e-3)
 
 
 def test_schedules_in_a_batch_equal_single_ones(weights, tokens_N):
     """With a policy that samples: same keys, same actions, same everything."""
-    config = PolicyConfig(MODEL.hidden_size, SPACE.num_actions, T, d_model=16)
-    policy = Policy(config)
-    example = example_observation(config), initial_carry(config)
+    spec = PolicySpec(MODEL.hidden_size, SPACE.num_actions, T, config=PolicyConfig(d_model=16))
+    policy = Policy(spec)
+    example = example_observation(spec), initial_carry(spec)
     params = policy.init(jax.random.key(4), *example, method="step")
-    shape = dataclasses.replace(SHAPE, episodes_per_prefix=1)
-    episode_1, _ = cut_episodes(weights, tokens_N, SPACE, MODEL, shape)
-    prefix = episode_1.prefix._replace(length=episode_1.prefix.length[0])
-    episode = rollout.Episode(prefix, *(part[0] for part in episode_1[1:]))
+    rules = dataclasses.replace(RULES, episode=dataclasses.replace(SHAPE, episodes_per_prefix=1))
+    block = prefill_block(weights, tokens_N, rules)
+    cache, episode = block.cache, jax.tree.map(lambda x: x[0], block.episodes)
     controller = rollout.policy_controller(policy, params, temperature=1.3)
     key_K = jax.random.split(jax.random.key(5), K)
     budget_KxX = jax.random.uniform(jax.random.key(6), (K, 3), minval=0.5)
     memory_K = jax.tree.map(lambda x: jnp.broadcast_to(x, (K, *x.shape)), controller.memory)
-    group = jax.jit(
-        lambda: group_rollout(
-            weights, episode, key_K, budget_KxX, Controller(controller.act, memory_K), SPACE, MODEL, 7
-        )
-    )()
-    single = jax.jit(
-        lambda key, budget: rollout.rollout(weights, episode, key, budget, controller, SPACE, MODEL, 7)
-    )
+    memories = Controller(controller.act, memory_K)
+    group = jax.jit(lambda: group_rollout(weights, rules, cache, episode, key_K, budget_KxX, memories))()
+    single = jax.jit(lambda *drawn: rollout.rollout(weights, rules, cache, episode, *drawn, controller))
     for k in range(K):
         assert_close(jax.tree.map(lambda x, k=k: x[k], group), single(key_K[k], budget_KxX[k]))
-    assert len(np.unique(np.asarray(group.action_T))) > 1
+    assert len(np.unique(np.asarray(group.action))) > 1
 
 
 def test_costs_and_flags_are_those_of_the_actions(shared, actions_WxKxT):
-    np.testing.assert_array_equal(shared.action_T, actions_WxKxT)
-    np.testing.assert_array_equal(shared.cost_TxX, SPACE.costs_AxX[np.asarray(actions_WxKxT)])
-    assert np.all(shared.controllable_T)
+    np.testing.assert_array_equal(shared.action, actions_WxKxT)
+    np.testing.assert_array_equal(shared.cost, SPACE.costs_AxX[np.asarray(actions_WxKxT)])
+    assert np.all(shared.controllable)
 
 
 def test_steps_with_few_keys_are_dense_and_do_not_count(weights, tokens_N):
-    shape = EpisodeConfig(4, T, 1, uncontrolled=7)  # kv_len 5, 6, 7 are forced, 8 and 9 free
-    episode, _ = cut_episodes(weights, tokens_N[: shape.block_length], SPACE, MODEL, shape)
+    # kv_len 5, 6, 7 are forced, 8 and 9 free
+    shape = EpisodeConfig(prefix_len=4, horizon=T, sinks=4, window=2)
+    rules = dataclasses.replace(RULES, episode=shape)
+    block = prefill_block(weights, tokens_N[: shape.block_length], rules)
     cheapest = jnp.zeros((1, 1, T), jnp.int32)
-    seen = jax.vmap(lambda e, a: played(weights, e, a), in_axes=(EPISODE_AXES, 0))(episode, cheapest)
-    np.testing.assert_array_equal(seen.controllable_T[0, 0], [False, False, False, True, True])
-    np.testing.assert_array_equal(seen.cost_TxX[0, 0, :3], np.ones((3, 3)))
-    np.testing.assert_array_equal(seen.cost_TxX[0, 0, 3:], np.tile(SPACE.costs_AxX[0], (2, 1)))
+    seen = played(weights, block, cheapest, rules)
+    np.testing.assert_array_equal(seen.controllable[0, 0], [False, False, False, True, True])
+    np.testing.assert_array_equal(seen.cost[0, 0, :3], np.ones((3, 3)))
+    np.testing.assert_array_equal(seen.cost[0, 0, 3:], np.tile(SPACE.costs_AxX[0], (2, 1)))

@@ -14,11 +14,21 @@ from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
 from sol_jax.models import llama
-from sol_jax.rl import rollout
+from sol_jax.rl import collect as collecting
+from sol_jax.rl import learn
 from sol_jax.rl import train_step as update
-from sol_jax.rl.policy import PolicyConfig
-from sol_jax.rl.rollout import EpisodeConfig, acceptance_logp, dense_divergence, label_logp, replay
-from sol_jax.rl.train_step import Experience, GrpoConfig, Memory, OptimConfig, Setup
+from sol_jax.rl.config import EpisodeConfig, GrpoConfig, MemoryConfig, OptimConfig, PolicyConfig
+from sol_jax.rl.learn import Experience
+from sol_jax.rl.policy import Observation, PolicySpec
+from sol_jax.rl.rollout import (
+    EpisodeRules,
+    Rollout,
+    acceptance_logp,
+    dense_divergence,
+    label_logp,
+    replay,
+)
+from sol_jax.rl.setup import Setup
 
 MODEL = llama_config()
 SPACE = ActionSpace(
@@ -30,13 +40,11 @@ SPACE = ActionSpace(
 )
 B, W, K, T, S = 2, 2, 8, 4, 13
 SETUP = Setup(
-    MODEL,
-    SPACE,
-    EpisodeConfig(S, T, W),
-    PolicyConfig(MODEL.hidden_size, SPACE.num_actions, T, d_model=16),
+    EpisodeRules(MODEL, SPACE, EpisodeConfig(prefix_len=S, horizon=T, episodes_per_prefix=W)),
+    PolicySpec(MODEL.hidden_size, SPACE.num_actions, T, config=PolicyConfig(d_model=16)),
     GrpoConfig(num_schedules=K, entropy_coef=0.01),
     OptimConfig(learning_rate=1e-2, minibatch_steps=32, accumulate=1),
-    Memory(head_rows=16),
+    MemoryConfig(head_rows=16),
 )
 # One update from fixed keys, on the CPU.
 GOLDEN = {
@@ -106,27 +114,58 @@ def test_an_update_is_a_function_of_its_arguments_and_takes_its_state(weights, t
     assert int(one.step) == 1
 
 
-def test_jitter_starts_each_block_anew_and_only_when_it_is_asked_for(weights, tokens_BxN, monkeypatch):
+def model_that_reads_nothing():
+    """Weights that predict the same after any text and action, and the log-probability of every token.
+
+    That of token 1 is above those of the rest, that of token 2 four times as far.
+    """
+    cfg = dataclasses.replace(MODEL, tie_embeddings=False)
+    weights, one_D = llama.init_weights(jax.random.key(0), cfg), jnp.eye(1, MODEL.hidden_size)[0]
+    weights["embed"] = jnp.broadcast_to(one_D, weights["embed"].shape)
+    weights["layers"] = jax.tree.map(jnp.zeros_like, weights["layers"])
+    weights["lm_head"] = jnp.zeros_like(weights["lm_head"]).at[0, 1:3].set(jnp.array([0.5, 2.0]))
+    hidden_1xD, _ = llama.prefill(weights, jnp.zeros(1, jnp.int32), cfg)
+    return weights, jax.nn.log_softmax(llama.logits(weights, hidden_1xD[0]))
+
+
+def starts_of(setup, updates):
+    """How many tokens earlier each block of some updates started, [updates, B], read off the rewards.
+
+    All tokens are 0 but for the prefixes, of 1 in the first block and 2 in the second: each token that a
+    block starts early is one more of these among its labels.
+    """
+    assert setup.episode.jitter < 4
+    weights, logp_V = model_that_reads_nothing()
+    tokens_BxN = jnp.zeros((B, setup.episode.block_length), jnp.int32)
+    tokens_BxN = tokens_BxN.at[:, : S + 1].set(jnp.array([[1], [2]]))
+    step, state, starts = jax.jit(update.train_step, static_argnames="setup"), first_state(), []
+    for _ in range(updates):
+        state, metrics = step(state, weights, tokens_BxN, setup=setup)
+        above = (float(metrics["reward"]) - float(logp_V[0])) * B * W * T / float(logp_V[1] - logp_V[0])
+        assert above == pytest.approx(round(above), abs=0.01)
+        starts.append([round(above) % 4, round(above) // 4])
+    return np.array(starts)
+
+
+def inputs_of_the_prefill(setup):
+    """How many arrays the loop over the blocks of an update reads, one slice of each at a time."""
+    weights = llama.abstract_weights(MODEL)
+    tokens_BxN = jax.ShapeDtypeStruct((B, setup.episode.block_length), jnp.int32)
+    program = jax.make_jaxpr(lambda *args: update.train_step(*args, setup))(
+        first_state(), weights, tokens_BxN
+    )
+    loop = next(eqn for eqn in program.eqns if eqn.primitive.name == "scan")
+    return len(loop.invars) - loop.params["num_consts"] - loop.params["num_carry"]
+
+
+def test_jitter_starts_each_block_anew_and_only_when_it_is_asked_for():
     """Drawn from 0 to its bound, other in other updates; without it starts are no input of the program."""
-    seen = []
-    real = update.collect
-
-    def spy(*args):
-        jax.debug.callback(seen.append, args[-1])
-        return real(*args)
-
-    monkeypatch.setattr(update, "collect", spy)
-    shape = dataclasses.replace(SETUP.episode, jitter=3)
-    step = jax.jit(update.train_step, static_argnames="setup")
-    state = first_state()
-    for _ in range(20):
-        state, _ = step(state, weights, tokens_BxN, setup=dataclasses.replace(SETUP, episode=shape))
-    jax.effects_barrier()
-    assert set(np.concatenate(seen).tolist()) == {0, 1, 2, 3}
-    plain = jax.make_jaxpr(lambda s: update.train_step(s, weights, tokens_BxN, SETUP))
-    monkeypatch.setattr(update, "collect", lambda *args: (real(*args), seen.append(args[-1]))[0])
-    plain(first_state())
-    assert seen[-1] is None
+    jittered = SETUP.with_rules(episode=dataclasses.replace(SETUP.episode, jitter=3))
+    starts = starts_of(jittered, 20)
+    assert set(starts.ravel().tolist()) == {0, 1, 2, 3}
+    assert np.any(starts[:, 0] != starts[:, 1])
+    np.testing.assert_array_equal(starts_of(SETUP, 2), np.zeros((2, B)))
+    assert (inputs_of_the_prefill(SETUP), inputs_of_the_prefill(jittered)) == (1, 2)
 
 
 def test_it_learns_to_meet_budgets(weights, tokens_BxN):
@@ -157,7 +196,7 @@ def played(weights, tokens_BxN):
         setup = grpo_of(SETUP, divergence_weight=w)
         controller = replay(action[0, 0, 0])
         return jax.jit(
-            lambda: update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
+            lambda: collecting.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
         )()
 
     return {w: run(w) for w in (0.0, 0.5, 1.0)}
@@ -171,7 +210,7 @@ def test_reward_equals_a_naive_computation(weights, tokens_BxN, played, w):
         for e in range(W):
             for t in range(T):
                 at = S + e * T + t
-                hidden_D = rollout.hidden_TxD[b, e, 0, t]
+                hidden_D = rollout.hidden[b, e, 0, t]
                 logp = label_logp(weights, hidden_D, tokens_BxN[b, at + 1])
                 kl = dense_divergence(weights, dense[b, at], hidden_D)
                 expected = (1 - w) * logp - w * kl
@@ -186,11 +225,11 @@ def test_acceptance_is_the_overlap_of_the_two_distributions(weights, tokens_BxN,
 
     def collected(action_T):
         controller = replay(action_T)
-        return update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
+        return collecting.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup)
 
-    _, reward = jax.jit(collected)(rollout.action_T[0, 0, 0])
+    _, reward = jax.jit(collected)(rollout.action[0, 0, 0])
     for t in range(T):
-        both = [llama.logits(weights, h) for h in (dense[S + t], rollout.hidden_TxD[0, 0, 0, t])]
+        both = [llama.logits(weights, h) for h in (dense[S + t], rollout.hidden[0, 0, 0, t])]
         p, q = (np.exp(np.float64(x)) / np.exp(np.float64(x)).sum() for x in both)
         np.testing.assert_allclose(reward[0, 0, 0, t], np.log(np.minimum(p, q).sum()), atol=2e-5)
     same = acceptance_logp(weights, dense[S], dense[S])
@@ -217,17 +256,19 @@ def test_nothing_is_computed_that_the_reward_does_not_need(
         lengths.append(len(tokens_N))
         return prefill(weights, tokens_N, cfg)
 
-    score, beside_dense = update.score, update.beside_dense
+    score_labels, beside_dense = collecting.score_labels, collecting.beside_dense
     monkeypatch.setattr(llama, "prefill", counting)
-    monkeypatch.setattr(update, "score", lambda *args: (called.append("label"), score(*args))[1])
     monkeypatch.setattr(
-        update, "beside_dense", lambda of, *args: (called.append(of), beside_dense(of, *args))[1]
+        collecting, "score_labels", lambda *args: (called.append("label"), score_labels(*args))[1]
+    )
+    monkeypatch.setattr(
+        collecting, "beside_dense", lambda of, *args: (called.append(of), beside_dense(of, *args))[1]
     )
     setup = grpo_of(SETUP, reward=reward, divergence_weight=w)
     budget = jnp.full((B, W, 3), 0.7)
     controller = replay(jnp.zeros(T, jnp.int32))
     jax.eval_shape(
-        lambda weights: update.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup),
+        lambda weights: collecting.collect(weights, controller, tokens_BxN, jax.random.key(4), budget, setup),
         llama.abstract_weights(MODEL),
     )
     assert set(lengths) == {prefilled}
@@ -242,7 +283,7 @@ def test_nothing_is_computed_that_the_reward_does_not_need(
 )
 def test_minibatches_take_every_schedule_once(num_schedules, steps, shape):
     cfg = OptimConfig(minibatch_steps=steps)
-    index_JxR, weight_JxR = update.minibatches(jax.random.key(0), num_schedules, cfg, T)
+    index_JxR, weight_JxR = learn.minibatches(jax.random.key(0), num_schedules, cfg, T)
     assert index_JxR.shape == weight_JxR.shape == shape
     assert sorted(index_JxR[weight_JxR == 1].tolist()) == list(range(num_schedules))
     assert set(np.unique(weight_JxR)) <= {0.0, 1.0}
@@ -252,12 +293,16 @@ def experience_of(num_schedules, key=5):
     """Made up, but of the right shapes."""
     keys = jax.random.split(jax.random.key(key), 6)
     N, D, A = num_schedules, MODEL.hidden_size, SPACE.num_actions
-    observation = update.Observation(
-        jax.random.normal(keys[0], (N, T, D)),
-        jax.random.normal(keys[1], (N, T, D)),
-        jax.random.uniform(keys[2], (N, T, 8)),
-        jax.random.randint(keys[3], (N, T), 0, A + 1),
-        jnp.tile(jnp.arange(T), (N, 1)),
+    numbers = jax.random.uniform(keys[2], (N, T, 8))
+    observation = Observation(
+        hidden=jax.random.normal(keys[0], (N, T, D)),
+        embed=jax.random.normal(keys[1], (N, T, D)),
+        progress=numbers[..., 0],
+        controllable=numbers[..., 1],
+        target=numbers[..., 2:5],
+        gap=numbers[..., 5:],
+        prev_action=jax.random.randint(keys[3], (N, T), 0, A + 1),
+        num_keys=jnp.tile(jnp.arange(T), (N, 1)),
     )
     action_NxT = jax.random.randint(keys[4], (N, T), 0, A)
     return Experience(observation, action_NxT, jnp.full((N, T), -2.0), jax.random.normal(keys[5], (N, T)))
@@ -266,7 +311,7 @@ def experience_of(num_schedules, key=5):
 def fitted(setup, experience, index_JxR, weight_JxR, state=None):
     state = state or update.init_state(jax.random.key(2), setup)
     index, weight = jnp.array(index_JxR), jnp.array(weight_JxR, jnp.float32)
-    return jax.jit(update.fit, static_argnames="setup")(state, experience, index, weight, setup=setup)
+    return jax.jit(learn.fit, static_argnames="setup")(state, experience, index, weight, setup=setup)
 
 
 def test_padding_changes_nothing():
@@ -296,10 +341,10 @@ def test_gradients_accumulate_across_updates():
 
 
 def test_setups_are_hashable_values():
-    again = dataclasses.replace(SETUP, memory=Memory(head_rows=16))
+    again = dataclasses.replace(SETUP, memory=MemoryConfig(head_rows=16))
     assert again == SETUP
     assert hash(again) == hash(SETUP)
-    assert dataclasses.replace(SETUP, memory=Memory(head_rows=17)) != SETUP
+    assert dataclasses.replace(SETUP, memory=MemoryConfig(head_rows=17)) != SETUP
 
 
 def test_flops_by_hand():
@@ -327,12 +372,12 @@ def test_without_the_quality_weight_only_budgets_are_rewarded():
     grpo = dataclasses.replace(SETUP.grpo, whiten=False)
     X = len(SETUP.space.axes)
     cost = jnp.stack([jnp.full((1, X), 1.0), jnp.full((1, X), 0.5)])[None, None]
-    played = rollout.Rollout(None, None, None, cost, jnp.ones((1, 1, 2, 1), bool), None)
+    played = Rollout(None, None, None, cost, jnp.ones((1, 1, 2, 1), bool), None)
     reward, budget = jnp.array([-1.0, -3.0]).reshape(1, 1, 2, 1), jnp.full((1, 1, X), 0.5)
 
     def advantage(weight):
         cfg = dataclasses.replace(grpo, quality_weight=weight)
-        return update.advantages(reward, played, budget, dataclasses.replace(SETUP, grpo=cfg))[0].ravel()
+        return learn.advantages(reward, played, budget, dataclasses.replace(SETUP, grpo=cfg))[0].ravel()
 
     spent = sum(axis.penalty_weight for axis in SETUP.space.axes) * (0.5 - grpo.dead_zone) ** 2 / 2
     np.testing.assert_allclose(advantage(0.0), [-spent, spent], rtol=1e-5)
@@ -344,14 +389,15 @@ def test_prices_are_the_slope_of_the_penalty_spread_over_the_steps_that_count():
     X, (dead, T_) = len(SETUP.space.axes), (SETUP.grpo.dead_zone, 3)
     cost = jnp.stack([jnp.full((T_, X), 0.8), jnp.full((T_, X), 0.5)])[None, None]
     counted = jnp.broadcast_to(jnp.array([False, True, True]), (1, 1, 2, T_))
-    played = rollout.Rollout(None, None, None, cost, counted, None)
+    played = Rollout(None, None, None, cost, counted, None)
     reward, budget = jnp.array([[-1.0] * T_, [-3.0] * T_])[None, None], jnp.full((1, 1, X), 0.5)
 
     def priced(**changes):
         grpo = dataclasses.replace(SETUP.grpo, gamma=0.0, **changes)
         setup = dataclasses.replace(SETUP, grpo=grpo)
-        return update.advantages(reward, played, budget, setup)[0], update.prices(
-            reward, played, budget, setup
+        return (
+            learn.advantages(reward, played, budget, setup)[0],
+            learn.prices(reward, played, budget, setup),
         )
 
     assert priced(whiten=False)[1] is None

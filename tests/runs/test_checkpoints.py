@@ -162,6 +162,38 @@ def test_a_checkpoint_of_another_config_is_refused_and_left_alone(tmp_path, chan
     assert tree_of(tmp_path) == before
 
 
+def test_a_checkpoint_of_another_model_is_refused_and_left_alone(tmp_path):
+    ours = {"weights": "aaaa", "tokenizer": "bbbb"}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.bind(ours)
+        checkpoints.save(1, first_state(), {})
+    before = tree_of(tmp_path)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.identity_of(1) == ours
+        checkpoints.bind(ours | {"weights": "cccc"})
+        told = (
+            "/checkpoints: the checkpoint of step 1 is of another model: its weights have the digest aaaa, "
+            "and here it is cccc; use another workdir, or the model files that the run began with$"
+        )
+        with pytest.raises(UserError, match=told):
+            checkpoints.restore(first_state())
+        checkpoints.bind({"weights": "cccc", "tokenizer": "dddd"})
+        with pytest.raises(UserError, match=r"its tokenizer have the digest bbbb.*; its weights have"):
+            checkpoints.restore(first_state())
+        assert tree_of(tmp_path) == before
+        checkpoints.bind(ours)
+        assert checkpoints.restore(first_state())[0] == 1
+
+
+def test_a_checkpoint_that_does_not_name_its_model_is_taken(tmp_path):
+    """Checkpoints from before models were told apart by their content."""
+    states = saved(tmp_path)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.identity_of(2) == {}
+        checkpoints.bind({"weights": "aaaa", "tokenizer": "bbbb"})
+        assert_same(checkpoints.restore(first_state())[1], states[2])
+
+
 def test_reading_only_takes_a_run_from_before_a_field_was_there(tmp_path):
     states = saved(tmp_path)
     with opened(tmp_path, CONFIG | {"grpo.new": 1}, read_only=True) as checkpoints:

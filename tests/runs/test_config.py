@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,19 @@ from ml_collections import ConfigDict
 
 from configs import default, demo, horizon, reasoning, single_axis, sol_j_2l, sol_j_3l, sol_j_fl
 from pallas_kernels.cost_model import CostModel
+from sol_jax import options
 from sol_jax.costs.decode_step import in_unit
 from sol_jax.errors import UserError
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig, RopeScaling
+from sol_jax.options import Options
 from sol_jax.rl import train_step as update
-from sol_jax.runs.config import build, build_axes, check, flatten, requested
-from sol_jax.runs.session import read_config
+from sol_jax.rl.config import GrpoConfig, OptimConfig
+from sol_jax.rl.setup import Setup
+from sol_jax.runs.config import RunConfig, read_config
+from sol_jax.training.loop import train
 
-CONFIGS = pathlib.Path(default.__file__).parents[1]
+CONFIGS = pathlib.Path(default.__file__).parent
 SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
 # From the models' own config.json.
 MODELS = {
@@ -57,18 +62,18 @@ RUNS = [
 RUN_IDS = [f"{name}:{variants}" for name, variants, _ in RUNS]
 
 
-def setup_of(config: ConfigDict) -> update.Setup:
-    check(config)
+def setup_of(given: ConfigDict) -> Setup:
+    config = RunConfig.from_dict(given.to_dict())
     model = dataclasses.replace(MODELS[config.model.path], dtype=config.model.dtype)
-    return build(config, model)
+    return config.setup(model)
 
 
 @functools.cache
-def lowered(setup: update.Setup, batch_size: int) -> str:
+def lowered(setup: Setup, batch_size: int) -> str:
     return traced(setup, batch_size).lower().as_text()
 
 
-def traced(setup: update.Setup, batch_size: int):
+def traced(setup: Setup, batch_size: int):
     state = jax.eval_shape(lambda key: update.init_state(key, setup), jax.random.key(0))
     tokens_BxN = jax.ShapeDtypeStruct((batch_size, setup.episode.block_length), jnp.int32)
     weights = llama.abstract_weights(setup.model)
@@ -96,8 +101,9 @@ def test_every_config_lowers_its_train_step(name, variants, num_actions):
 
 def test_anywhere_means_any_place_in_a_page():
     setup = setup_of(reasoning.get_config("anywhere"))
-    assert (setup.policy.page_size, setup.episode.jitter, setup.policy.restate) == (16, 15, True)
-    assert setup_of(reasoning.get_config()).policy.page_size == 0
+    assert (setup.policy.page_size, setup.policy.config.page_input) == (16, True)
+    assert (setup.episode.jitter, setup.policy.config.restate) == (15, True)
+    assert not setup_of(reasoning.get_config()).policy.config.page_input
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
@@ -125,9 +131,10 @@ def test_the_papers_settings():
     assert [axis.budget for axis in setup.space.axes] == [(0.1, 1), (0.4, 1), (0.3125, 1)]
     np.testing.assert_allclose(setup.space.axes[0].levels, np.arange(1, 11) / 10)
     np.testing.assert_allclose(setup.space.axes[1].levels, np.arange(40, 101, 5) / 100)
-    assert (setup.policy.d_model, setup.policy.num_heads, setup.policy.num_layers) == (512, 4, 1)
-    assert setup.grpo == update.GrpoConfig()
-    assert setup.optim == update.OptimConfig()
+    network = setup.policy.config
+    assert (network.d_model, network.num_heads, network.num_layers) == (512, 4, 1)
+    assert setup.grpo == GrpoConfig()
+    assert setup.optim == OptimConfig()
     long = setup_of(reasoning.get_config())
     assert (long.episode.horizon, long.episode.uncontrolled, long.space.axes[0].page_size) == (64, 33, 16)
 
@@ -218,25 +225,30 @@ OTHER = {
 
 
 def test_every_field_is_listed(tiny_folder):
-    assert set(OTHER) == set(flatten(tiny.config_for(tiny_folder)))
+    assert set(OTHER) == set(tiny.config_for(tiny_folder).flat())
+
+
+# Beside changed levels, before and after: a range of budgets that both can meet.
+MET_BY_BOTH = {
+    "axes.kappa.levels": {"axes.kappa.budget": (0.2, 1.0)},
+    "axes.rho.levels": {"axes.rho.budget": (0.5, 1.0)},
+}
 
 
 @pytest.mark.parametrize("field", [f for f, value in OTHER.items() if value not in (None, APART)])
 def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder):
     """Not only the setup: the program must be another one."""
-    config, model = tiny.config_for(tiny_folder), tiny_session.setup.model
-    before = build(config, model)
-    with config.unlocked():
-        config.update_from_flattened_dict({field: OTHER[field]})
-    after = build(config, dataclasses.replace(model, dtype=config.model.dtype))
+    config, model = tiny.config_for(tiny_folder, **MET_BY_BOTH.get(field, {})), tiny_session.setup.model
+    before = config.setup(model)
+    changed = config.with_fields({field: OTHER[field]})
+    after = changed.setup(dataclasses.replace(model, dtype=changed.model.dtype))
     assert lowered(after, 2) != lowered(before, 2)
 
 
 def test_a_jitter_that_leaves_no_prefix_is_refused(tiny_folder, tiny_session):
     config = tiny.config_for(tiny_folder, **{"episode.jitter": 32})
-    check(config)
     with pytest.raises(UserError, match=r"config\.episode\.jitter = 32 must be less than prefix_len, 32"):
-        build(config, tiny_session.setup.model)
+        config.setup(tiny_session.setup.model)
 
 
 def test_an_axis_of_one_level_is_asked_for_that_level(tiny_folder, tiny_session):
@@ -244,9 +256,8 @@ def test_an_axis_of_one_level_is_asked_for_that_level(tiny_folder, tiny_session)
     config = tiny.config_for(
         tiny_folder, **{"axes.kappa.levels": (0.5,), "eval.budgets": ((0.25, 0.6, 0.7),)}
     )
-    check(config)
-    space = build(config, tiny_session.setup.model).space
-    assert requested(config, space) == ((0.5, 0.6, 0.7),)
+    space = config.setup(tiny_session.setup.model).space
+    assert config.requested(space) == ((0.5, 0.6, 0.7),)
     assert space.axes[0].budget == (0.5, 0.5)
 
 
@@ -258,21 +269,18 @@ def test_budgets_in_another_unit(unit, tiny_folder, tiny_session, tmp_path):
     fields = {"axes.rho.levels": (0.4, 0.41, 1.0), "eval.budgets": ((0.5, 0.41, 0.6),)}
     fields |= {"axes.budget_unit": unit, "axes.prices": str(tmp_path / "prices.json")}
     config = tiny.config_for(tiny_folder, **fields)
-    check(config)
-    space = build(config, tiny_session.setup.model).space
+    space = config.setup(tiny_session.setup.model).space
     keys = config.episode.prefix_len + config.episode.horizon // 2
     model = tiny_session.setup.model
-    assert space.axes == tuple(in_unit(a, unit, model, keys, prices) for a in build_axes(config))
+    nominal = config.axes.build(config.axis_context)
+    assert space.axes == tuple(in_unit(a, unit, model, keys, prices) for a in nominal)
     rho = space.axes[1]
     assert rho.cost(0.41) != pytest.approx(0.41)
-    assert requested(config, space)[0][1] == pytest.approx(rho.cost(0.41))
+    assert config.requested(space)[0][1] == pytest.approx(rho.cost(0.41))
 
 
 def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
     """Of the fields that no program depends on: training a little reads each by its name."""
-    from sol_jax.train import train
-
-    read: set[str] = set()
     fields = {  # the programs of test_train, so that those are compiled once for both
         "train.num_updates": 2,
         "optim.accumulate": 2,
@@ -283,30 +291,32 @@ def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
         "eval.num_test_blocks": 0,
     }
     config = tiny.config_for(tiny_folder, **fields)
-    groups = {
-        id(config): "",
-        **{id(config[name]): f"{name}." for name in ("data", "model", "train", "eval", "grpo")},
-    }
-    plain = ConfigDict.__getattr__
+    read: set[str] = set()
+    groups = {type(getattr(config, name)): f"{name}." for name in ("data", "model", "train", "eval", "grpo")}
+    # These read all of them, which proves nothing: copies, digests, comparisons and checks.
+    every = (options.__file__, dataclasses.__file__, "<string>")
 
-    def recording(self: ConfigDict, name: str):
-        if id(self) in groups:
-            read.add(groups[id(self)] + name)
-        return plain(self, name)
+    def recording(self: Options, name: str):
+        caller = sys._getframe(1).f_code
+        if caller.co_filename not in every and caller.co_name != "check":
+            read.add(groups.get(type(self), "") + name)
+        return object.__getattribute__(self, name)
 
-    # `check` reads all of them, which proves nothing.
-    monkeypatch.setattr("sol_jax.runs.config.check", lambda config: None)
-    monkeypatch.setattr("sol_jax.train.check", lambda config: None)
-    monkeypatch.setattr(ConfigDict, "__getattr__", recording)
+    for kind in (RunConfig, *groups):
+        monkeypatch.setattr(kind, "__getattribute__", recording)
+    assert hash(config) == hash(config)
+    assert "grpo=" in repr(config)
+    assert config.flat()["seed"] == 0
+    assert read == {"flat"}
     train(config, tmp_path)
     assert {field for field, value in OTHER.items() if value is None} <= read
 
 
 def test_a_config_survives_its_file(tiny_folder, tmp_path):
     config = tiny.config_for(tiny_folder)
-    (tmp_path / "config.json").write_text(json.dumps(flatten(config)))
+    (tmp_path / "config.json").write_text(json.dumps(config.flat()))
     again = read_config(tmp_path)
-    assert flatten(again) == flatten(config)
-    check(again)
+    assert again.flat() == config.flat()
+    assert again == config
     model = MODELS["smollm2-135m"]
-    assert build(again, model) == build(config, model)
+    assert again.setup(model) == config.setup(model)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from small_models import llama_config
 
 from sol_jax.errors import UserError
-from sol_jax.models.llama import LlamaConfig
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
-from sol_jax.runs.config import build, flatten
+from sol_jax.runs.config import RunConfig
 
 ABOUT = {
     "title": "tiny/sol-j-2l",
@@ -46,6 +46,12 @@ def told(mistake):
     return message
 
 
+def fits(session, params, config, about=ABOUT, run=None, setup=None):
+    """Nothing, or a `UserError` if the policy does not go with the session's model or what is given."""
+    run, setup = run or session.config, setup or session.setup
+    policy_files.check_fits("P", params, config, about, run, setup, session.identity)
+
+
 def test_what_comes_back(folder, params, tiny_session):
     """By name and by folder: the same tree, rounded to bfloat16, and the config field by field."""
     for name in ("tiny/sol-j-2l", folder, str(folder)):
@@ -54,9 +60,10 @@ def test_what_comes_back(folder, params, tiny_session):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
             assert one.dtype == jnp.float32
             np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
-        assert flatten(config) == flatten(tiny_session.config)
+        assert config == tiny_session.config
+        assert config.flat() == tiny_session.config.flat()
         assert about == ABOUT
-        policy_files.check_fits("it", found, config, tiny_session.config, tiny_session.setup)
+        fits(tiny_session, found, config, about)
 
 
 def test_a_field_that_came_later_has_its_default(folder):
@@ -76,7 +83,8 @@ def test_a_policy_of_all_levels_can_be_published():
     def bytes_of(d_model):
         config = sol_j_fl.get_config("fast")
         config.policy.d_model = d_model
-        setup = build(config, LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True))
+        model = llama_config(vocab_size=49152, hidden_size=576, max_position=8192)
+        setup = RunConfig.from_dict(config.to_dict()).setup(model)
         params = jax.eval_shape(lambda: init_state(jax.random.key(0), setup).params)
         return 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -113,15 +121,32 @@ def test_damaged_files(folder, file):
 
 def refused(tiny_folder, params, tiny_session, **fields):
     run = tiny.config_for(tiny_folder, **fields)
-    setup = build(run, tiny_session.setup.model)
+    setup = run.setup(tiny_session.setup.model)
     with pytest.raises(UserError) as mistake:
-        policy_files.check_fits("P", params, tiny_session.config, run, setup)
+        fits(tiny_session, params, tiny_session.config, run=run, setup=setup)
     return told(mistake)
 
 
 def test_a_policy_for_another_model(tiny_folder, params, tiny_session):
     message = refused(tiny_folder, params, tiny_session, **{"model.path": "hub:meta-llama/Llama-3.2-1B"})
     assert message == "the policy P is for the model model, not for Llama-3.2-1B"
+
+
+def test_a_policy_is_for_a_model_by_its_content(tiny_folder, params, tiny_session):
+    """Wherever that lies and however it is called; its name counts only for policies that know no more."""
+    config, own = tiny_session.config, tiny_session.identity
+    elsewhere = tiny.config_for(tiny_folder, **{"model.path": "elsewhere/another-name"})
+    fits(tiny_session, params, config, ABOUT | {"identity": own}, run=elsewhere)
+    for theirs, told_of in (
+        ({**own, "weights": "0123"}, ["weights"]),
+        ({**own, "tokenizer": "0123"}, ["tokenizer"]),
+        ({"weights": "0123", "tokenizer": "4567"}, ["tokenizer", "weights"]),
+    ):
+        with pytest.raises(UserError) as mistake:
+            fits(tiny_session, params, config, ABOUT | {"identity": theirs})
+        differ = [f"its {x} have the digest {theirs[x]}, and here it is {own[x]}" for x in told_of]
+        path = config.model.path
+        assert told(mistake) == f"the policy P is for another model than {path}: {'; '.join(differ)}"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +166,7 @@ def test_a_policy_of_another_size(tiny_folder, params, tiny_session):
     wide = dataclasses.replace(tiny_session.setup.policy, hidden_size=64)
     setup = dataclasses.replace(tiny_session.setup, policy=wide)
     with pytest.raises(UserError) as mistake:
-        policy_files.check_fits("P", params, tiny_session.config, tiny_session.config, setup)
+        fits(tiny_session, params, tiny_session.config, setup=setup)
     assert "does not fit a model of hidden size 32 and 8 actions: its params.observation_in" in told(mistake)
 
 
@@ -177,18 +202,18 @@ def test_committed_policies_can_be_loaded(name):
 def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch, recorded, shown):
     """The best checkpoint, who trained it, its documents, and the results of an evaluation in the card."""
     from experiments import publish
-    from sol_jax import evaluate
-    from sol_jax.evaluation import provenance as subject
+    from sol_jax.evaluation.provenance import open_text
+    from sol_jax.evaluation.report import report_run
     from sol_jax.runs.checkpoints import Checkpoints
 
     config = tiny.config_for(tiny_folder, **{"eval.num_test_blocks": 2, "eval.num_random": 0})
-    checkpoints = Checkpoints(tmp_path / "run", flatten(config), keep=1, commit=recorded)
+    checkpoints = Checkpoints(tmp_path / "run", config.flat(), keep=1, commit=recorded)
     states = [init_state(jax.random.key(seed), tiny_session.setup) for seed in range(3)]
     for step, (state, score) in enumerate(zip(states, (1.0, 3.0, 2.0), strict=True), start=1):
         checkpoints.save(step, state, {"position": 0}, score)
     checkpoints.close()
-    session = subject.open_text(config, "", "")
-    rows = evaluate.report(session, states[1], tmp_path / "run")
+    session = open_text(config, "", "")
+    rows = report_run(session, states[1], tmp_path / "run")
     monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "policies")
     publish.publish(
         tmp_path / "run", "tiny/best", "make it", [tmp_path / "run" / "results.csv"], trained_by="c0ffee"
@@ -198,6 +223,7 @@ def test_a_run_is_published(tiny_folder, tiny_session, tmp_path, monkeypatch, re
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (about["updates"], about["commit"]) == (2, shown)
+    assert about["identity"] == session.identity
     assert about["documents"] == policy_files.document_names(session.blocks["train"].documents)
     fixed = next(row for row in rows if row.controller == "fixed")
     assert (

@@ -276,7 +276,7 @@ def test_neither_import_nor_use_needs_more_than_it_should(source, cache):
         """
         heavy = {"tensorflow", "tensorflow_datasets", "jax", "gensim"}
         import subprocess
-        code = f"import sys, sol_jax.data; assert not {heavy} & set(sys.modules)"
+        code = f"import sys, sol_jax.text.blocks; assert not {heavy} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)
         prepare(sys.argv[1], ByteTokenizer(), block_length=16, cache_dir=sys.argv[2])
         assert not {"tensorflow", "jax", "gensim"} & set(sys.modules)

@@ -18,15 +18,16 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import sol_j_2l
-from sol_jax import evaluate
 from sol_jax.errors import UserError
+from sol_jax.evaluation import report
 from sol_jax.evaluation import results_csv as results
+from sol_jax.evaluation.options import EvaluateOptions
+from sol_jax.models import weights as model_weights
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import flatten
 from sol_jax.runs.session import commit
-from sol_jax.train import Interrupted, require_finite, train
+from sol_jax.training.loop import Interrupted, require_finite, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 UPDATES = 7
@@ -76,7 +77,7 @@ def metrics_of(workdir):
 
 def saved(session, workdir, config, step=None):
     """Step, leaves as bytes and iterator state of a checkpoint, and what the directory keeps."""
-    checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
+    checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, read_only=True)
     step, state, iterator = checkpoints.restore(init_state(jax.random.key(1), session.setup), step)
     state = state._replace(key=jax.random.key_data(state.key))
     named = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -134,7 +135,7 @@ def test_an_uninterrupted_run(tiny_folder, tiny_session, whole):
 
 
 def test_checkpoints_name_the_commit_that_trained(tiny_folder, whole):
-    checkpoints = Checkpoints(whole, flatten(config_of(tiny_folder)), keep=1, read_only=True)
+    checkpoints = Checkpoints(whole, config_of(tiny_folder).flat(), keep=1, read_only=True)
     assert checkpoints.commit_of(UPDATES).rstrip("+") == commit().rstrip("+")
 
 
@@ -251,7 +252,7 @@ def test_results_are_replaced_by_those_of_more_updates_and_by_nothing_else(
     train(config, copied)  # which was finished, but not tested
     assert updates() == {str(UPDATES)}
 
-    evaluate.evaluate(evaluate.Options(workdir=str(copied), budgets="0.4,0.6,0.5;0.5,0.7,0.6"))
+    report.evaluate(EvaluateOptions(workdir=str(copied), budgets="0.4,0.6,0.5;0.5,0.7,0.6"))
     added = files()
     assert len(results.read(copied / "results.csv")) == 10
     capsys.readouterr()
@@ -260,14 +261,14 @@ def test_results_are_replaced_by_those_of_more_updates_and_by_nothing_else(
     assert capsys.readouterr().out == ""  # no table: there was nothing to evaluate
 
     more = config_of(tiny_folder, **tested, **{"train.num_updates": UPDATES + 1})
-    run = evaluate.run
+    run = report.run
 
     def interrupted(*args):
         terminate_itself()
         return run(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "run", interrupted)
+        patched.setattr(report, "run", interrupted)
         stopped = f"^stopped by SIGTERM after update {UPDATES + 1}; start again to resume$"
         with pytest.raises(Interrupted, match=stopped):
             train(more, copied)
@@ -298,6 +299,39 @@ def test_a_damaged_newest_checkpoint_falls_back(tiny_folder, tiny_session, whole
     assert_same_run(tiny_session, copied, whole, config)
 
 
+def test_a_model_replaced_under_its_name_is_refused_and_the_run_left_alone(
+    tiny_session, copied, tmp_path, tiny_folder
+):
+    """The path is the config's; what lies there is not what the run began with."""
+    file = tiny_folder / "model" / "model.safetensors"
+    shutil.copy2(file, tmp_path / "old")
+    before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, file)
+    try:
+        with pytest.raises(UserError) as mistake:
+            train(config_of(tiny_folder, **{"train.num_updates": UPDATES + 1}), copied)
+    finally:
+        shutil.copy2(tmp_path / "old", file)
+    told = str(mistake.value)
+    assert f"the checkpoint of step {UPDATES} is of another model: its weights have the digest " in told
+    assert f"{tiny_session.identity['weights']}, and here it is " in told
+    assert "tokenizer" not in told
+    assert told.endswith("; use another workdir, or the model files that the run began with")
+    assert {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_goes_on_with_a_copy_of_its_model(tiny_folder, whole, copied):
+    """At its place: the files were written again, and hold the same."""
+    folder = tiny_folder / "model"
+    for file in [*folder.iterdir()]:
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+    assert int(train(config_of(tiny_folder), copied).step) == UPDATES
+
+
 # --- a NaN or Inf --------------------------------------------------------------------------------
 
 
@@ -307,7 +341,7 @@ def no_checkpoint_is_poisoned(tiny_session):
 
     def check(workdir, config):
         for step in steps_in(workdir):
-            checkpoints = Checkpoints(workdir, flatten(config), config.train.keep, read_only=True)
+            checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, read_only=True)
             _, state, _ = checkpoints.restore(init_state(jax.random.key(1), tiny_session.setup), step)
             for leaf in jax.tree.leaves((state.params, state.opt_state)):
                 assert np.all(np.isfinite(leaf)), step
@@ -335,17 +369,12 @@ def test_a_nan_later_names_the_last_good_checkpoint(
 ):
     poison_model(tiny_folder, tmp_path)
     config = config_of(tiny_folder, **{"train.num_updates": UPDATES + 3, "train.checkpoint_every": 1})
-    poisoned = config.copy_and_resolve_references()
-    shutil.rmtree(tmp_path / "old", ignore_errors=True)
-    (tiny_folder / "model").rename(tmp_path / "old")
-    (tmp_path / "model").rename(tiny_folder / "model")  # the same path, so the config stays the same
-    try:
-        expected = f"update {UPDATES + 1} gave a NaN or Inf in .*; the last good checkpoint is {UPDATES}$"
-        with pytest.raises(UserError, match=expected):
-            train(poisoned, copied)
-    finally:
-        shutil.rmtree(tiny_folder / "model")
-        (tmp_path / "old").rename(tiny_folder / "model")
+    load = model_weights.load_weights
+    # Read, not replaced: other files under the model's name would be refused.
+    monkeypatch.setattr(model_weights, "load_weights", lambda path, cfg: load(tmp_path / "model", cfg))
+    expected = f"update {UPDATES + 1} gave a NaN or Inf in .*; the last good checkpoint is {UPDATES}$"
+    with pytest.raises(UserError, match=expected):
+        train(config, copied)
     no_checkpoint_is_poisoned(copied, config)
     assert max(steps_in(copied)) == UPDATES
     assert not any(math.isnan(float(v)) for line in metrics_of(copied).values() for v in line.values())
