@@ -9,6 +9,7 @@ The other files override a few fields.  All take variants after a colon, joined 
     t4, t16, t64       decode steps of an episode
     fast               learns more in a few hundred updates than the paper's settings
     anywhere           works after prompts of any length, and keeps budgets better
+    quest              the original Quest's rules: newest page read, two dense layers, three pages at least
     1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, in bfloat16
 """
 
@@ -86,6 +87,12 @@ def _anywhere(config: ConfigDict) -> None:
     config.episode.jitter = config.axes.kappa.page_size - 1
 
 
+def _quest(config: ConfigDict) -> None:
+    """The original Quest's rules (arXiv 2406.10774), which the authors' code leaves out (docs/method.md)."""
+    config.axes.kappa.read_newest = True
+    config.axes.kappa.dense_layers, config.axes.kappa.least_pages = 2, 3
+
+
 def _horizon(steps: int):
     def apply(config: ConfigDict) -> None:
         config.episode.horizon = steps
@@ -110,6 +117,7 @@ VARIANTS = {
     "cpu": _cpu,
     "fast": _fast,
     "anywhere": _anywhere,
+    "quest": _quest,
     "t4": _horizon(4),
     "t16": _horizon(16),
     "t64": _horizon(64),

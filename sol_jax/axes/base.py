@@ -39,6 +39,7 @@ class StepShape(NamedTuple):
     group_size: int  # query heads of each key/value head
     hidden_size: int
     dtype_bits: int  # of weights, caches and activations
+    num_layers: int = 1
 
 
 Effect = Literal["keys", "mlp_input", "mlp_output"]

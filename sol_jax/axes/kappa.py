@@ -38,11 +38,18 @@ class Quest(Axis):
     the page in which the prefix ends and those after it are the schedule's own (its *trailing* pages).
     `protect` keeps the sinks and the recent window whatever their score.  `heads="group"` is not Quest: the
     query heads of a key/value head take the same pages, so that a kernel reads each only once.
+
+    The defaults are the rule of SOL's authors, which leaves out three of the original's (arXiv 2406.10774):
+    `read_newest` always reads the page of the current token, and counts it in the budget; `dense_layers`
+    layers, the first, read everything; and `least_pages` are read at least.
     """
 
     page_size: int = 8
     heads: Select = "head"
     protect: bool = False
+    read_newest: bool = False
+    dense_layers: int = 0
+    least_pages: int = 1
     sinks: int = 4
     window: int = 2
     name: str = dataclasses.field(default="kappa", init=False)
@@ -96,11 +103,29 @@ class Quest(Axis):
         begun_P = jnp.arange(suffix_index.shape[1]) <= self._slot(keys, keys.step)
         tokens = jnp.clip(float32_ceil(value, keys.kv_len), 1, keys.kv_len)
         pages = (tokens + self.page_size - 1) // self.page_size
-        bounds, used = (prefix_index, suffix_index), (whole_P, begun_P)
-        chosen = without_triton(self.kernels)
-        return select_pages(
-            q_HxGxd, bounds, used, pages, layer=layer, select=self.heads, implementation=chosen
+        if self.least_pages > 1:
+            pages = jnp.maximum(pages, self.least_pages)
+        newest_P = jnp.arange(suffix_index.shape[1]) == self._slot(keys, keys.step)
+        others_P = begun_P & ~newest_P if self.read_newest else begun_P
+        ranked = (
+            pages - 1 if self.read_newest else pages
+        )  # the newest page has its place without being ranked
+        whole_HxGxP, trailing_HxGxP = select_pages(
+            q_HxGxd,
+            (prefix_index, suffix_index),
+            (whole_P, others_P),
+            jnp.maximum(ranked, 1),
+            layer=layer,
+            select=self.heads,
+            implementation=without_triton(self.kernels),
         )
+        if self.read_newest:
+            whole_HxGxP &= ranked > 0
+            trailing_HxGxP = (trailing_HxGxP & (ranked > 0)) | newest_P
+        if self.dense_layers and layer is not None:
+            whole_HxGxP |= layer < self.dense_layers
+            trailing_HxGxP |= layer < self.dense_layers
+        return whole_HxGxP, trailing_HxGxP
 
     def select(
         self,
@@ -128,12 +153,15 @@ class Quest(Axis):
         tokens = kept_count(level, shape.kv_len)
         if tokens == shape.kv_len:
             return {}
-        entries = -(-tokens // self.page_size) * self.page_size
+        entries = max(-(-tokens // self.page_size), self.least_pages) * self.page_size
         protected = self.sinks + self.window + 1 if self.protect else 0
         # The two bounds of a page are as long as a key and a value, and scoring it takes as many operations.
         index = -(-shape.kv_len // self.page_size) / shape.kv_len
         readers = shape if self.heads == "head" else shape._replace(group_size=1)
-        return {"cache": _cache_shares(entries + protected, readers), "index": Work(index, index)}
+        read = _cache_shares(entries + protected, readers)
+        dense = min(self.dense_layers / shape.num_layers, 1.0)  # layers that read all and rank nothing
+        cache = Work(*(dense + (1 - dense) * share for share in read))
+        return {"cache": cache, "index": Work((1 - dense) * index, (1 - dense) * index)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +261,14 @@ class KappaConfig(AxisConfig):
         "head", "of quest: each query head has its own pages; group, another method, lets a group share them"
     )
     protect: bool = option(False, "of quest, not the paper's: always keep the sinks and the window")
+    read_newest: bool = option(
+        False,
+        "of quest, the original's rule, not the paper's: always read the current token's page, and count it",
+    )
+    dense_layers: int = option(
+        0, "of quest, likewise: so many layers, the first, read everything", at_least=0
+    )
+    least_pages: int = option(1, "of quest, likewise: so many pages are read at least", at_least=1)
 
     def axis(self, context: AxisContext) -> Axis:
         common = self.common(context) | {"sinks": context.sinks, "window": context.window}
@@ -240,7 +276,15 @@ class KappaConfig(AxisConfig):
             return Recency(**common)
         if self.rule == "relevancy":
             return Relevancy(**common)
-        return Quest(**common, page_size=self.page_size, heads=self.heads, protect=self.protect)
+        return Quest(
+            **common,
+            page_size=self.page_size,
+            heads=self.heads,
+            protect=self.protect,
+            read_newest=self.read_newest,
+            dense_layers=self.dense_layers,
+            least_pages=self.least_pages,
+        )
 
     def check_levels(self) -> None:
         super().check_levels()

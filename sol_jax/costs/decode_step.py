@@ -130,7 +130,8 @@ def step_cost(
 
 
 def _shape(kv_len: int, cfg: LlamaConfig) -> StepShape:
-    return StepShape(kv_len, cfg.group_size, cfg.hidden_size, 8 * jnp.dtype(cfg.dtype).itemsize)
+    bits = 8 * jnp.dtype(cfg.dtype).itemsize
+    return StepShape(kv_len, cfg.group_size, cfg.hidden_size, bits, cfg.num_layers)
 
 
 def _compressed(

@@ -221,6 +221,45 @@ def test_protected_quest(data):
     assert_attends(axis(Quest, page_size=8, protect=True), draw_case(data), reference)
 
 
+def reference_original_quest(kappa, q_d, k_Nxd, page_size, least) -> np.ndarray:
+    """The newest page is read and counted; of the others as many as are left are the best."""
+    pages = [k_Nxd[start : start + page_size] for start in range(0, len(k_Nxd), page_size)]
+    score_P = np.array([(q_d * page).max(0).sum() for page in pages])
+    budget = min(max(token_budget(kappa, len(k_Nxd)), 1), len(k_Nxd))
+    others = max(math.ceil(budget / page_size), least) - 1
+    kept_P = [*(reference_at_least_kth(score_P[:-1], min(others, len(pages) - 1)) if others else ()), True]
+    kept_P = [False] * (len(pages) - len(kept_P)) + kept_P
+    return np.array([kept_P[i // page_size] for i in range(len(k_Nxd))])
+
+
+@pytest.mark.parametrize(("page_size", "least"), [(1, 1), (4, 3), (8, 1), (8, 3)])
+def test_the_original_quests_newest_and_least_pages(page_size, least):
+    quest = axis(Quest, page_size=page_size, read_newest=True, least_pages=least)
+
+    @quick
+    @given(st.data())
+    def check(data):
+        assert_attends(quest, draw_case(data), lambda *row: reference_original_quest(*row, page_size, least))
+
+    check()
+
+
+def test_the_original_quests_first_layers_are_dense():
+    """Layers below `dense_layers` read every page, the others what their budget allows."""
+    quest = axis(Quest, page_size=2, dense_layers=2)
+    keys = KeysInReach(jnp.zeros((1, 8, 1)), jnp.zeros((1, 2, 1)), jnp.int32(8), jnp.int32(0))
+    prefix = jnp.arange(8.0).reshape(1, 8, 1)
+    keys = keys._replace(prefix_HxSxd=prefix)
+    index = jnp.stack([quest.index_prefix(prefix)] * 3)
+    suffix = quest.index_token(quest.index_suffix(index[0], keys), jnp.zeros((1, 1)), keys)
+    q = jnp.ones((1, 1, 1))
+    read = [
+        int(quest.keep_pages(jnp.float32(0.2), q, keys, index, suffix, jnp.int32(layer))[0].sum())
+        for layer in range(3)
+    ]
+    assert read == [4, 4, 1]
+
+
 @pytest.mark.parametrize(("sinks", "window"), [(4, 2), (0, 0), (16, 16)])
 def test_recency_and_relevancy(sinks, window):
     ends = {"sinks": sinks, "window": window}
