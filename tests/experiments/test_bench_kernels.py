@@ -264,7 +264,7 @@ def test_shapes_are_held_out_of_the_fit():
 
 
 def test_bad_tables(tmp_path):
-    with pytest.raises(UserError, match=r"no.csv: No such file.*bench_kernels writes it"):
+    with pytest.raises(UserError, match=r"no.csv: No such file.*experiments\.benchmarks\.kernels writes it"):
         roofline.read(tmp_path / "no.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="not a table of kernels"):

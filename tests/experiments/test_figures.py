@@ -150,7 +150,9 @@ def test_what_is_missing_is_said(folder, tmp_path, capsys):
     assert list(missing) == list(figures.NAMES)
     for why in missing.values():
         assert "\n" not in why
-        assert re.search(r"evaluate|experiments\.(pollution|downstream|transfer|pages)", why)
+        assert re.search(
+            r"evaluate|experiments\.(studies\.(pollution|transfer|quest_pages)|tasks\.downstream)", why
+        )
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
     assert len(list((tmp_path / "drawn").iterdir())) == len(figures.NAMES)
