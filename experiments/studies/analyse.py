@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = updates(args.workdirs)
     elif args.what == "spending":
         scored = _one_folder(args.scores)
-        found = spending(scored, load_tokenizer(scored.about["model"]))
+        found = spending(scored, load_tokenizer(scored.found_at["model"]))
     elif args.what == "over_fixed":
         runs = [(path.absolute().parent.name.removesuffix(".scores"), path) for path in args.scores]
         found = [row for run, path in runs for row in over_fixed(read_folder(path), run)]

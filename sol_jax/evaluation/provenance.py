@@ -115,6 +115,11 @@ def text_name(source: str, split: str) -> str:
     return f"{files}:{split}"
 
 
+def found_at(session: Session) -> dict[str, str]:
+    """Where model and text are: what stored scores are read with, but not known by."""
+    return {"model": session.config.model.path, "text": session.config.data.source}
+
+
 def decides(session: Session, batches: Sequence[Batch], stale: bool) -> dict[str, Any]:
     """All that decides scores besides the controllers; it names the folder in which they are kept.
 

@@ -12,6 +12,7 @@ from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.evaluation.provenance import (
     decides,
     describe,
+    found_at,
     open_text,
     refuse_training_text,
     training_documents,
@@ -133,7 +134,8 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
         raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
     output = pathlib.Path(options.output) if options.output else workdir / RESULTS
-    store = ScoreCache(output.with_suffix(".scores"), decides(session, batches, options.stale_prefill))
+    about = decides(session, batches, options.stale_prefill)
+    store = ScoreCache(output.with_suffix(".scores"), about, found_at(session))
     parallel = options.parallel or config.grpo.num_schedules
     sweep = Sweep(
         session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill

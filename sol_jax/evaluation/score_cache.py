@@ -27,21 +27,26 @@ class ScoreCache:
 
     Args:
       about: all that decides scores besides the entries; anything JSON can hold.
+      found_at: where the model and the text are, for whoever reads the scores later; it decides nothing.
 
     Raises `UserError` if the folder holds scores of something else.
     """
 
-    def __init__(self, root: pathlib.Path | None, about: Mapping[str, Any]):
+    def __init__(
+        self, root: pathlib.Path | None, about: Mapping[str, Any], found_at: Mapping[str, str] | None = None
+    ):
         about = dict(about, version=VERSION)
         self.folder = root and root / digest(about)
         if self.folder is None:
             return
-        file, text = self.folder / "about.json", json.dumps(about, indent=2, sort_keys=True)
+        file, text = self.folder / "about.json", json.dumps(about, indent=2)
         if file.is_file() and file.read_text() != text:
             raise UserError(
                 f"{self.folder} holds scores of another evaluation (see its about.json); move it away"
             )
         self._write(file, lambda path: path.write_text(text))
+        places = json.dumps(dict(found_at or {}), indent=2)
+        self._write(self.folder / "found_at.json", lambda path: path.write_text(places))
 
     def keep_blocks(self, tokens_NxM: np.ndarray, document_N: np.ndarray) -> None:
         """Writes the text that is scored, for whoever reads the scores later."""
@@ -108,9 +113,9 @@ class CachedScores:
     about: dict[str, Any]
     tokens_NxM: np.ndarray
     document_N: np.ndarray
-    groups: dict[
-        tuple[str, str], tuple[list[tuple[float, ...]], EntryScores]
-    ]  # by controller and axis held dense
+    # By controller and axis held dense.
+    groups: dict[tuple[str, str], tuple[list[tuple[float, ...]], EntryScores]]
+    found_at: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_folder(folder: pathlib.Path) -> CachedScores:
@@ -120,6 +125,7 @@ def read_folder(folder: pathlib.Path) -> CachedScores:
     """
     try:
         about = json.loads((folder / "about.json").read_text())
+        found_at = json.loads((folder / "found_at.json").read_text())
         with np.load(folder / "blocks.npz") as blocks:
             tokens_NxM, document_N = blocks["tokens"], blocks["document"]
         described = sorted(folder.glob("*/entries.json"), key=lambda file: file.stat().st_mtime_ns)
@@ -134,7 +140,7 @@ def read_folder(folder: pathlib.Path) -> CachedScores:
         raise UserError(
             f"{folder} is not a whole folder of scores ({error}); name one in a .scores"
         ) from error
-    return CachedScores(about, tokens_NxM, document_N, groups)
+    return CachedScores(about, tokens_NxM, document_N, groups, found_at)
 
 
 def _read_group(folder: pathlib.Path, batches: int) -> EntryScores | None:

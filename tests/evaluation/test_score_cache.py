@@ -10,8 +10,8 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest, Recency, Relevancy
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.digests import digest
-from sol_jax.evaluation.provenance import decides
-from sol_jax.evaluation.score_cache import ScoreCache
+from sol_jax.evaluation.provenance import decides, found_at
+from sol_jax.evaluation.score_cache import ScoreCache, read_folder
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.text.blocks import evaluation_batches
 
@@ -123,6 +123,22 @@ def test_names_of_model_and_text_do_not_count_but_their_content_does(named, batc
 def test_a_folder_is_named_by_what_decides(tiny_session, batches, tmp_path):
     about = decides(tiny_session, batches, stale=False)
     folder = ScoreCache(tmp_path, about).folder
-    assert ScoreCache(tmp_path, dict(reversed(about.items()))).folder == folder  # nor is it refused
+    assert ScoreCache(tmp_path, dict(about)).folder == folder  # nor is it refused
     assert json.loads((folder / "about.json").read_text())["prefix_len"] == 32
     assert ScoreCache(tmp_path, about | {"horizon": 5}).folder != folder
+
+
+def test_where_model_and_text_are_is_kept_but_names_nothing(tiny_session, batches, tmp_path):
+    about = decides(tiny_session, batches, stale=False)
+    store = ScoreCache(tmp_path, about, found_at(tiny_session))
+    store.keep_blocks(np.zeros((3, 5), int), np.zeros(3, int))
+    places = {"model": tiny_session.config.model.path, "text": tiny_session.config.data.source}
+    assert read_folder(store.folder).found_at == places
+    moved = ScoreCache(tmp_path, about, {"model": "elsewhere", "text": "another.txt"})
+    assert moved.folder == store.folder
+    assert read_folder(store.folder).found_at == {"model": "elsewhere", "text": "another.txt"}
+    assert list(read_folder(store.folder).about["costs"]) == [
+        "kappa",
+        "rho",
+        "eta",
+    ]  # in the order of actions

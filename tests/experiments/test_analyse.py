@@ -12,7 +12,7 @@ from experiments.figures import plots
 from experiments.studies import analyse
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import ComparisonPlan, run
-from sol_jax.evaluation.provenance import decides
+from sol_jax.evaluation.provenance import decides, found_at
 from sol_jax.evaluation.score_cache import CachedScores, ScoreCache, read_folder
 from sol_jax.evaluation.scoring import EntryScores
 from sol_jax.evaluation.sweep import Sweep
@@ -30,7 +30,7 @@ def folders(tiny_session, tmp_path_factory):
     batches = list(evaluation_batches(tiny_session.split("test"), 2, 5))
     found = []
     for stale in (False, True):
-        store = ScoreCache(root, decides(tiny_session, batches, stale))
+        store = ScoreCache(root, decides(tiny_session, batches, stale), found_at(tiny_session))
         sweep = Sweep(tiny_session.weights, params, batches, tiny_session.setup, store, 4, stale)
         run(sweep, ComparisonPlan(BUDGETS, num_random=3))
         found.append(store.folder)
