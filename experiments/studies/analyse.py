@@ -186,7 +186,7 @@ def features(scored: CachedScores, tokenizer: Tokenizer) -> dict[str, np.ndarray
 
 def step_costs(scored: CachedScores, scores: EntryScores) -> dict[str, np.ndarray]:
     """Cost of every step of every column by axis, and their mean `net`, [N, W, J, T]."""
-    costs = {name: np.array(levels) for name, levels in scored.about["costs"].items()}
+    costs = {name: np.array(levels) for name, levels in scored.about["rules"]["costs"].items()}
     indices = np.unravel_index(scores.action_NxWxJxT, tuple(len(levels) for levels in costs.values()))
     by_axis = {name: levels[index] for (name, levels), index in zip(costs.items(), indices, strict=True)}
     return {"net": np.mean(list(by_axis.values()), 0), **by_axis}

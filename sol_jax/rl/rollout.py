@@ -43,7 +43,7 @@ class EpisodeRules:
             "dtype": self.model.dtype,
             "kernels": self.model.kernels,
             "axes": [axis.identity() for axis in self.space.axes],
-            "costs": [[axis.cost(level) for level in axis.levels] for axis in self.space.axes],
+            "costs": {axis.name: [axis.cost(x) for x in axis.levels] for axis in self.space.axes},
             "horizon": self.episode.horizon,
             "uncontrolled": self.episode.uncontrolled,
         }

@@ -137,7 +137,7 @@ def test_where_model_and_text_are_is_kept_but_names_nothing(tiny_session, batche
     moved = ScoreCache(tmp_path, about, {"model": "elsewhere", "text": "another.txt"})
     assert moved.folder == store.folder
     assert read_folder(store.folder).found_at == {"model": "elsewhere", "text": "another.txt"}
-    assert list(read_folder(store.folder).about["costs"]) == [
+    assert list(read_folder(store.folder).about["rules"]["costs"]) == [
         "kappa",
         "rho",
         "eta",
