@@ -72,7 +72,7 @@ def draw(results: pathlib.Path) -> Figure:
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set(xlim=(0, WIDTH + 1), ylim=(len(lines) + 2, 0))
     axes.set_axis_off()
-    style: dict[str, Any] = {"family": "monospace", "fontsize": 10, "va": "center"}
+    style: dict[str, Any] = {"family": "monospace", "fontsize": 12, "va": "center"}
     for y, line in enumerate(lines):
         x = 0
         for part, net in line:
@@ -103,10 +103,19 @@ def main() -> None:
     parser.add_argument("--budget", default="0.5,0.7,0.5")
     parser.add_argument("--prompt", default="The lighthouse keeper")
     parser.add_argument("--max_tokens", type=int, default=90)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.write:
         budget = tuple(float(part) for part in args.budget.split(","))
-        text = generate_text(args.prompt, plots.MODEL, args.policy, budget=budget, max_tokens=args.max_tokens)
+        drawn = {
+            "temperature": args.temperature,
+            "top_p": 0.9 if args.temperature else 1.0,
+            "seed": args.seed,
+        }
+        text = generate_text(
+            args.prompt, plots.MODEL, args.policy, budget=budget, max_tokens=args.max_tokens, **drawn
+        )
         save(args.results / FILE, args.prompt, text)
     print(f"drew {plots.save(draw(args.results), args.output)}")
 

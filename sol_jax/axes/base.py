@@ -43,8 +43,12 @@ class StepShape(NamedTuple):
 
 
 Effect = Literal["keys", "mlp_input", "mlp_output"]
-# The method by which an axis acts on each part of a step.
-METHODS: dict[Effect, str] = {"keys": "select", "mlp_input": "mlp_input", "mlp_output": "mlp_output"}
+# The methods by which an axis acts on each part of a step.
+METHODS: dict[Effect, tuple[str, ...]] = {
+    "keys": ("select",),
+    "mlp_input": ("mlp_input", "norm_mlp_input"),
+    "mlp_output": ("mlp_output", "mlp_output_norm"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +72,12 @@ class Axis:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for effect, method in METHODS.items():
-            if method in cls.__dict__ and effect not in cls.effects:
+        for effect, methods in METHODS.items():
+            undeclared = [name for name in methods if name in cls.__dict__ and effect not in cls.effects]
+            if undeclared:
                 raise TypeError(
-                    f"{cls.__name__} has a method {method}, which is called only for axes that declare it; "
-                    f"add {effect!r} to its `effects`"
+                    f"{cls.__name__} has a method {undeclared[0]}, which is called only for axes that declare "
+                    f"it; add {effect!r} to its `effects`"
                 )
 
     @property
