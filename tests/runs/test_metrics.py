@@ -273,13 +273,13 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch):
     bar = Progress(total=110, start=10, label="train", stream=pipe)
     for step in range(11, 111):
         clock.now += 1.0
-        bar.update(step, reward=0.123456, kl=math.nan)
+        bar.update(step, "reward 0.1235 a token")
     bar.close()
     lines = pipe.text.splitlines()
     assert "\r" not in pipe.text
     assert len(lines) == 5  # at 1, 31, 61 and 91 seconds, and the end
     # 31 steps in 31 seconds, 69 to go: the rate counts the steps of this process only.
-    assert lines[1] == "train:  37% 41/110 [00:31<01:09,  1.00 steps/s, reward=0.1235, kl=nan]"
+    assert lines[1] == "train:  37% 41/110 [00:31<01:09,  1.00 steps/s, reward 0.1235 a token]"
     assert lines[-1].startswith("train: 100% 110/110 [01:40<00:00,")
 
 
@@ -289,7 +289,7 @@ def test_on_a_terminal_there_is_a_bar():
     with os.fdopen(terminal, "w") as stream:
         bar = Progress(total=4, start=1, label="train", stream=stream)
         for step in range(2, 5):
-            bar.update(step, reward=step / 4)
+            bar.update(step, f"reward {step / 4}")
         bar.close()
         text = os.read(reader, 100_000).decode()
     os.close(reader)
@@ -297,14 +297,26 @@ def test_on_a_terminal_there_is_a_bar():
     last = text.rstrip().split("\r")[-1]
     assert last.startswith("train: 100%")
     assert "4/4" in last
-    assert "reward=1" in last
+    assert "reward 1" in last
+
+
+def test_lines_of_their_own_stand_beside_the_progress():
+    pipe = Pipe()
+    bar = Progress(total=3, start=0, label="train", stream=pipe)
+    bar.say("what will be done")
+    bar.update(3)
+    bar.say("what came of it")
+    first, progress, last = pipe.text.splitlines()
+    assert (first, last) == ("what will be done", "what came of it")
+    assert progress.startswith("train: 100% 3/3")
+    Progress(total=3, start=0, label="train", stream=None).say("nowhere")
 
 
 def test_progress_goes_to_stderr_of_the_first_process_only(monkeypatch, capsys):
-    metrics.progress(5, 0, "train").update(5, x=1)
+    metrics.progress(5, 0, "train").update(5, "x")
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("train: 100% 5/5")
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
-    metrics.progress(5, 0, "train").update(5, x=1)
+    metrics.progress(5, 0, "train").update(5, "x")
     assert capsys.readouterr() == ("", "")
