@@ -83,7 +83,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(reason(error)) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not expected; options start with --")
-    if flags.FLAGS["verbosity"].using_default_value:
+    if "verbosity" in flags.FLAGS and flags.FLAGS["verbosity"].using_default_value:
         # What a program has to say it prints; logs of libraries, and ours of what compiles, are for those who
         # ask for them (--verbosity=0, or 1 for more).
         logging.set_verbosity(logging.WARNING)

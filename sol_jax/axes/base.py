@@ -76,8 +76,8 @@ class Axis:
             undeclared = [name for name in methods if name in cls.__dict__ and effect not in cls.effects]
             if undeclared:
                 raise TypeError(
-                    f"{cls.__name__} has a method {undeclared[0]}, which is called only for axes that declare "
-                    f"it; add {effect!r} to its `effects`"
+                    f"{cls.__name__} has a method {undeclared[0]}, which is called only for axes that "
+                    f"declare it; add {effect!r} to its `effects`"
                 )
 
     @property

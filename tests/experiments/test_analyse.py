@@ -166,7 +166,7 @@ def test_spending_of_a_made_up_policy():
     dense = EntryScores(rng.normal(size=(N, 1, 1, T)), rng.random((N, 1, 1, T)), np.full((N, 1, 1, T), 7))
     policy = EntryScores(blank, blank[..., :0], action)
     jobs = {("dense", ""): ([], dense), ("policy", ""): ([(0.5, 0.7, 0.6), (0.2, 0.5, 0.4)], policy)}
-    scored = CachedScores({"costs": costs}, tokens, np.arange(N) // 2, jobs)
+    scored = CachedScores({"rules": {"costs": costs}}, tokens, np.arange(N) // 2, jobs)
     found = {(r["axis"], r["feature"], r["budget"]): r for r in analyse.spending(scored, Texts())}
     first, second = "0.5/0.7/0.6", "0.2/0.5/0.4"
     for axis in ("net", "kappa"):

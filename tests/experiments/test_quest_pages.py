@@ -28,7 +28,9 @@ def scored():
         ("policy", ""): ([(0.5, 0.5)], scores(-2.0, action)),
         ("fixed", ""): ([(0.5, 0.5)], scores(np.where(second, -3.0, -2.0)[None, :, None])),
     }
-    return CachedScores({"costs": COSTS}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, groups)
+    return CachedScores(
+        {"rules": {"costs": COSTS}}, np.zeros((N, S + W * T + 1), int), np.arange(N) // 2, groups
+    )
 
 
 def test_places_by_hand(scored):

@@ -47,6 +47,8 @@ IMPOSSIBLE = {
     "axes.kappa.rule": ("oracle", ""),
     "axes.kappa.heads": ("all", ""),
     "axes.kappa.page_size": (0, -8),
+    "axes.kappa.dense_layers": (-1,),
+    "axes.kappa.least_pages": (0,),
     "axes.kappa.penalty": (-1.0, NAN, INF),
     "axes.rho.penalty": (-1.0, NAN),
     "axes.eta.penalty": (-1.0, NAN),
@@ -97,7 +99,9 @@ IMPOSSIBLE = {
     "eval.num_test_blocks": (-1,),
     "eval.batch_size": (0,),
     "eval.num_random": (-1,),
-    "eval.budgets": ((), (0.5, 0.5, 0.5), ((0.5, 0.5),), ((0.05, 0.5, 0.5),), ((0.5, 0.5, NAN),)),
+    "eval.budgets": (
+        (), (0.5, 0.5, 0.5), ((0.5,) * 4,), ((),), ((0.05, 0.5, 0.5),), ((0.5, 0.5, NAN),),
+    ),
     "memory.prefill_batch": (0,),
     "memory.head_rows": (0,),
 }  # fmt: skip
@@ -120,7 +124,7 @@ def test_every_number_has_bounds():
     """A field without any must be added to the table above, or to this list with its reason."""
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
     unbounded |= {"axes.prices"}
-    unbounded |= {"axes.kappa.protect", "grpo.whiten"}  # switches
+    unbounded |= {"axes.kappa.protect", "axes.kappa.read_newest", "grpo.whiten"}  # switches
     unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input", "policy.restate"}
     assert set(tiny.config_for(ROOT).flat()) - set(IMPOSSIBLE) == unbounded
 

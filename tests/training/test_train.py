@@ -22,7 +22,7 @@ from sol_jax.errors import UserError
 from sol_jax.evaluation import report
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.options import EvaluateOptions
-from sol_jax.models import weights as model_weights
+from sol_jax.models import model as model_module
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
@@ -369,9 +369,9 @@ def test_a_nan_later_names_the_last_good_checkpoint(
 ):
     poison_model(tiny_folder, tmp_path)
     config = config_of(tiny_folder, **{"train.num_updates": UPDATES + 3, "train.checkpoint_every": 1})
-    load = model_weights.load_weights
+    load = model_module.load_weights
     # Read, not replaced: other files under the model's name would be refused.
-    monkeypatch.setattr(model_weights, "load_weights", lambda path, cfg: load(tmp_path / "model", cfg))
+    monkeypatch.setattr(model_module, "load_weights", lambda path, cfg: load(tmp_path / "model", cfg))
     expected = f"update {UPDATES + 1} gave a NaN or Inf in .*; the last good checkpoint is {UPDATES}$"
     with pytest.raises(UserError, match=expected):
         train(config, copied)
