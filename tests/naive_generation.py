@@ -1,4 +1,4 @@
-"""Generation as sol.md section 8 says it, one text, one token at a time: what the engine is tested against.
+"""Generation as docs/method.md says it, one text, one token at a time: what the engine is tested against.
 
 Nothing is padded, batched or kept in place: at every episode's start the cache is computed anew.  Of the
 project it uses the prefill, the decode step, the policy's whole-episode face and the sampling rules.

@@ -124,7 +124,7 @@ def test_the_command_in_the_docstring_names_the_file_and_its_variants(module):
 
 
 def test_the_papers_settings():
-    """Appendix B, as sol.md section 6 and 5 give it."""
+    """Appendix B, as docs/method.md gives it."""
     setup = setup_of(sol_j_fl.get_config())
     assert (setup.episode.prefix_len, setup.episode.horizon, setup.episode.uncontrolled) == (1024, 16, 7)
     assert [axis.penalty_weight for axis in setup.space.axes] == [100, 100, 200]
