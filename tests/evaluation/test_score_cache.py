@@ -50,7 +50,7 @@ def test_the_identity_of_an_axis_by_hand():
     quest = Quest(**COMMON, page_size=4, sinks=3)
     assert quest.identity() == {
         "rule": "quest", "name": "kappa", "levels": (0.2, 1.0), "page_size": 4, "heads": "head",
-        "protect": False, "sinks": 3, "window": 2,
+        "protect": False, "read_newest": False, "dense_layers": 0, "least_pages": 1, "sinks": 3, "window": 2,
     }  # fmt: skip
     ends = {"name": "kappa", "levels": (0.2, 1.0), "sinks": 4, "window": 2}
     assert Recency(**COMMON).identity() == ends | {"rule": "recency"}

@@ -188,7 +188,7 @@ def test_the_card(folder, tiny_session):
     assert "Measured" not in untested
 
 
-@pytest.mark.parametrize("name", policy_files.known())
+@pytest.mark.parametrize("name", policy_files.known_policies())
 def test_committed_policies_can_be_loaded(name):
     """Each has a card, fits its size, and belongs to the levels it says."""
     params, config, about = policy_files.load_policy(name)
