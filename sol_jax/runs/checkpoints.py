@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from sol_jax.errors import UserError
 from sol_jax.models.identity import differences
+from sol_jax.runs.config import RunConfig
 from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
 
 # What changes how a run goes, but not what it learns (beyond rounding).
@@ -144,10 +145,10 @@ class Checkpoints:
             if problem:
                 damaged[candidate] = problem
                 continue
-            saved, now = _binding(meta["config"]), _binding(self._config)
-            if self._read_only:  # a field that came after the run has its default, and says nothing of it
-                now = {name: value for name, value in now.items() if name in saved}
-            self._check_same("config", candidate, saved, now)
+            now = _binding(self._config)
+            # A field that came after the run has its default: what the code did before.
+            came_later = {name: value for name, value in _defaults().items() if name in now}
+            self._check_same("config", candidate, {**came_later, **_binding(meta["config"])}, now)
             self._check_identity(candidate, meta.get("identity", {}))  # older checkpoints do not say
             self._check_same("model or version", candidate, meta["leaves"], kinds(like))
             self._write_config()
@@ -227,3 +228,8 @@ class Checkpoints:
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith(FREE_FIELDS)}
+
+
+def _defaults() -> dict[str, Any]:
+    """Every option's default, as a checkpoint would give it back."""
+    return json.loads(json.dumps(RunConfig().flat()))

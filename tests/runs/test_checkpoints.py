@@ -194,12 +194,18 @@ def test_a_checkpoint_that_does_not_name_its_model_is_taken(tmp_path):
         assert_same(checkpoints.restore(first_state())[1], states[2])
 
 
-def test_reading_only_takes_a_run_from_before_a_field_was_there(tmp_path):
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, read_only):
+    """With its default, which is what the code did before; with anything else the run would be another."""
     states = saved(tmp_path)
-    with opened(tmp_path, CONFIG | {"grpo.new": 1}, read_only=True) as checkpoints:
+    later = CONFIG | {"axes.kappa.read_newest": False, "grpo.returns": "reward_to_go"}
+    with opened(tmp_path, later, read_only=read_only) as checkpoints:
         assert_same(checkpoints.restore(first_state())[1], states[2])
-    changed = CONFIG | {"grpo.gamma": 0.9}
-    with opened(tmp_path, changed, read_only=True) as checkpoints, pytest.raises(UserError, match="gamma"):
+    changed = CONFIG | {"axes.kappa.read_newest": True}
+    with (
+        opened(tmp_path, changed, read_only=read_only) as checkpoints,
+        pytest.raises(UserError, match="axes.kappa.read_newest was False and is now True;"),
+    ):
         checkpoints.restore(first_state())
 
 
