@@ -10,7 +10,8 @@ The other files override a few fields.  All take variants after a colon, joined 
     fast               learns more in a few hundred updates than the paper's settings
     anywhere           works after prompts of any length, and keeps budgets better
     quest              the original Quest's rules: newest page read, two dense layers, three pages at least
-    1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, in bfloat16
+    1b, 3b, 8b         Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B-Instruct from the hub, with prefix, batch and
+                       accumulation of the paper's runs with them, in float32 as there
 """
 
 import math
@@ -68,7 +69,7 @@ def _fast(config: ConfigDict) -> None:
     config.model.dtype = "bfloat16"
     config.policy.factored_head = config.policy.normalize_inputs = True
     config.episode.episodes_per_prefix = 4
-    config.grpo.batch_size, config.optim.accumulate = 2, 1
+    config.grpo.batch_size, config.grpo.num_schedules, config.optim.accumulate = 2, 16, 1
     for axis in axes:
         axis.penalty *= 3 if few else 10
     config.grpo.penalty_gradient, config.grpo.gamma = "sampled" if few else "expected", 0.5
@@ -101,14 +102,15 @@ def _horizon(steps: int):
     return apply
 
 
-def _model(path: str, prefix_len: int = 0):
-    def apply(config: ConfigDict) -> None:
-        config.model.path, config.model.dtype = path, "bfloat16"
-        if prefix_len:  # of the paper's runs with this model
-            config.episode.prefix_len = prefix_len
-        config.memory.prefill_batch = config.grpo.batch_size
+def _model(path: str, prefix_len: int = 1024, batch_size: int = 8, accumulate: int = 8):
+    """With the prefix, batch and accumulation of the paper's runs with this model."""
 
-    apply.__doc__ = f"{path.removeprefix('hub:')} from the hub, in bfloat16."
+    def apply(config: ConfigDict) -> None:
+        config.model.path, config.episode.prefix_len = path, prefix_len
+        config.grpo.batch_size, config.optim.accumulate = batch_size, accumulate
+        config.memory.prefill_batch = batch_size
+
+    apply.__doc__ = f"{path.removeprefix('hub:')} from the hub."
     return apply
 
 
@@ -122,6 +124,6 @@ VARIANTS = {
     "t16": _horizon(16),
     "t64": _horizon(64),
     "1b": _model("hub:meta-llama/Llama-3.2-1B"),
-    "3b": _model("hub:meta-llama/Llama-3.2-3B", prefix_len=512),
-    "8b": _model("hub:meta-llama/Llama-3.1-8B-Instruct"),
+    "3b": _model("hub:meta-llama/Llama-3.2-3B", prefix_len=512, batch_size=4, accumulate=16),
+    "8b": _model("hub:meta-llama/Llama-3.1-8B-Instruct", prefix_len=512, batch_size=2, accumulate=32),
 }

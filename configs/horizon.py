@@ -10,8 +10,9 @@ from configs import default
 
 def get_config(variants: str = "") -> ConfigDict:
     config = default.get_config()
+    config.grpo.num_schedules = 32
     config.axes.kappa.levels = (0.1, 0.4, 0.7, 1.0)
     config.axes.rho.levels = (0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    config.axes.rho.budget = (0.45, 1.0)  # the paper's 0.4 is below what these levels can reach
+    config.axes.rho.budget = (0.45, 1.0)
     config.axes.eta.levels = tuple(range(5, 17))
     return default.vary(config, variants)

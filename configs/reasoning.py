@@ -13,10 +13,10 @@ from configs import default
 def get_config(variants: str = "") -> ConfigDict:
     config = default.get_config("t64")
     config.model.path = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
-    config.model.dtype = "bfloat16"
-    config.memory.prefill_batch = config.grpo.batch_size
+    config.grpo.batch_size = config.memory.prefill_batch = 2
+    config.optim.accumulate = 32
     config.axes.kappa.levels = (0.05, *(k / 10 for k in range(1, 11)))
-    config.axes.kappa.budget = (0.05, 1.0)
+    config.axes.kappa.budget = (0.1, 1.0)
     config.axes.kappa.page_size = 16
     config.axes.rho.levels = (1.0,)
     config.axes.eta.levels = (16,)

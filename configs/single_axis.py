@@ -40,6 +40,7 @@ def get_config(variants: str = "kappa-0.1") -> ConfigDict:
     full = {"kappa": 1.0, "rho": 1.0, "eta": 16}
     for axis, top in full.items():
         config.axes[axis].levels = (top,)
+    config.axes.kappa.page_size = 4
     config.axes[chosen].levels = levels
     low, high = (level / full[chosen] for level in levels)
     config.axes[chosen].budget = (low, high)

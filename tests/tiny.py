@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from configs import sol_j_2l
+from configs import default
 from sol_jax.runs.config import RunConfig
 
 END = "<|end|>"
@@ -105,7 +105,7 @@ def save_corpus(path: pathlib.Path, documents: int = 30, words: int = 60) -> pat
 
 def config_for(folder: pathlib.Path, **fields) -> RunConfig:
     """The smoke config on the model and corpus in `folder`; `fields` are dotted paths with their values."""
-    config = RunConfig.from_dict(sol_j_2l.get_config("smoke").to_dict())
+    config = RunConfig.from_dict(default.get_config("smoke").to_dict())
     values = {
         "model.path": str(folder / "model"),
         "data.source": str(folder / "corpus.jsonl"),

@@ -36,7 +36,7 @@ def update_flops(setup: Setup, batch_size: int) -> dict[str, float]:
     """
     cfg, shape, K = setup.model, setup.episode, setup.grpo.num_schedules
     S, T, W, B = shape.prefix_len, shape.horizon, shape.episodes_per_prefix, batch_size
-    with_reference, w = setup.grpo.needs_dense, setup.grpo.divergence_weight
+    with_reference, w = setup.needs_dense, setup.grpo.divergence_weight
     per_key = 4 * cfg.num_layers * cfg.num_heads * cfg.head_size  # q.k and weight.v
     matrices = 2 * layer_weights(cfg)
     M = S + (W - 1 + with_reference) * T
@@ -45,6 +45,8 @@ def update_flops(setup: Setup, batch_size: int) -> dict[str, float]:
     # Logits of the compressed step alone, and of it and the dense one for whatever compares the two.
     likelihood = 0 if w == 1 else 2 if setup.grpo.reward == "acceptance" else 1
     heads = likelihood + 2 * (w > 0)
+    if setup.learner == "counterfactual":
+        heads = 1 + with_reference
     return {
         "prefill": float(B * (M * matrices + per_key * M * (M + 1) / 2)),
         "rollout": float(decoded * (matrices + per_key * mean_keys)),

@@ -123,7 +123,7 @@ def collect(
     early_B: jax.Array | None = None,
 ) -> tuple[Rollout, jax.Array]:
     """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
-    blocks = prefill_blocks(weights, tokens_BxN, setup, setup.grpo.needs_dense, early_B)
+    blocks = prefill_blocks(weights, tokens_BxN, setup, setup.needs_dense, early_B)
     K = setup.grpo.num_schedules
     shape = (*budget_BxWxX.shape[:2], K)
     budget_BxWxKxX = jnp.broadcast_to(budget_BxWxX[:, :, None], (*shape, budget_BxWxX.shape[-1]))

@@ -73,10 +73,16 @@ class PolicyConfig(Options):
     restate: bool = option(
         False, "not the paper's: ask before each step for what is left of the budget per step"
     )
+    predict_losses: bool = option(
+        False,
+        "not the paper's: predict what each level of each axis loses, and act by loss plus price times cost",
+    )
 
     def check(self) -> None:
         if self.d_model % self.num_heads:
             raise self.wrong("d_model", f"a multiple of policy.num_heads = {self.num_heads}")
+        if self.predict_losses and self.factored_head:
+            raise self.wrong("factored_head", "false where policy.predict_losses is true")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +144,18 @@ class GrpoConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class CounterfactualConfig(Options):
+    """What the counterfactual learner learns from; B and K are those of `grpo`.  Not the paper's."""
+
+    where = "config.counterfactual."
+    target: Literal["divergence", "label"] = option(
+        "divergence", "what a level loses: KL(dense || compressed), or the label's negative log-probability"
+    )
+    floor: float = option(0.01, "nats added to losses and predictions: less than this is noise", above=0)
+    price_memory: int = option(50, "updates over which the mean cost at each price is averaged", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig(Options):
     """AdamW and how a batch is cut for it."""
 
@@ -152,6 +170,7 @@ class OptimConfig(Options):
     minibatch_steps: int = option(
         512, "decode steps of a minibatch: whole schedules, one at least", at_least=1
     )
+    passes: int = option(1, "over the schedules of an update; the paper makes one", at_least=1)
     accumulate: int = option(8, "minibatches of one optimizer step", at_least=1)
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ of a minibatch.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -121,40 +122,36 @@ def minibatches(
 ) -> tuple[jax.Array, jax.Array]:
     """A random cut of all schedules of a batch into minibatches: indices and weights, [J, R] each.
 
-    The last one may be short; it is filled up with schedules of weight 0.
+    The last of a pass may be short; it is filled up with schedules of weight 0.
     """
     R = min(max(1, cfg.minibatch_steps // horizon), num_schedules)
     J = -(-num_schedules // R)
-    order = jax.random.permutation(key, num_schedules)
     slots = jnp.arange(J * R).reshape(J, R)
-    return order[slots % num_schedules], (slots < num_schedules).astype(jnp.float32)
+    keys = [key, *(jax.random.fold_in(key, p) for p in range(1, cfg.passes))]
+    index = [jax.random.permutation(k, num_schedules)[slots % num_schedules] for k in keys]
+    weight_JxR = (slots < num_schedules).astype(jnp.float32)
+    return jnp.concatenate(index), jnp.tile(weight_JxR, (cfg.passes, 1))
 
 
-def fit(
-    state: TrainState, experience: Experience, index_JxR: jax.Array, weight_JxR: jax.Array, setup: Setup
+def flattened(experience: Any) -> Any:
+    """Experience [B, W, K, ...] with one leading axis, the schedules of the batch."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), experience)
+
+
+# Of parameters and a minibatch with its weights: the loss, and what to log.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def descend(
+    state: TrainState,
+    loss: Loss,
+    experience: Any,
+    index_JxR: jax.Array,
+    weight_JxR: jax.Array,
+    cfg: OptimConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One pass over the minibatches; `experience` has one leading axis, the schedules of the batch."""
-    cfg, tx = setup.grpo, optimizer(setup.optim)
-
-    def logits(params: Any, batch: Experience) -> jax.Array:
-        logits_RxTxA: Any = jax.vmap(functools.partial(setup.network.apply, params))(batch.observation)
-        return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1]) / cfg.temperature
-
-    def loss(params: Any, batch: Experience, weight_R: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        steps = (x.reshape(-1) for x in (batch.action, batch.logp, batch.advantage))
-        weight_N = jnp.repeat(weight_R, batch.action.shape[1])
-        reference = logits(state.reference, batch) if cfg.reference_kl_coef else None
-        return grpo.clipped_loss(
-            logits(params, batch),
-            *steps,
-            clip=cfg.clip,
-            entropy_coef=cfg.entropy_coef,
-            reference_logits_NxA=reference,
-            reference_kl_coef=cfg.reference_kl_coef,
-            weight_N=weight_N,
-            cost_AxX=jnp.asarray(setup.space.costs_AxX),
-            price_NxX=None if batch.price is None else batch.price.reshape(len(weight_N), -1),
-        )
+    tx = optimizer(cfg)
 
     def minibatch(carry: tuple, picked: tuple) -> tuple[tuple, dict[str, jax.Array]]:
         params, opt_state = carry
@@ -169,3 +166,42 @@ def fit(
         carry, metrics_J = lax.scan(minibatch, (state.params, state.opt_state), (index_JxR, weight_JxR))
     params, opt_state = carry
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics_J
+
+
+def mean_metrics(fitted_J: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What an update logs of its minibatches."""
+    return {f"policy/{name}": jnp.mean(value_J) for name, value_J in fitted_J.items()}
+
+
+def fit(
+    state: TrainState, experience: Experience, index_JxR: jax.Array, weight_JxR: jax.Array, setup: Setup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """GRPO's pass over the minibatches: `descend` on `grpo_loss`."""
+    loss = grpo_loss(state.reference, setup)
+    return descend(state, loss, experience, index_JxR, weight_JxR, setup.optim)
+
+
+def grpo_loss(reference: Any, setup: Setup) -> Loss:
+    """The clipped loss of a minibatch of `Experience`; `reference` is the frozen policy, or None."""
+    cfg = setup.grpo
+
+    def logits(params: Any, batch: Experience) -> jax.Array:
+        logits_RxTxA: Any = jax.vmap(functools.partial(setup.network.apply, params))(batch.observation)
+        return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1]) / cfg.temperature
+
+    def loss(params: Any, batch: Experience, weight_R: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        steps = (x.reshape(-1) for x in (batch.action, batch.logp, batch.advantage))
+        weight_N = jnp.repeat(weight_R, batch.action.shape[1])
+        return grpo.clipped_loss(
+            logits(params, batch),
+            *steps,
+            clip=cfg.clip,
+            entropy_coef=cfg.entropy_coef,
+            reference_logits_NxA=logits(reference, batch) if cfg.reference_kl_coef else None,
+            reference_kl_coef=cfg.reference_kl_coef,
+            weight_N=weight_N,
+            cost_AxX=jnp.asarray(setup.space.costs_AxX),
+            price_NxX=None if batch.price is None else batch.price.reshape(len(weight_N), -1),
+        )
+
+    return loss

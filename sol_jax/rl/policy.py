@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sol_jax.rl import loss_head
 from sol_jax.rl.config import PolicyConfig
 
 # Rollouts and gradients must see the same log-probabilities (their ratio is the loss), and the network is
@@ -34,7 +35,7 @@ class PolicySpec:
     horizon: int  # learned positions: the longest episode
     num_axes: int = 3  # X
     config: PolicyConfig = PolicyConfig()
-    level_counts: tuple[int, ...] = ()  # of the axes; needed by a factored head
+    level_costs: tuple[tuple[float, ...], ...] = ()  # of each axis; needed by a head that scores levels
     page_size: int = 0  # keys of a page; needed where the policy is shown the newest one
     action_embed_size: int = 32
     scalar_embed_size: int = 64
@@ -42,7 +43,8 @@ class PolicySpec:
     token_embed_size: int | None = None  # of the LLM's input embeddings; None: hidden_size
 
     def __post_init__(self):
-        if self.config.factored_head and math.prod(self.level_counts) != self.num_actions:
+        by_level = self.config.factored_head or self.config.predict_losses
+        if by_level and math.prod(self.level_counts) != self.num_actions:
             raise ValueError(
                 f"level_counts {self.level_counts} do not multiply to num_actions {self.num_actions}"
             )
@@ -50,8 +52,14 @@ class PolicySpec:
             raise ValueError("a policy that is shown the newest page needs the page_size")
 
     @property
+    def level_counts(self) -> tuple[int, ...]:
+        return tuple(map(len, self.level_costs))
+
+    @property
     def num_scores(self) -> int:
-        """What the heads score: joint actions, or the levels of every axis."""
+        """What the head scores: joint actions, the levels of every axis, or what `loss_head` wants."""
+        if self.config.predict_losses:
+            return loss_head.num_scores(self.level_counts)
         return sum(self.level_counts) if self.config.factored_head else self.num_actions
 
     @property
@@ -131,6 +139,14 @@ def restated(seen: Observation, horizon: int) -> Observation:
     return seen._replace(target=target_X, gap=jnp.zeros_like(seen.gap))
 
 
+def spent(seen: Observation, no_action: int) -> Observation:
+    """An observation that tells the mean costs so far, whatever was asked for: of a target of 0."""
+    begun = seen.prev_action != no_action
+    return seen._replace(
+        target=jnp.zeros_like(seen.target), gap=jnp.where(begun, seen.gap + seen.target, 0.0)
+    )
+
+
 class Block(nn.Module):
     """A pre-norm transformer block; attention without biases, MLP with."""
 
@@ -199,6 +215,10 @@ class Policy(nn.Module):
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.
         self.head = _linear(cfg.d_model, spec.num_scores, bias_init=nn.initializers.zeros)
+        if cfg.predict_losses:
+            first = [loss_head.first_costs(costs) for costs in spec.level_costs]
+            self.cost_XxM = self.variable("prices", "cost", lambda: jnp.array(first))
+            return
         self.budget_in = _linear(spec.num_axes, spec.budget_embed_size)
         self.budget_out = _linear(spec.budget_embed_size, spec.num_scores)
 
@@ -212,6 +232,10 @@ class Policy(nn.Module):
         if num_steps > self.spec.horizon:
             raise ValueError(f"an episode of {num_steps} steps exceeds the horizon {self.spec.horizon}")
         return self._trunk(obs_T, _empty_carry(self.spec, num_steps))[0]
+
+    def losses(self, obs_T: Observation) -> tuple[jax.Array, list[jax.Array]]:
+        """The rest [T] and each axis' losses [T, n] of a whole episode, as `loss_head` defines them."""
+        return loss_head.split_losses(self.head(self.features(obs_T)), self.spec.level_counts)
 
     def step(self, obs: Observation, carry: PolicyCarry) -> tuple[jax.Array, PolicyCarry]:
         """`logits_A` of the next step; past the horizon they are NaN, since there is no such position."""
@@ -250,15 +274,30 @@ class Policy(nn.Module):
 
     def _asked(self, obs_N: Observation) -> Observation:
         """The observations with targets as the network is told them."""
+        if self.spec.config.predict_losses:  # what a level loses does not depend on what was asked for
+            return jax.vmap(lambda seen: spent(seen, self.spec.num_actions))(obs_N)
         if not self.spec.config.restate:
             return obs_N
         return jax.vmap(lambda seen: restated(seen, self.spec.horizon))(obs_N)
 
     def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
-        """The head on the features, plus the direct head on the targets."""
+        """The head on the features, plus the direct head on the targets; or what predicted losses say."""
+        if self.spec.config.predict_losses:
+            return self._priced(features_NxE, obs_N)
         target_NxX = self._asked(obs_N).target.astype(jnp.float32)
         scores = self.head(features_NxE) + self.budget_out(_gelu(self.budget_in(target_NxX)))
         return join_scores(scores, self.spec.level_counts) if self.spec.config.factored_head else scores
+
+    def _priced(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
+        """Logits that are highest for the least sum of predicted loss and price times cost."""
+        counts, costs = self.spec.level_counts, self.spec.level_costs
+        if self.spec.config.restate:
+            obs_N = jax.vmap(lambda seen: restated(seen, self.spec.horizon))(obs_N)
+        _, losses = loss_head.split_losses(self.head(features_NxE), counts)
+        table_XxM = jax.lax.stop_gradient(self.cost_XxM.value)
+        price_NxX = jax.vmap(jax.vmap(loss_head.price_for), (0, None))(obs_N.target, table_XxM)
+        value = [loss + price_NxX[:, x, None] * jnp.array(costs[x]) for x, loss in enumerate(losses)]
+        return join_scores(-jnp.concatenate(value, -1) / loss_head.SOFTNESS, counts)
 
 
 def _scalars(seen: Observation) -> jax.Array:

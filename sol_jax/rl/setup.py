@@ -6,7 +6,13 @@ from typing import Any, Self
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.rl.config import EpisodeConfig, GrpoConfig, MemoryConfig, OptimConfig
+from sol_jax.rl.config import (
+    CounterfactualConfig,
+    EpisodeConfig,
+    GrpoConfig,
+    MemoryConfig,
+    OptimConfig,
+)
 from sol_jax.rl.policy import Policy, PolicySpec
 from sol_jax.rl.rollout import EpisodeRules
 
@@ -20,6 +26,8 @@ class Setup:
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()
     memory: MemoryConfig = MemoryConfig()
+    learner: str = "grpo"  # or "counterfactual"
+    counterfactual: CounterfactualConfig = CounterfactualConfig()
 
     @property
     def model(self) -> LlamaConfig:
@@ -32,6 +40,13 @@ class Setup:
     @property
     def episode(self) -> EpisodeConfig:
         return self.rules.episode
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether what is learned from compares each step with the dense model."""
+        if self.learner == "counterfactual":
+            return self.counterfactual.target == "divergence"
+        return self.grpo.needs_dense
 
     def with_rules(self, **fields: Any) -> Self:
         """A copy with some of the rules replaced: `model`, `space`, `episode`."""

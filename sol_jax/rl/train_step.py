@@ -15,7 +15,18 @@ import optax
 from sol_jax.axes.base import ActionSpace
 from sol_jax.models.llama import Weights
 from sol_jax.rl.collect import collect, draw_budgets
-from sol_jax.rl.learn import Experience, TrainState, advantages, fit, minibatches, optimizer, prices
+from sol_jax.rl.counterfactual import counterfactual_update
+from sol_jax.rl.learn import (
+    Experience,
+    TrainState,
+    advantages,
+    fit,
+    flattened,
+    mean_metrics,
+    minibatches,
+    optimizer,
+    prices,
+)
 from sol_jax.rl.policy import example_observation, initial_carry
 from sol_jax.rl.rollout import policy_controller
 from sol_jax.rl.setup import Setup
@@ -34,23 +45,39 @@ def train_step(
     state: TrainState, weights: Weights, tokens_BxN: jax.Array, setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a batch of blocks; pure, and a function of (state, weights, tokens) alone."""
+    key, early_B = jax.random.fold_in(state.key, state.step), None
+    if setup.episode.jitter:
+        budget_key = jax.random.split(key, 3)[0]
+        early_B = jax.random.randint(
+            jax.random.fold_in(budget_key, 1), (len(tokens_BxN),), 0, setup.episode.jitter + 1
+        )
+    update = counterfactual_update if setup.learner == "counterfactual" else grpo_update
+    state, metrics = update(state, weights, tokens_BxN, key, early_B, setup)
+    # Also what shows a parameter that this update made NaN or infinite, before it is saved.
+    return state, metrics | {"policy/param_norm": optax.tree.norm(state.params)}
+
+
+def grpo_update(
+    state: TrainState,
+    weights: Weights,
+    tokens_BxN: jax.Array,
+    key: jax.Array,
+    early_B: jax.Array | None,
+    setup: Setup,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The paper's: compare K sampled schedules of every episode."""
     B, W = len(tokens_BxN), setup.episode.episodes_per_prefix
-    budget_key, rollout_key, order_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    budget_key, rollout_key, order_key = jax.random.split(key, 3)
     budget_BxWxX = draw_budgets(budget_key, (B, W), setup.space)
     controller = policy_controller(setup.network, state.params, setup.grpo.temperature)
-    early_B = None
-    if setup.episode.jitter:
-        early_B = jax.random.randint(jax.random.fold_in(budget_key, 1), (B,), 0, setup.episode.jitter + 1)
     rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup, early_B)
     adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
     price = prices(reward, rollout, budget_BxWxX, setup)
     experience = Experience(rollout.observation, rollout.action, rollout.logp, adv, price)
-    experience = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), experience)
+    experience = flattened(experience)
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)
-    metrics = {f"policy/{name}": jnp.mean(value_J) for name, value_J in fitted_J.items()}
-    # Also what shows a parameter that this update made NaN or infinite, before it is saved.
-    metrics["policy/param_norm"] = optax.tree.norm(state.params)
+    metrics = mean_metrics(fitted_J)
     metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)
     return state, metrics
 

@@ -22,7 +22,14 @@ from sol_jax.costs.decode_step import in_unit
 from sol_jax.errors import UserError
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.options import Options, option, section
-from sol_jax.rl.config import EpisodeConfig, GrpoConfig, MemoryConfig, OptimConfig, PolicyConfig
+from sol_jax.rl.config import (
+    CounterfactualConfig,
+    EpisodeConfig,
+    GrpoConfig,
+    MemoryConfig,
+    OptimConfig,
+    PolicyConfig,
+)
 from sol_jax.rl.policy import PolicySpec
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
@@ -88,6 +95,9 @@ class RunConfig(Options):
 
     where = "config."
     seed: int = option(0, "of everything that is drawn", at_least=0)
+    learner: Literal["grpo", "counterfactual"] = option(
+        "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
+    )
     kernels: str = option(
         "auto",
         "how decode steps run: by platform and shape, or a named implementation, or why not",
@@ -99,6 +109,7 @@ class RunConfig(Options):
     axes: AxesConfig = section(AxesConfig)
     policy: PolicyConfig = section(PolicyConfig)
     grpo: GrpoConfig = section(GrpoConfig)
+    counterfactual: CounterfactualConfig = section(CounterfactualConfig)
     optim: OptimConfig = section(OptimConfig)
     train: TrainConfig = section(TrainConfig)
     eval: EvalConfig = section(EvalConfig)
@@ -117,6 +128,8 @@ class RunConfig(Options):
         return AxisContext(self.kernels, self.episode.sinks, self.episode.window)
 
     def check(self) -> None:
+        if self.learner == "counterfactual" and not self.policy.predict_losses:
+            raise self.policy.wrong("predict_losses", "true where config.learner is counterfactual")
         axes = self.axes.build(self.axis_context)
         if not self.eval.budgets:
             raise self.eval.wrong("budgets", "a list of at least one budget")
@@ -166,7 +179,7 @@ class RunConfig(Options):
         model = dataclasses.replace(model, kernels=self.kernels)
         rules = EpisodeRules(model, self.space(model), self.episode)
         policy = policy_spec(self.policy, rules, self.axes.kappa.page_size)
-        return Setup(rules, policy, self.grpo, self.optim, self.memory)
+        return Setup(rules, policy, self.grpo, self.optim, self.memory, self.learner, self.counterfactual)
 
     def requested(self, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
         """The keep rates of `eval.budgets` as mean costs, in the unit of the axes.
@@ -195,7 +208,7 @@ def policy_spec(config: PolicyConfig, rules: EpisodeRules, page_size: int) -> Po
         horizon=rules.episode.horizon,
         num_axes=len(space.axes),
         config=config,
-        level_counts=tuple(len(axis.levels) for axis in space.axes),
+        level_costs=tuple(tuple(axis.cost(level) for level in axis.levels) for axis in space.axes),
         page_size=page_size,
     )
 

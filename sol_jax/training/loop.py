@@ -147,10 +147,11 @@ def announcement(session: Session, workdir: pathlib.Path, start: int, num_update
     config, setup, cfg = session.config, session.setup, session.config.grpo
     blocks, episode = session.split("train"), setup.episode
     levels = ", ".join(f"{len(axis.levels)} of {axis.name}" for axis in setup.space.axes)
+    does = "plays" if setup.learner == "counterfactual" else "compares"
     lines = [
         f"training a policy over {setup.space.num_actions} actions (levels: {levels}) for "
         f"{config.model.path}, {config.model.dtype}, on {len(blocks)} blocks of {config.data.source}",
-        f"an update compares {cfg.num_schedules} schedules of {episode.horizon} steps in each of "
+        f"an update {does} {cfg.num_schedules} schedules of {episode.horizon} steps in each of "
         f"{cfg.batch_size * episode.episodes_per_prefix} episodes after {episode.prefix_len} tokens",
     ]
     seconds = estimated_seconds(config, setup, num_updates - start)
@@ -172,6 +173,9 @@ def in_words(scalars: Mapping[str, float], validated: bool = False) -> str:
         gain = scalars.get("eval/gain_over_fixed")
         over = f"{gain:+.3f} nats a token over the fixed schedule of its cost, " if gain is not None else ""
         return f"on held-out text {over}budgets missed by {max(missed):.3f} at most"
+    if "policy/predicted" in scalars:
+        lost, predicted = scalars["policy/lost"], scalars["policy/predicted"]
+        return f"{lost:.3f} nats a token lost at random levels, {predicted:.3f} predicted"
     missed = [value for name, value in scalars.items() if name.startswith("budget_gap/")]
     told = f"reward {scalars['reward']:.3f} a token, budgets missed by {max(missed):.2f}"
     return f"{told}, entropy {scalars['policy/entropy']:.2f} nats"

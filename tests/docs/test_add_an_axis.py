@@ -11,7 +11,7 @@ import sys
 import pytest
 import tiny
 
-from configs import sol_j_2l
+from configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add-an-axis.md").read_text()
@@ -46,11 +46,11 @@ def run(root: pathlib.Path, module: str, *args: str) -> str:
 @pytest.mark.slow
 def test_a_fourth_axis_trains_evaluates_and_generates(copied, tiny_folder, tmp_path):
     budgets = "0.5,0.7,0.6,0.5;0.8,0.9,0.8,0.9"
-    told = tiny.flags_for(tiny.config_for(tiny_folder), sol_j_2l.get_config("smoke"))
+    told = tiny.flags_for(tiny.config_for(tiny_folder), default.get_config("smoke"))
     omega = ["--config.axes.omega.levels=(0.25, 1.0)", "--config.axes.omega.budget=(0.25, 1.0)"]
     few = ["--config.train.num_updates=2", "--config.eval.num_test_blocks=2", "--config.eval.every=0"]
     workdir = ["--workdir", str(tmp_path / "run")]
-    run(copied, "train", "--config", "configs/sol_j_2l.py:smoke", *workdir, *told, *omega, *few)
+    run(copied, "train", "--config", "configs/default.py:smoke", *workdir, *told, *omega, *few)
     with open(tmp_path / "run" / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["requested_omega"] for row in rows} == {"1"}  # left out of the config's budgets

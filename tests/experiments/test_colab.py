@@ -39,7 +39,7 @@ def test_the_quickstart_trains_and_writes(tiny_folder, tmp_path, monkeypatch, ca
             fields = {name: value for name, value in config.flat().items() if name in told}
             fields |= {"model.path": config.model.path, "data.source": config.data.source}
             fields |= {"data.cache_dir": config.data.cache_dir}
-            space |= {"CONFIG": "sol_j_2l:smoke", "FIELDS": fields, "MAX_TOKENS": 6, "PROMPT": "the cat"}
+            space |= {"CONFIG": "default:smoke", "FIELDS": fields, "MAX_TOKENS": 6, "PROMPT": "the cat"}
     assert "net keep rate" in capsys.readouterr().out
     assert (tmp_path / "runs" / "notebook" / "results.csv").is_file()
     text = space["text"]

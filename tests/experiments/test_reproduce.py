@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-from configs import sol_j_2l
+from configs import default
 from experiments import reproduce
 from sol_jax.costs import update as flops
 from sol_jax.errors import UserError
@@ -95,9 +95,9 @@ def test_a_test_text_that_is_not_there_is_told_before_the_training(
 def test_one_experiment_end_to_end(tiny_folder, tmp_path):
     """Says how long, trains, evaluates and draws; started again nothing is repeated."""
     config = tiny.config_for(tiny_folder, **{"train.num_updates": 2, "eval.num_blocks": 2})
-    flags = tiny.flags_for(config, sol_j_2l.get_config("smoke"))
+    flags = tiny.flags_for(config, default.get_config("smoke"))
     command = [
-        sys.executable, "-m", "experiments.reproduce", "--config", "configs/sol_j_2l.py:smoke", *flags,
+        sys.executable, "-m", "experiments.reproduce", "--config", "configs/default.py:smoke", *flags,
         "--workdir", str(tmp_path / "run"), "--grid", "1", "--num_random", "2", "--num_blocks", "3",
         "--controllers", "fixed,random,drift",
     ]  # fmt: skip

@@ -65,6 +65,10 @@ IMPOSSIBLE = {
     "policy.num_heads": (0, 3),
     "policy.num_layers": (0,),
     "policy.mlp_ratio": (0.0, -1.0, NAN, INF),
+    "learner": ("ppo", "", "counterfactual"),  # the last without predicted losses
+    "counterfactual.target": ("labels",),
+    "counterfactual.floor": (0.0, -1.0, NAN),
+    "counterfactual.price_memory": (0,),
     "kernels": ("fast", "triton"),  # the latter on a CPU
     "axes.budget_unit": ("euro",),
     "grpo.batch_size": (0,),
@@ -89,6 +93,7 @@ IMPOSSIBLE = {
     "optim.warmup": (-1,),
     "optim.decay_steps": (-1,),
     "optim.minibatch_steps": (0,),
+    "optim.passes": (0,),
     "optim.accumulate": (0,),
     "train.num_updates": (-1,),
     "train.log_every": (0,),
@@ -117,6 +122,7 @@ def test_impossible_values_are_named(field, value, tmp_path):
         RunConfig.from_dict(values).check_here()
     assert re.search("must be|cannot be met|cannot run", told(mistake))
     name = "policy.d_model" if field == "policy.num_heads" and value == 3 else field
+    name = "policy.predict_losses" if value == "counterfactual" else name
     assert f"config.{name}" in told(mistake)
 
 
@@ -126,6 +132,7 @@ def test_every_number_has_bounds():
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "axes.kappa.read_newest", "grpo.whiten"}  # switches
     unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input", "policy.restate"}
+    unbounded |= {"policy.predict_losses"}
     assert set(tiny.config_for(ROOT).flat()) - set(IMPOSSIBLE) == unbounded
 
 
@@ -305,7 +312,7 @@ def test_an_evaluation_of_no_run(content, tmp_path):
 
 # --- the command line ----------------------------------------------------------------------------------
 
-SMOKE = ("--config", "configs/sol_j_2l.py:smoke")
+SMOKE = ("--config", "configs/default.py:smoke")
 RUN = (*SMOKE, "--workdir", "{run}")
 SLIPS = {  # each starts a program of its own, that imports JAX
     "no flags": ((), "give --config configs/X.py and --workdir DIR"),

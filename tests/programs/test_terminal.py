@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-from configs import sol_j_2l
+from configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -58,9 +58,9 @@ def test_characters_that_the_terminal_lacks_are_replaced(tiny_folder):
 
 
 def test_train_says_what_it_will_do_and_shows_a_handful_of_numbers(tiny_folder, tmp_path):
-    told = tiny.flags_for(tiny.config_for(tiny_folder), sol_j_2l.get_config("smoke"))
+    told = tiny.flags_for(tiny.config_for(tiny_folder), default.get_config("smoke"))
     few = ["--config.train.num_updates=2", "--config.eval.num_test_blocks=0", "--config.eval.every=2"]
-    run = ["--config", "configs/sol_j_2l.py:smoke", "--workdir", str(tmp_path / "run")]
+    run = ["--config", "configs/default.py:smoke", "--workdir", str(tmp_path / "run")]
     process = start("sol_jax.train", *run, *told, *few)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()

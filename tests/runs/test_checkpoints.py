@@ -204,7 +204,7 @@ def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, read_only):
     changed = CONFIG | {"axes.kappa.read_newest": True}
     with (
         opened(tmp_path, changed, read_only=read_only) as checkpoints,
-        pytest.raises(UserError, match="axes.kappa.read_newest was False and is now True;"),
+        pytest.raises(UserError, match=r"axes\.kappa\.read_newest was False and is now True;"),
     ):
         checkpoints.restore(first_state())
 

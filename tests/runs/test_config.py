@@ -8,12 +8,21 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from configs import default, demo, horizon, reasoning, single_axis, sol_j_2l, sol_j_3l, sol_j_fl
+from configs import (
+    counterfactual,
+    default,
+    demo,
+    horizon,
+    reasoning,
+    single_axis,
+    sol_j_2l,
+    sol_j_3l,
+    sol_j_fl,
+)
 from pallas_kernels.cost_model import CostModel
 from sol_jax import options
 from sol_jax.costs.decode_step import in_unit
@@ -22,7 +31,6 @@ from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig, RopeScaling
 from sol_jax.options import Options
 from sol_jax.rl import train_step as update
-from sol_jax.rl.config import GrpoConfig, OptimConfig
 from sol_jax.rl.setup import Setup
 from sol_jax.runs.config import RunConfig, read_config
 from sol_jax.training.loop import train
@@ -46,7 +54,7 @@ MODELS = {
 MODELS["hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B"] = MODELS["hub:meta-llama/Llama-3.1-8B-Instruct"]
 MODULES = {
     "default": default, "demo": demo, "horizon": horizon, "reasoning": reasoning, "single_axis": single_axis,
-    "sol_j_2l": sol_j_2l, "sol_j_3l": sol_j_3l, "sol_j_fl": sol_j_fl,
+    "sol_j_2l": sol_j_2l, "sol_j_3l": sol_j_3l, "sol_j_fl": sol_j_fl, "counterfactual": counterfactual,
 }  # fmt: skip
 # (module, variants, joint actions)
 RUNS = [
@@ -58,6 +66,7 @@ RUNS = [
     *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
     *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
     *(("reasoning", v, 11) for v in ("", "anywhere")),
+    *(("counterfactual", *run) for run in (("cpu,quest", 1560), ("kappa", 10), ("rho,cpu", 13), ("eta", 12))),
 ]
 RUN_IDS = [f"{name}:{variants}" for name, variants, _ in RUNS]
 
@@ -84,7 +93,7 @@ def test_every_file_and_variant_is_tried():
     files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
     assert files == set(MODULES) == {name for name, _, _ in RUNS}
     tried = {variant for _, variants, _ in RUNS for variant in variants.split(",")}
-    assert set(default.VARIANTS) | set(single_axis.LEVELS) <= tried
+    assert set(default.VARIANTS) | set(single_axis.LEVELS) | set(counterfactual.ALONE) <= tried
 
 
 @pytest.mark.parametrize(("name", "variants", "num_actions"), RUNS, ids=RUN_IDS)
@@ -121,22 +130,6 @@ def test_the_command_in_the_docstring_names_the_file_and_its_variants(module):
         file, _, variants = command.split("--config configs/")[1].split()[0].partition(":")
         assert file == f"{name if name != 'default' else 'sol_j_fl'}.py"
         MODULES[file.removesuffix(".py")].get_config(variants)
-
-
-def test_the_papers_settings():
-    """Appendix B, as docs/method.md gives it."""
-    setup = setup_of(sol_j_fl.get_config())
-    assert (setup.episode.prefix_len, setup.episode.horizon, setup.episode.uncontrolled) == (1024, 16, 7)
-    assert [axis.penalty_weight for axis in setup.space.axes] == [100, 100, 200]
-    assert [axis.budget for axis in setup.space.axes] == [(0.1, 1), (0.4, 1), (0.3125, 1)]
-    np.testing.assert_allclose(setup.space.axes[0].levels, np.arange(1, 11) / 10)
-    np.testing.assert_allclose(setup.space.axes[1].levels, np.arange(40, 101, 5) / 100)
-    network = setup.policy.config
-    assert (network.d_model, network.num_heads, network.num_layers) == (512, 4, 1)
-    assert setup.grpo == GrpoConfig()
-    assert setup.optim == OptimConfig()
-    long = setup_of(reasoning.get_config())
-    assert (long.episode.horizon, long.episode.uncontrolled, long.space.axes[0].page_size) == (64, 33, 16)
 
 
 # --- a field nobody reads ------------------------------------------------------------------------------
@@ -188,6 +181,11 @@ OTHER = {
     "policy.normalize_inputs": True,
     "policy.page_input": True,
     "policy.restate": True,
+    "policy.predict_losses": True,
+    "learner": "counterfactual",
+    "counterfactual.target": "label",
+    "counterfactual.floor": 0.1,
+    "counterfactual.price_memory": 7,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,
     "grpo.gamma": 0.5,
@@ -211,6 +209,7 @@ OTHER = {
     "optim.warmup": 7,
     "optim.decay_steps": 9,
     "optim.minibatch_steps": 8,
+    "optim.passes": 2,
     "optim.accumulate": 2,
     "train.num_updates": None,
     "train.log_every": None,
@@ -231,8 +230,13 @@ def test_every_field_is_listed(tiny_folder):
     assert set(OTHER) == set(tiny.config_for(tiny_folder).flat())
 
 
-# Beside changed levels, before and after: a range of budgets that both can meet.
-MET_BY_BOTH = {
+# Beside a changed field, before and after: budgets that both can meet, and what the field matters for.
+PREDICTS = {"policy.predict_losses": True}
+BESIDE = {
+    "learner": PREDICTS,
+    "counterfactual.target": PREDICTS | {"learner": "counterfactual"},
+    "counterfactual.floor": PREDICTS | {"learner": "counterfactual"},
+    "counterfactual.price_memory": PREDICTS | {"learner": "counterfactual"},
     "axes.kappa.levels": {"axes.kappa.budget": (0.2, 1.0)},
     "axes.rho.levels": {"axes.rho.budget": (0.5, 1.0)},
 }
@@ -241,7 +245,7 @@ MET_BY_BOTH = {
 @pytest.mark.parametrize("field", [f for f, value in OTHER.items() if value not in (None, APART)])
 def test_a_changed_field_changes_the_train_step(field, tiny_session, tiny_folder):
     """Not only the setup: the program must be another one."""
-    config, model = tiny.config_for(tiny_folder, **MET_BY_BOTH.get(field, {})), tiny_session.setup.model
+    config, model = tiny.config_for(tiny_folder, **BESIDE.get(field, {})), tiny_session.setup.model
     before = config.setup(model)
     changed = config.with_fields({field: OTHER[field]})
     after = changed.setup(dataclasses.replace(model, dtype=changed.model.dtype))

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from configs import sol_j_2l
+from configs import default
 from sol_jax.errors import UserError
 from sol_jax.evaluation import report
 from sol_jax.evaluation import results_csv as results
@@ -51,11 +51,11 @@ def config_of(folder, **fields):
 
 
 def command(folder, workdir, **fields):
-    base = sol_j_2l.get_config("smoke")
+    base = default.get_config("smoke")
     told = tiny.flags_for(config_of(folder, **fields), base)
     return [
         *(sys.executable, "-m", "sol_jax.train"),
-        *("--config", "configs/sol_j_2l.py:smoke", "--workdir", str(workdir)),
+        *("--config", "configs/default.py:smoke", "--workdir", str(workdir)),
         *told,
     ]
 

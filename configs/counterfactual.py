@@ -1,0 +1,49 @@
+"""The counterfactual learner with the full levels: predict what every level loses, then act by price.
+
+    python -m sol_jax.train --config configs/counterfactual.py:cpu --workdir runs/counterfactual
+
+Not the paper's (docs/method.md, "Learning from counterfactuals").  The variants `kappa`, `rho` and `eta` come
+first and keep the other axes dense:
+
+    python -m sol_jax.train --config configs/counterfactual.py:rho,cpu --workdir runs/rho
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, sol_j_fl
+
+# Requested mean costs of an axis that has the step to itself.
+ALONE = {
+    "kappa": (0.25, 0.4, 0.55, 0.7, 0.85),
+    "rho": (0.45, 0.5, 0.55, 0.6, 0.7),
+    "eta": (0.4, 0.45, 0.5, 0.6),
+}
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    config = sol_j_fl.get_config()
+    first, _, rest = variants.partition(",")
+    if first in ALONE:
+        variants = rest
+        _alone(config, first)
+    config.learner = "counterfactual"
+    config.policy.predict_losses = config.policy.normalize_inputs = True
+    config.policy.restate = config.policy.page_input = True
+    config.policy.d_model = 128
+    config.model.dtype = "bfloat16"
+    config.episode.episodes_per_prefix, config.episode.jitter = 4, config.axes.kappa.page_size - 1
+    config.grpo.batch_size, config.grpo.num_schedules = 2, 16
+    config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
+    config.optim.warmup, config.optim.decay_steps = 50, 3200
+    config.train.num_updates = 200
+    config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 2, 8, 2
+    return default.vary(config, variants)
+
+
+def _alone(config: ConfigDict, chosen: str) -> None:
+    """Leaves the choice of one axis' level, at budgets that it can meet."""
+    for axis in ALONE:
+        if axis != chosen:
+            config.axes[axis].levels = config.axes[axis].levels[-1:]
+    asked = (tuple(cost if axis == chosen else 1.0 for axis in ALONE) for cost in ALONE[chosen])
+    config.eval.budgets = tuple(asked)

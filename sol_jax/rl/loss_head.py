@@ -1,0 +1,64 @@
+"""Acting by predictions: what each level of each axis loses, against a price on its cost.
+
+The head's scores give, for one step, a loss per level and axis that falls towards the dearest level, where it
+is 0, and a rest that no level of this step can change (what earlier steps left in the cache).  Of each axis
+the level is taken that has the least `loss + price * cost`.  `PRICES_M` are the prices tried; a table of
+their mean costs turns a requested mean cost into a price.
+
+Array -> array functions; `n` counts the levels of an axis, `M` prices.  Not the paper's.
+Source: docs/method.md, "Learning from counterfactuals".
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Nats that a unit of cost is worth: from next to nothing to more than a token's whole likelihood.
+PRICES_M = np.geomspace(1e-4, 30.0, 96)
+# A fresh head predicts exp(-4) = 0.02 nats a level, as mild levels lose.
+_FIRST = -4.0
+SOFTNESS = (
+    0.02  # nats: by how much less an action must lose to be e times as likely where actions are sampled
+)
+
+
+def num_scores(counts: Sequence[int]) -> int:
+    """Scores that the head must give for axes of so many levels."""
+    return 1 + sum(count - 1 for count in counts)
+
+
+def split_losses(scores: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, list[jax.Array]]:
+    """The rest [...] and each axis' losses [..., n], in nats, from scores [..., 1 + sum of n - 1].
+
+    The exponential of a score is how much one level loses more than the next, so losses fall along an axis.
+    """
+    parts = jnp.exp(scores + _FIRST)
+    stops = 1 + np.cumsum([count - 1 for count in counts])
+    losses = []
+    for count, stop in zip(counts, stops, strict=True):
+        steps = parts[..., stop - (count - 1) : stop]
+        sums = jnp.flip(jnp.cumsum(jnp.flip(steps, -1), -1), -1)
+        losses.append(jnp.concatenate([sums, jnp.zeros_like(parts[..., :1])], -1))
+    return parts[..., 0], losses
+
+
+def mean_costs(loss_Nxn: jax.Array, cost_n: jax.Array) -> jax.Array:
+    """Mean cost at each price of `PRICES_M` over N steps, [M]; it falls with the price."""
+
+    def at(price: jax.Array) -> jax.Array:
+        return jnp.mean(cost_n[jnp.argmin(loss_Nxn + price * cost_n, -1)])
+
+    return jax.lax.map(at, jnp.asarray(PRICES_M, jnp.float32))
+
+
+def first_costs(cost_n: Sequence[float]) -> np.ndarray:
+    """A table [M] before anything is known: from the dearest level evenly down to the cheapest."""
+    return np.linspace(max(cost_n), min(cost_n), len(PRICES_M), dtype=np.float32)
+
+
+def price_for(asked: jax.Array, cost_M: jax.Array) -> jax.Array:
+    """The price at which steps cost `asked` on average, by a table of `mean_costs`."""
+    falling_M = jnp.flip(cost_M)  # ascending, as interpolation needs
+    return jnp.exp(jnp.interp(asked, falling_M, jnp.asarray(np.log(PRICES_M[::-1]), jnp.float32)))

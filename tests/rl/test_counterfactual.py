@@ -1,0 +1,138 @@
+"""The counterfactual learner: its schedules, what it takes for lost, what it learns, how it spends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sol_jax.rl import counterfactual, loss_head
+from sol_jax.rl.collect import prefill_blocks, run_schedules
+from sol_jax.rl.policy import example_observation
+from sol_jax.rl.rollout import dense_divergence, label_logp, policy_controller, replay
+from sol_jax.rl.train_step import init_state, jit_train_step
+
+FIELDS = {
+    "learner": "counterfactual",
+    "policy.predict_losses": True,
+    "policy.normalize_inputs": True,
+    "grpo.num_schedules": 5,
+    "optim.accumulate": 1,
+    "optim.passes": 2,
+    "optim.learning_rate": 3e-3,
+    "episode.episodes_per_prefix": 2,
+    "axes.kappa.levels": (0.1, 0.4, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_folder, tiny_session):
+    config = tiny.config_for(tiny_folder, **FIELDS)
+    setup = config.setup(tiny_session.setup.model)
+    tokens = jax.random.randint(jax.random.key(5), (2, setup.episode.block_length), 0, tiny.VOCAB_SIZE)
+    return setup, tiny_session.weights, tokens
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 12])
+def test_schedules_meet_every_level_as_often_and_in_any_order(learner, K):
+    space = learner[0].space
+    action = counterfactual.permuted_actions(jax.random.key(0), (4, 2, 6), K, space)
+    assert action.shape == (4, 2, 6, K)
+    level = np.stack(np.unravel_index(np.asarray(action), [len(axis.levels) for axis in space.axes]), -1)
+    for x, axis in enumerate(space.axes):
+        count = len(axis.levels)
+        times = (level[..., x, None] == np.arange(count)).sum(-2)
+        assert times.min() >= K // count
+        assert times.max() <= -(-K // count)
+        assert len({tuple(row) for row in level[..., x].reshape(-1, K)}) > 1
+    # Axes are independent: schedules do not go through the levels of two of them in step.
+    if K == 12:
+        assert abs(np.corrcoef(level[..., 0].ravel(), level[..., 1].ravel())[0, 1]) < 0.2
+
+
+def test_schedules_do_not_depend_on_each_other_s_place(learner):
+    keys = [jax.random.key(n) for n in (1, 2)]
+    first, second = (counterfactual.permuted_actions(k, (3, 2, 4), 5, learner[0].space) for k in keys)
+    assert np.any(first != second)
+
+
+@pytest.mark.parametrize("target", ["divergence", "label"])
+def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
+    setup, weights, tokens = learner
+    config = tiny.config_for(tiny_folder, **FIELDS | {"counterfactual.target": target})
+    setup = config.setup(tiny_session.setup.model)
+    key = jax.random.key(3)
+    found = counterfactual.collect_outcomes(weights, tokens, key, None, setup)
+    blocks = prefill_blocks(weights, tokens, setup, True)
+    budget = jnp.zeros((*found.action.shape[:-1], 3))
+    rollout = run_schedules(weights, blocks, key, budget, replay(found.action), setup)
+    for b, w, k, t in ((0, 0, 0, 0), (1, 1, 4, 3), (0, 1, 2, 2)):
+        hidden = rollout.hidden[b, w, k, t]
+        if target == "divergence":
+            wanted = dense_divergence(weights, blocks.dense_hidden[b, w, t], hidden)
+        else:
+            wanted = -label_logp(weights, hidden, blocks.episodes.label[b, w, t])
+        assert found.loss[b, w, k, t] == pytest.approx(float(wanted), rel=1e-4, abs=1e-6)
+    assert np.all(found.observation.target == 0)
+
+
+def test_a_full_step_after_full_steps_loses_nothing(learner):
+    setup, weights, tokens = learner
+    found = counterfactual.collect_outcomes(weights, tokens, jax.random.key(3), None, setup)
+    dense = found.action[..., 0] == setup.space.dense
+    if not np.any(dense):
+        pytest.fail("the draw has no full first step; take another key")
+    np.testing.assert_allclose(found.loss[..., 0][dense], 0.0, atol=1e-5)
+
+
+def test_it_learns_and_repeats_exactly(learner):
+    """The deviance falls; and two runs are bit-equal."""
+    setup, weights, tokens = learner
+
+    def run(updates):
+        state, told = init_state(jax.random.key(0), setup), []
+        for _ in range(updates):
+            state, metrics = jit_train_step(state, weights, tokens, setup=setup)
+            told.append(float(metrics["policy/loss"]))
+        return state, told
+
+    state, told = run(12)
+    assert np.mean(told[-3:]) < 0.8 * np.mean(told[:3])
+    again, _ = run(12)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, again.params)), strict=True)
+    )
+    assert np.all(np.diff(state.params["prices"]["cost"]) <= 1e-6)
+
+
+def test_the_first_table_is_that_of_the_first_update(learner):
+    setup, weights, tokens = learner
+    found = counterfactual.flattened(
+        counterfactual.collect_outcomes(weights, tokens, jax.random.key(3), None, setup)
+    )
+    params = init_state(jax.random.key(0), setup).params
+    after = counterfactual.recalibrated(params, found.observation, jnp.int32(1), setup)
+    _, losses = jax.vmap(lambda obs: setup.network.apply(params, obs, method="losses"))(found.observation)
+    wanted = loss_head.mean_costs(
+        losses[0].reshape(-1, losses[0].shape[-1]), jnp.array(setup.policy.level_costs[0])
+    )
+    np.testing.assert_allclose(after["prices"]["cost"][0], wanted, rtol=1e-5)
+    later = counterfactual.recalibrated(params, found.observation, jnp.int32(10**6), setup)
+    moved = later["prices"]["cost"][0] - params["prices"]["cost"][0]
+    np.testing.assert_allclose(moved, (wanted - params["prices"]["cost"][0]) / 50, rtol=1e-4, atol=1e-7)
+
+
+def test_the_controller_serves_any_budget(learner):
+    """One network: what is asked for moves the price, and a higher request never costs less."""
+    setup, _, _ = learner
+    params = init_state(jax.random.key(0), setup).params
+    greedy = policy_controller(setup.network, params, temperature=1.0, greedy=True)
+    seen = example_observation(setup.policy)._replace(progress=jnp.float32(1 / setup.episode.horizon))
+    spent = []
+    for share in (0.0, 0.3, 0.6, 1.0):
+        low = np.array([axis.cost(axis.levels[0]) for axis in setup.space.axes])
+        asked = seen._replace(target=jnp.asarray(low + share * (1 - low), jnp.float32))
+        action, _, _ = greedy.act(jax.random.key(0), asked, greedy.memory)
+        spent.append(setup.space.costs_AxX[int(action)])
+    assert np.all(np.diff(spent, axis=0) >= 0)
+    np.testing.assert_allclose(spent[-1], 1.0)
