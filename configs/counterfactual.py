@@ -34,6 +34,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.episode.episodes_per_prefix, config.episode.jitter = 4, config.axes.kappa.page_size - 1
     config.grpo.batch_size, config.grpo.num_schedules = 2, 16
     config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
+    config.optim.weight_decay = 1.0  # of few tokens little is to be remembered
     config.optim.warmup, config.optim.decay_steps = 50, 3200
     config.train.num_updates = 200
     config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 2, 8, 2
