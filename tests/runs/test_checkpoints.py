@@ -198,7 +198,7 @@ def test_a_checkpoint_that_does_not_name_its_model_is_taken(tmp_path):
 def test_a_run_from_before_an_option_was_there_goes_on(tmp_path, read_only):
     """With its default, which is what the code did before; with anything else the run would be another."""
     states = saved(tmp_path)
-    later = CONFIG | {"axes.kappa.read_newest": False, "grpo.returns": "reward_to_go"}
+    later = CONFIG | {"axes.kappa.read_newest": False, "grpo.returns": "sum"}
     with opened(tmp_path, later, read_only=read_only) as checkpoints:
         assert_same(checkpoints.restore(first_state())[1], states[2])
     changed = CONFIG | {"axes.kappa.read_newest": True}
