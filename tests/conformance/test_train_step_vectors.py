@@ -151,7 +151,8 @@ def _collect(
     return Collected(rollout, reward, dense_logp, *advantages(reward, rollout, budget_BxWxX, setup))
 
 
-def _recorded(found: Collected, setup: Setup) -> golden.Vectors:
+@functools.partial(jax.jit, static_argnames="setup")
+def _recorded(found: Collected, setup: Setup) -> dict[str, jax.Array]:
     """What the authors recorded of a batch of rollouts, under their names."""
     rollout, cfg = found.rollout, setup.grpo
     reward_NxT = found.reward.reshape(-1, setup.episode.horizon)
@@ -161,7 +162,7 @@ def _recorded(found: Collected, setup: Setup) -> golden.Vectors:
     weight_X = np.array([axis.penalty_weight for axis in setup.space.axes])
     penalty_XxN = (found.penalty.reshape(-1, len(weight_X)) / weight_X).T
     cost_XxTxN = jnp.moveaxis(_by_step(rollout.cost), -1, 0)
-    values = {
+    return {
         "h_seq": _by_step(rollout.observation.hidden),
         "e_seq": _by_step(rollout.observation.embed),
         "scalars_seq": _by_step(golden.scalars_of(rollout.observation)),
@@ -179,12 +180,12 @@ def _recorded(found: Collected, setup: Setup) -> golden.Vectors:
         "adv": _by_step(found.adv),
         "dense_label_logprob": _by_step(found.dense_logp),
     }
-    return {name: np.asarray(value) for name, value in values.items()}
 
 
+@functools.partial(jax.jit, static_argnames="setup")
 def _recorded_of_minibatch(
     params: Any, experience: Experience, index_R: np.ndarray, setup: Setup
-) -> golden.Vectors:
+) -> dict[str, jax.Array]:
     """What the loss is made of; steps are flattened as the authors do, time outermost."""
     batch = jax.tree.map(lambda leaf: leaf[index_R], experience)
     apply = jax.vmap(setup.network.apply, (None, 0))
@@ -196,8 +197,8 @@ def _recorded_of_minibatch(
         "ratio": jnp.exp(logp_RxT - batch.logp),
         "adv_flat": batch.advantage,
     }
-    flat = {name: np.asarray(value_RxT.T.ravel()) for name, value_RxT in values_RxT.items()}
-    return {"logits_seq": np.asarray(logits_RxTxA.swapaxes(0, 1)), **flat}
+    flat = {name: value_RxT.T.ravel() for name, value_RxT in values_RxT.items()}
+    return {"logits_seq": logits_RxTxA.swapaxes(0, 1), **flat}
 
 
 def _filled_up(index_R: np.ndarray, setup: Setup) -> tuple[jax.Array, jax.Array]:
@@ -234,11 +235,11 @@ def _train_step(vectors: golden.Vectors, weights: Weights, setup: Setup) -> Step
         index_R = vectors[f"mb{i}/mb_idx"]
         recorded = _recorded_of_minibatch(state.params, experience, index_R, setup)
         state, metrics = _fit(state, experience, *_filled_up(index_R, setup), setup)
-        recorded |= {name: np.asarray(metrics[name][0]) for name in ("policy_loss", "entropy", "loss")}
+        recorded |= {name: metrics[name][0] for name in ("policy_loss", "entropy", "loss")}
         if setup.optim.accumulate == 1:  # theirs is of the gathered gradient
-            recorded["grad_norm_preclip"] = np.asarray(metrics["grad_norm"][0])
+            recorded["grad_norm_preclip"] = metrics["grad_norm"][0]
         minibatches.append(recorded)
-    return Step(_recorded(found, setup), minibatches, state.params)
+    return jax.tree.map(np.asarray, Step(_recorded(found, setup), minibatches, state.params))
 
 
 # --- the comparison -----------------------------------------------------------------------------

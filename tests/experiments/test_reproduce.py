@@ -1,12 +1,10 @@
 """The end-to-end experiment: what it estimates, and one run of it on the tiny model."""
 
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import tiny
+from in_process import run_program
 
 from configs import default
 from experiments import reproduce
@@ -15,8 +13,6 @@ from sol_jax.errors import UserError
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.training import estimate
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -97,13 +93,13 @@ def test_one_experiment_end_to_end(tiny_folder, tmp_path):
     config = tiny.config_for(tiny_folder, **{"train.num_updates": 2, "eval.num_blocks": 2})
     flags = tiny.flags_for(config, default.get_config("smoke"))
     command = [
-        sys.executable, "-m", "experiments.reproduce", "--config", "configs/default.py:smoke", *flags,
+        "experiments.reproduce", "--config", "configs/default.py:smoke", *flags,
         "--workdir", str(tmp_path / "run"), "--grid", "1", "--num_random", "2", "--num_blocks", "3",
         "--controllers", "fixed,random,drift",
     ]  # fmt: skip
 
     def ended():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = run_program(*command)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

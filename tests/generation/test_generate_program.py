@@ -4,14 +4,13 @@ import dataclasses
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import types
 
 import jax
 import pytest
 import tiny
 import tokenizers
+from in_process import run_program
 from safetensors.numpy import load_file, save_file
 
 from sol_jax.errors import UserError
@@ -22,8 +21,6 @@ from sol_jax.generation.terminal import paint
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import Checkpoints
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def save_run(workdir, flat, setup):
@@ -217,16 +214,12 @@ def test_tokens_are_painted_line_by_line():
     assert paint("", 0.1) == ""
 
 
-def run_program(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sol_jax.generate", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-
-
 @pytest.mark.slow
 def test_the_program(tiny_folder, policy, tmp_path):
     """Text on one stream and numbers on the other; the same text on the page, beside the dense one."""
     out = tmp_path / "out.html"
     done = run_program(
+        "sol_jax.generate",
         f"--model={tiny_folder / 'model'}", f"--policy={policy.folder}", "--prompt=the cat",
         "--max_tokens=14", "--budget=0.5,0.7,0.5", "--temperature=0.9", "--show-compute",
         f"--html={out}", "--stop=no such",
@@ -255,7 +248,6 @@ def test_the_program(tiny_folder, policy, tmp_path):
     assert plain[1] == page._text(text)
 
 
-@pytest.mark.slow
 def test_slips_on_the_command_line(tmp_path):
     """Before the model is looked for."""
     for args, sentence in (
@@ -263,7 +255,7 @@ def test_slips_on_the_command_line(tmp_path):
         (("--prompt=a", "--controller=best"), "controller"),
         ((), "prompt"),
     ):
-        done = run_program("--model=/no/such", *args)
+        done = run_program("sol_jax.generate", "--model=/no/such", *args)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ")

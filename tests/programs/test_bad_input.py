@@ -13,6 +13,7 @@ import sys
 import jax
 import pytest
 import tiny
+from in_process import run_program
 
 from sol_jax.errors import UserError
 from sol_jax.runs.config import RunConfig, read_config
@@ -314,7 +315,7 @@ def test_an_evaluation_of_no_run(content, tmp_path):
 
 SMOKE = ("--config", "configs/default.py:smoke")
 RUN = (*SMOKE, "--workdir", "{run}")
-SLIPS = {  # each starts a program of its own, that imports JAX
+SLIPS = {
     "no flags": ((), "give --config configs/X.py and --workdir DIR"),
     "no workdir": (SMOKE, "give --config configs/X.py and --workdir DIR"),
     "no such file": (("--config", "configs/none.py", "--workdir", "{run}"), "configs/none.py"),
@@ -336,12 +337,6 @@ SLIPS = {  # each starts a program of its own, that imports JAX
 }  # fmt: skip
 
 
-def run_program(module: str, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize("name", SLIPS)
 def test_slips_on_the_command_line(name, tmp_path):
     args, expected = SLIPS[name]
@@ -354,9 +349,16 @@ def test_slips_on_the_command_line(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def start_program(module: str, *args: str) -> subprocess.CompletedProcess:
+    """In a process of its own, whose libraries may print too."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
 def test_training_a_missing_model(tmp_path):
     model = tmp_path / "none"
-    ended = run_program(
+    ended = start_program(
         "sol_jax.train", *SMOKE, "--workdir", str(tmp_path / "run"), f"--config.model.path={model}"
     )
     assert ended.returncode == 2
@@ -365,7 +367,7 @@ def test_training_a_missing_model(tmp_path):
 
 
 def test_evaluating_a_folder_that_is_no_run(tmp_path):
-    ended = run_program("sol_jax.evaluate", "--workdir", str(tmp_path))
+    ended = start_program("sol_jax.evaluate", "--workdir", str(tmp_path))
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/config.json cannot be read")

@@ -1,13 +1,11 @@
 """Command lines made of options: every field is a flag, and what is given comes back checked."""
 
 import dataclasses
-import functools
 import typing
 
 import pytest
-from absl import flags
+from in_process import use_own_flags
 
-from sol_jax import command_line
 from sol_jax.command_line import define_flags, given, parse_flags
 from sol_jax.errors import UserError
 from sol_jax.evaluation.options import EvaluateOptions
@@ -29,14 +27,7 @@ PROGRAMS = pytest.mark.parametrize("kind", [EvaluateOptions, GenerateOptions])
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Flags of their own: those of the process stay as they are."""
-    values = flags.FlagValues()
-    for name in ("DEFINE_enum", "DEFINE_list", "DEFINE_multi_string"):
-        monkeypatch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=values))
-    for kind, define in command_line._DEFINE.items():
-        monkeypatch.setitem(command_line._DEFINE, kind, functools.partial(define, flag_values=values))
-    monkeypatch.setattr(flags, "FLAGS", values)
-    return values
+    return use_own_flags(monkeypatch)
 
 
 @PROGRAMS

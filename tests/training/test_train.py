@@ -1,5 +1,6 @@
 """Whole runs of the training program: killed, stopped, poisoned and resumed, they lose and invent nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,17 +16,22 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from in_process import run_program
+from other_values import OTHER
 from safetensors.numpy import load_file, save_file
 
 from configs import default
+from sol_jax import options
 from sol_jax.errors import UserError
 from sol_jax.evaluation import report
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.models import model as model_module
+from sol_jax.options import Options
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
+from sol_jax.runs.config import RunConfig
 from sol_jax.runs.session import commit
 from sol_jax.training.loop import Interrupted, require_finite, train
 
@@ -53,16 +59,12 @@ def config_of(folder, **fields):
 def command(folder, workdir, **fields):
     base = default.get_config("smoke")
     told = tiny.flags_for(config_of(folder, **fields), base)
-    return [
-        *(sys.executable, "-m", "sol_jax.train"),
-        *("--config", "configs/default.py:smoke", "--workdir", str(workdir)),
-        *told,
-    ]
+    return ["sol_jax.train", "--config", "configs/default.py:smoke", "--workdir", str(workdir), *told]
 
 
 def start(folder, workdir, **fields):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(folder, workdir, **fields), cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, "-m", *command(folder, workdir, **fields)], cwd=ROOT, **pipes)
 
 
 def metrics_of(workdir):
@@ -332,6 +334,30 @@ def test_a_run_goes_on_with_a_copy_of_its_model(tiny_folder, whole, copied):
     assert int(train(config_of(tiny_folder), copied).step) == UPDATES
 
 
+def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
+    """Of the fields that no program depends on: training a little reads each by its name."""
+    config = config_of(tiny_folder, **{"train.num_updates": 2})
+    read: set[str] = set()
+    groups = {type(getattr(config, name)): f"{name}." for name in ("data", "model", "train", "eval", "grpo")}
+    # These read all of them, which proves nothing: copies, digests, comparisons and checks.
+    every = (options.__file__, dataclasses.__file__, "<string>")
+
+    def recording(self: Options, name: str):
+        caller = sys._getframe(1).f_code
+        if caller.co_filename not in every and caller.co_name != "check":
+            read.add(groups.get(type(self), "") + name)
+        return object.__getattribute__(self, name)
+
+    for kind in (RunConfig, *groups):
+        monkeypatch.setattr(kind, "__getattribute__", recording)
+    assert hash(config) == hash(config)
+    assert "grpo=" in repr(config)
+    assert config.flat()["seed"] == 0
+    assert read == {"flat"}
+    train(config, tmp_path)
+    assert {field for field, value in OTHER.items() if value is None} <= read
+
+
 # --- a NaN or Inf --------------------------------------------------------------------------------
 
 
@@ -401,11 +427,10 @@ def poison_model(tiny_folder, into):
 
 def test_a_nan_ends_the_program_with_one_sentence(tiny_folder, tmp_path):
     poison_model(tiny_folder, tmp_path)
-    process = start(tiny_folder, tmp_path / "run", **{"model.path": str(tmp_path / "model")})
-    _, errors = process.communicate(timeout=300)
-    last = errors.strip().splitlines()[-1]
-    assert process.returncode == 2
+    ended = run_program(*command(tiny_folder, tmp_path / "run", **{"model.path": str(tmp_path / "model")}))
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 2
     assert last.startswith("error: update 1 gave a NaN or Inf in ")
     assert last.endswith("; no checkpoint was written yet")
-    assert "Traceback" not in errors
+    assert "Traceback" not in ended.stderr
     assert steps_in(tmp_path / "run") == []
