@@ -55,7 +55,7 @@ def load(path: pathlib.Path) -> CostModel:
             f"{path}: cannot be read ({error.strerror}); "
             "python -m experiments.benchmarks.roofline writes cost models"
         ) from None
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # the latter two of numbers and nesting, too
         raise ValueError(f"{path}: not a cost model ({error})") from None
 
 

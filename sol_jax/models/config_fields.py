@@ -4,9 +4,7 @@ A setting that a file carries and the model does not honour would change its out
 nobody took is refused by name.
 """
 
-import json
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from sol_jax.errors import UserError
@@ -50,28 +48,22 @@ class Fields:
     def only(self, name: str, *allowed: Any) -> None:
         """Take a field that is honoured at some values only; absent or null counts as one of them."""
         value: Any = self._left.pop(name, None)
-        if value is not None and value not in allowed:
+        if value is not None and not any(_equal(value, right) for right in allowed):
             names = " or ".join(map(repr, allowed))
             raise UserError(f"{self.where}: {name} is {value!r}, but only {names} is supported")
 
     def close(self, harmless: Collection[str] = ()) -> None:
-        """Refuse what is left, except `harmless` names."""
-        left = sorted(set(self._left) - set(harmless))
+        """Refuse what is left, except `harmless` names and nulls, which say nothing."""
+        left = sorted(
+            name for name, value in self._left.items() if value is not None and name not in harmless
+        )
         if left:
             raise UserError(f"{self.where}: unknown field {left[0]!r}; this model would not honour it")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.  Raises UserError if it is missing, unreadable or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; a model folder needs it") from None
-    except (OSError, ValueError) as fault:
-        raise UserError(f"{path} is not readable JSON: {fault}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+def _equal(value: Any, right: Any) -> bool:
+    """Equality, but that neither true is 1 nor false 0."""
+    return value == right and isinstance(value, bool) == isinstance(right, bool)
 
 
 def head_size_of(where: str, hidden: int, heads: int) -> int:

@@ -1,48 +1,15 @@
-"""GGUF metadata -> `LlamaConfig`, and the opened file that weights and tokenizer are read from."""
+"""GGUF metadata -> `LlamaConfig`."""
 
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sol_jax.errors import UserError
 from sol_jax.models.config_fields import Fields, checked, head_size_of
+from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
-
-
-class GgufFile(NamedTuple):
-    """What a GGUF file holds: metadata by key, and `gguf.gguf_reader.ReaderTensor`s by name."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
-
-
-def read_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file; tensors stay on disk until they are read.
-
-    Raises UserError if the file is unreadable or truncated.
-    """
-    try:
-        stamp = path.stat()
-    except OSError as fault:
-        raise UserError(f"{path} is not readable: {fault.strerror}") from None
-    return _read_gguf(path, stamp.st_mtime_ns, stamp.st_size)
-
-
-# A vocabulary takes seconds to parse, and config, weights and tokenizer each come from the same file.
-@functools.lru_cache(maxsize=1)
-def _read_gguf(path: Path, mtime_ns: int, size: int) -> GgufFile:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, LookupError, OSError) as fault:
-        reason = f"not a GGUF file, or truncated at {size} bytes: {fault}"
-        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
-    return GgufFile(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def gguf_config(path: Path, dtype: str) -> LlamaConfig:
@@ -51,9 +18,11 @@ def gguf_config(path: Path, dtype: str) -> LlamaConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{path}: general.architecture is {architecture!r}, not 'llama'")
-    if metadata.get("split.count", 1) > 1:
-        raise UserError(f"{path} is one part of {metadata['split.count']}; join them with gguf-split --merge")
-    fields = Fields(str(path), {k: v for k, v in metadata.items() if k.startswith("llama.")})
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
+        raise UserError(f"{path} is one part of {parts}; join them with gguf-split --merge")
+    unused = {"llama.expert_count": 0, "llama.expert_used_count": 0}.items()
+    given = {key: x for key, x in metadata.items() if key.startswith("llama.") and (key, x) not in unused}
+    fields = Fields(str(path), given)
     heads = fields.take("llama.attention.head_count", int)
     hidden = fields.take("llama.embedding_length", int)
     head_size = fields.take("llama.attention.key_length", int, None) or head_size_of(
@@ -62,8 +31,9 @@ def gguf_config(path: Path, dtype: str) -> LlamaConfig:
     fields.only("llama.attention.value_length", head_size)
     fields.only("llama.rope.dimension_count", head_size)
     fields.only("llama.rope.scaling.type", "none")
+    fields.only("llama.rope.scaling.factor", 1)
     cfg = LlamaConfig(
-        vocab_size=fields.take("llama.vocab_size", int, len(metadata.get("tokenizer.ggml.tokens", ()))),
+        vocab_size=fields.take("llama.vocab_size", int, None) or _vocab_size(path, metadata),
         hidden_size=hidden,
         ffn_size=fields.take("llama.feed_forward_length", int),
         num_layers=fields.take("llama.block_count", int),
@@ -84,18 +54,25 @@ def gguf_config(path: Path, dtype: str) -> LlamaConfig:
     return cfg
 
 
+def _vocab_size(path: Path, metadata: dict[str, Any]) -> int:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise UserError(f"{path} has no field tokenizer.ggml.tokens, a list of the vocabulary")
+    return len(tokens)
+
+
 def _shortest(value: float) -> float:
     """The shortest decimal of the same float32, so that 1e-5 reads as in config.json."""
     return float(str(np.float32(value)))
 
 
-def _gguf_rope_scaling(path: Path, cfg: LlamaConfig, tensor: Any) -> RopeScaling:
+def _gguf_rope_scaling(path: Path, cfg: LlamaConfig, tensor: GgufTensor) -> RopeScaling:
     """The scaling behind `rope_freqs.weight` [d/2], which holds base over scaled frequency.
 
     Only `factor` can be read off the tensor; every Llama 3 so far has the three constants below, and
     the tensor tells whether this one has.
     """
-    stretch = np.asarray(tensor.data, np.float32)
+    stretch = tensor.read()
     scaling = RopeScaling(float(stretch.max(initial=1.0)), 1.0, 4.0, 8192)
     base, scaled = rope_frequencies(cfg), rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
     if stretch.shape != base.shape or not np.allclose(stretch, base / scaled, rtol=1e-5, atol=0):

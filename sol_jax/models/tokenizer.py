@@ -18,8 +18,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from sol_jax.errors import UserError
-from sol_jax.models.config_fields import Fields, read_json
-from sol_jax.models.gguf_config import read_gguf
+from sol_jax.files import read_json
+from sol_jax.models.config_fields import Fields
+from sol_jax.models.gguf_file import read_gguf
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.models.weights import resolve
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.models.config_fields import read_json
-from sol_jax.models.gguf_config import gguf_config, read_gguf
+from sol_jax.files import local_path, read_json
+from sol_jax.models.gguf_config import gguf_config
+from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
 from sol_jax.models.llama import LlamaConfig, Weights, weight_specs
 
@@ -67,7 +68,7 @@ def resolve(path: str | Path) -> Path:
         return _embedded()
     if name.startswith("hub:"):
         return _download(name.removeprefix("hub:"))
-    found = Path(name).expanduser()
+    found = local_path(name, "model.path")
     if found.is_dir() or (found.is_file() and _is_gguf(found)):
         return found
     if found.is_file():
@@ -78,7 +79,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def _embedded() -> Path:
@@ -168,8 +169,21 @@ def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str
                 f"but the configuration asks for {list(in_file)}"
             )
         value = tensor.read()
-        row[...] = value if keep else value.T.reshape(shape)
+        with np.errstate(over="ignore"):  # told below
+            row[...] = value if keep else value.T.reshape(shape)
+        if not _all_finite(row):
+            raise UserError(
+                f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {dtype}; nothing can be "
+                "computed with it: fetch the file again, or take another dtype"
+            )
     return stacked
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Of float32 or bfloat16, whose exponents are all ones where there is no number."""
+    if array.dtype == np.float32:
+        return bool(np.isfinite(array).all())
+    return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
 
 
 def _folder_tensors(folder: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
@@ -202,6 +216,9 @@ def _safetensors_files(folder: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} has no weight_map that names its shards")
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise UserError(f"{index}: the weight_map has {name!r} for {tensor}, which is no file's name")
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
@@ -227,23 +244,18 @@ def _safetensors(file: Path) -> Iterator[_Tensor]:
 def _gguf_tensors(path: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
     """The parameters in a GGUF file, by name; they are de-quantised to float32 when read."""
 
-    def read(tensor: Any, heads: int | None) -> np.ndarray:
-        import gguf
-
+    def read(tensor: GgufTensor, heads: int | None) -> np.ndarray:
         try:
-            # A plain view: de-quantising slices a lot, which memmaps make slow.
-            value = gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{path}: tensor {tensor.name} is {kind}, which cannot be de-quantised") from None
+            value = tensor.read()
+        except UserError as fault:
+            raise UserError(f"{path}: {fault}") from None
         return value if heads is None else _unpermute(value, heads)
 
     heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
     tensors = {}
     for name, tensor in read_gguf(path).tensors.items():
-        shape = tuple(int(n) for n in reversed(tensor.shape))
         rows = heads.get(name.split(".")[-2] if "." in name else "")
-        tensors[name] = _Tensor(name, path, shape, functools.partial(read, tensor, rows))
+        tensors[name] = _Tensor(name, path, tensor.shape, functools.partial(read, tensor, rows))
     tensors.pop("rope_freqs.weight", None)  # a constant, which `gguf_config` turned into `rope_scaling`
     return tensors
 

@@ -257,7 +257,6 @@ def test_transformers_4_and_5_say_the_same(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2"),
         ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
         ({"sliding_window": 9}, "unknown field 'sliding_window'"),
         ({"quantization_config": {}}, "unknown field 'quantization_config'"),
@@ -276,12 +275,49 @@ def test_transformers_4_and_5_say_the_same(tmp_path: Path) -> None:
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be greater than low_freq_factor"),
         ({"rope_parameters": {"rope_theta": 2.0}}, r"rope_theta is 10000\.0 here and 2\.0"),
         ({"rope_parameters": {}, "rope_scaling": LLAMA3}, "both rope_scaling and rope_parameters"),
+        # Two spellings of one thing that say different things.
+        ({"rope_scaling": {**LLAMA3, "type": "yarn"}}, "rope_type is 'llama3' and type is 'yarn'"),
+        ({"rope_scaling": {**LLAMA3, "type": "default"}}, "rope_type is 'llama3' and type is 'default'"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 1.0}}, "and type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, r"factor is 4\.0, but only 1"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {"type": 3}}, "type is 3, not a string"),
+        ({"is_decoder": 1}, "is_decoder is 1, but only False"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_config_mistakes(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as fault:
         load_config(write(tmp_path, **fields))
     assert "config.json" in str(fault.value)
+
+
+HARMLESS = {
+    "lengths": {"max_length": 20, "max_sequence_length": 4096, "model_max_length": 10**30},
+    "programs": {"unsloth_version": "2024.9", "unsloth_fixed": True, "_attn_implementation": "sdpa"},
+    "nulls": {"sliding_window": None, "quantization_config": None, "head_dim": None, "rope_scaling": None},
+    "drawing": {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
+        "num_beams": 1,
+        "repetition_penalty": 1.1,
+    },
+    "tensor parallel": {"pretraining_tp": 2},
+    "linear by 1": {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    "linear by 1, in full": {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 1}},
+    "dynamic by 1": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
+    "no scaling": {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
+    "no scaling, twice": {"rope_scaling": {"type": "default"}, "rope_parameters": {"type": "default"}},
+    "parts that are off": {"pruned_heads": {}, "use_sliding_window": False, "add_cross_attention": False},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_fields_that_change_nothing_stop_nothing(name: str, tmp_path: Path) -> None:
+    plain = load_config(write(tmp_path / "plain"))
+    assert load_config(write(tmp_path / "other", **HARMLESS[name])) == plain
 
 
 def test_unknown_dtype(tmp_path: Path) -> None:
@@ -344,6 +380,46 @@ def test_broken_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_model(tmp_path)
+
+
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model.gguf")
+    load_model(folder)
+    assert resolve(folder) == folder
+
+
+@pytest.mark.parametrize("value", [["a.safetensors"], {}, 3, None, "../b.safetensors", "/b.safetensors", ""])
+def test_an_index_that_names_no_files(value: Any, tmp_path: Path) -> None:
+    shard(write(tmp_path))
+    index = json.dumps({"weight_map": {"model.norm.weight": value}})
+    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"index\.json: the weight_map has .* for model\.norm\.weight, which is"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers(dtype: str, value: float, tmp_path: Path) -> None:
+    table = tensors_of(CONFIG)["model.embed_tokens.weight"].copy()
+    table[3, 5] = value
+    rewrite_tensors(write(tmp_path / "folder"), {"model.embed_tokens.weight": table})
+    gguf_file = write_gguf(tmp_path / "m.gguf", CONFIG, **{"token_embd.weight": table})
+    for path, name in ((tmp_path / "folder", "model.embed_tokens"), (gguf_file, "token_embd")):
+        with pytest.raises(UserError, match=rf"tensor {name}\.weight holds a NaN or an infinity") as fault:
+            load_model(path, dtype)
+        assert str(path) in str(fault.value)
+
+
+def test_weights_that_the_type_cannot_hold(tmp_path: Path) -> None:
+    """The largest float32 rounds up to infinity in bfloat16."""
+    table = tensors_of(CONFIG)["model.embed_tokens.weight"].copy()
+    table[3, 5] = np.finfo(np.float32).max
+    rewrite_tensors(write(tmp_path), {"model.embed_tokens.weight": table})
+    load_model(tmp_path)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight holds a NaN or an infinity as bfloat16"):
+        load_model(tmp_path, "bfloat16")
 
 
 def test_broken_shards(tmp_path: Path) -> None:
@@ -414,6 +490,59 @@ def test_gguf_mistakes(fields: dict[str, Any], message: str, tmp_path: Path) -> 
     assert str(path) in str(fault.value)
 
 
+@pytest.mark.parametrize("fields", [{"expert_count": 0}, {"rope.scaling.factor": 1.0}])
+def test_gguf_fields_that_change_nothing(fields: dict[str, Any], tmp_path: Path) -> None:
+    plain = load_config(write_gguf(tmp_path / "plain.gguf", CONFIG))
+    assert load_config(write_gguf(tmp_path / "m.gguf", CONFIG, **fields)) == plain
+
+
+def patched(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) >= 1
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def test_gguf_number_formats_that_are_not_known(tmp_path: Path) -> None:
+    """They come with newer programs; the file is as long as it should be."""
+    path = write_gguf(tmp_path / "m.gguf", CONFIG)
+    name = b"blk.0.attn_norm.weight"
+    described = name + (1).to_bytes(4, "little") + (16).to_bytes(8, "little")
+    patched(path, described + (0).to_bytes(4, "little"), described + (99).to_bytes(4, "little"))
+    with pytest.raises(
+        UserError, match=r"attn_norm\.weight has the number format 99, which gguf [\d.]+ does"
+    ):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"GGUF\x03", b"GGUF\x09", "version 9 is not supported; versions 2 and 3 are"),
+        (b"GGUF\x03\0\0\0", b"GGUF\0\0\0\x03", "version 50331648 is not supported, or of another byte order"),
+        (b"GGUF", b"GGML", "does not begin with GGUF"),
+        (b"llama.block_count", b"llama.vocab_count", "no field 'llama.block_count'"),
+        (b"blk.1.attn_q", b"blk.0.attn_q", r"tensor blk\.0\.attn_q\.weight is there twice"),
+        (b"llama.context_length", b"llama.context_lengt\xff", "not a GGUF file"),
+    ],
+)
+def test_gguf_files_that_are_not_what_they_seem(old: bytes, new: bytes, message: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", CONFIG)
+    patched(path, old, new)
+    with pytest.raises(UserError, match=message):
+        load_model(path)
+
+
+def test_gguf_counts_are_compared_with_the_file(tmp_path: Path) -> None:
+    """A list of 2**40 numbers costs neither time nor memory."""
+    path = tmp_path / "m.gguf"
+    field = (7).to_bytes(8, "little") + b"a.field" + (9).to_bytes(4, "little")
+    for kind in (4, 8, 9):  # numbers, strings, lists
+        many = kind.to_bytes(4, "little") + (1 << 40).to_bytes(8, "little")
+        path.write_bytes(b"GGUF\3\0\0\0" + bytes(8) + (1).to_bytes(8, "little") + field + many)
+        with pytest.raises(UserError, match="truncated at 55 bytes"):
+            load_config(path)
+
+
 def test_truncated_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", CONFIG)
     data = path.read_bytes()
@@ -431,6 +560,8 @@ def test_resolve(tmp_path: Path) -> None:
         (file, "not a .gguf file; for safetensors give the folder"),
         (tmp_path / "none", "no model at"),
         (tmp_path / "none.gguf", "no model at"),
+        ("gs://bucket/model", "must be a path on this machine"),
+        ("https://huggingface.co/owner/name", "must be a path on this machine"),
         ("owner/name", "write hub:owner/name"),
     ):
         with pytest.raises(UserError, match=message):
