@@ -37,7 +37,7 @@ from sol_jax.generation.episodes import Decoder
 from sol_jax.generation.load_engine import open_engine
 from sol_jax.generation.output_cost import dense_text_cost, text_cost
 from sol_jax.generation.sampling import Sampling
-from sol_jax.models.chat_template import render
+from sol_jax.models.chat_template import conversation
 from sol_jax.runs.metrics import progress
 
 try:
@@ -130,12 +130,10 @@ class SolJax(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserError("this model has no chat template; leave --apply_chat_template away")
-        bos = "" if self.tokenizer.bos_id is None else self.tokenizer.token(self.tokenizer.bos_id)
-        eos = self.tokenizer.token(self.tokenizer.eos_id)
         # Without a prompt for the answer the last message is its beginning (`gen_prefix` of a task).
-        return render(self.tokenizer.chat_template, chat_history, bos, eos, begun=not add_generation_prompt)
+        return conversation(
+            self.tokenizer, chat_history, "--apply_chat_template", begun=not add_generation_prompt
+        )
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._asked = requests

@@ -181,7 +181,7 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Output]
     for request in requests:
         check_request(request, engine.cfg, engine.controller)
     outputs = [
-        Output(request, Transcript(engine.tokenizer, request.max_tokens, request.stops), [])
+        Output(request, Transcript(engine.tokenizer, request.max_tokens, request.stops, request.prompt), [])
         for request in requests
     ]
     return _stream(engine, outputs)

@@ -2,6 +2,9 @@
 
 A character may take several tokens; it belongs to the last of them.  The text ends before the first of the
 tokenizer's end tokens and before the first stop string, wherever in a token that begins.
+
+The text is what decoding prompt and tokens together adds to the prompt, token by token or all at once: some
+tokenizers drop the space at the start of what they decode, and others put one between tokens.
 """
 
 import itertools
@@ -16,7 +19,9 @@ UNFINISHED = "�"  # what bytes that are no UTF-8, or not yet, decode to
 class Transcript:
     """A growing text.  `finish` says why it ended; `pieces` are the characters of each token."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stops: Sequence[str] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, max_tokens: int, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ):
         self.ids: list[int] = []  # with the end token, if one came
         self.pieces: list[str] = []
         self.text = ""
@@ -24,9 +29,10 @@ class Transcript:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._stops = tuple(stops)
-        # Tokens before `_read` are settled.  Decoding begins earlier, at `_anchor`, for some tokenizers drop
-        # the space at the start of a text; the first `_released` characters from there are in `text`.
-        self._anchor = self._read = self._released = 0
+        # Tokens of the prompt and the text from which decoding goes on: some that are settled, then `_read` on.
+        # The first `_released` characters of them are in the prompt or in `text`.
+        self._window = self._context(list(prompt)) or list(prompt)
+        self._read, self._released = len(self._window), len(tokenizer.decode(self._window))
 
     def add(self, token: int) -> None:
         """Takes the next token.  A text that has ended takes no more."""
@@ -39,6 +45,7 @@ class Transcript:
             self.finish = "eos"
             return
         self.ids.append(token)
+        self._window.append(token)
         self.pieces.append("")
         self._release(final=False)
         self._cut_at_stop()
@@ -54,7 +61,8 @@ class Transcript:
         longest = max(map(len, self._stops), default=1) - 1
         tails = (self.text[-n:] for n in range(min(longest, len(self.text)), 0, -1))
         open_tail = next((t for t in tails if any(s.startswith(t) for s in self._stops)), "")
-        ends = itertools.accumulate(map(len, self.pieces[: self._read]))
+        unread = len(self._window) - self._read
+        ends = itertools.accumulate(map(len, self.pieces[: len(self.pieces) - unread]))
         return sum(end <= len(self.text) - len(open_tail) for end in ends)
 
     def written(self) -> int:
@@ -65,7 +73,7 @@ class Transcript:
 
     def _release(self, final: bool) -> None:
         """Adds the characters that are complete, or all of them, to the text and to the last piece."""
-        known = self._tokenizer.decode(self.ids[self._anchor :])
+        known = self._tokenizer.decode(self._window)
         stable = known if final else known.rstrip(UNFINISHED)
         piece = stable[self._released :]
         self._released += len(piece)
@@ -73,8 +81,20 @@ class Transcript:
             self.pieces[-1] += piece
             self.text += piece
         if stable == known:
-            self._anchor, self._read = self._read, len(self.ids)
-            self._released = len(self._tokenizer.decode(self.ids[self._anchor :]))
+            self._window = self._context(self._window[self._read :]) or self._window
+            self._read, self._released = len(self._window), len(self._tokenizer.decode(self._window))
+
+    def _context(self, ids: list[int]) -> list[int]:
+        """The last of `ids` that decide how the next token is decoded; empty if all of them say nothing.
+
+        Spaces alone may be dropped, and with them the space of the next token would be.
+        """
+        count = 1
+        while count <= len(ids):
+            if self._tokenizer.decode(ids[-count:]).strip(f" {UNFINISHED}"):
+                return ids[-count:]
+            count *= 2
+        return ids if self._tokenizer.decode(ids).strip(f" {UNFINISHED}") else []
 
     def _cut_at_stop(self) -> None:
         """Ends the text before the first stop string; any that is there ends in the last piece."""

@@ -3,51 +3,33 @@
 Special tokens are added where asked for only, but one that a text spells out (`<|im_start|>`) is one id.
 A byte-level vocabulary need not have all 256 bytes (SmolLM2 lacks six control characters, and planes of
 Unicode that nobody assigned); the library drops what it cannot spell, and so do we.
-
-Sources: the splitting rules of SmolLM2's, Llama 3's and GPT-2's own tokenizer.json.
 """
 
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from absl import logging
 
 from sol_jax.errors import UserError
 from sol_jax.files import read_json
-from sol_jax.models.config_fields import Fields
+from sol_jax.models.folder_tokenizer import read_folder_tokenizer
 from sol_jax.models.gguf_file import read_gguf
+from sol_jax.models.gguf_tokenizer import GgufVocabulary, gguf_backend
 from sol_jax.models.llama import LlamaConfig
+from sol_jax.models.long_text import PIECE, encode_long
 from sol_jax.models.weights import resolve
 
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# GGUF's types of the tokens that a text spells as they are: control and user-defined.
-_WHOLE = (3, 4)
-_GGML = "tokenizer.ggml."  # GGUF's prefix of all that decides how text is split
-# fmt: off
-_GGML_READ = frozenset(_GGML + name for name in (
-    "model", "pre", "tokens", "merges", "token_type", "bos_token_id", "eos_token_id", "eot_token_id",
-    "eom_token_id",
-))
-# What byte-level BPE has no use for, and names of tokens that nothing here puts into a text.
-_GGML_HARMLESS = frozenset(_GGML + name for name in (
-    "scores", "token_type_count", "unknown_token_id", "padding_token_id", "seperator_token_id",
-    "separator_token_id", "mask_token_id", "cls_token_id", "prefix_token_id", "suffix_token_id",
-    "middle_token_id", "fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id", "fim_pad_token_id",
-    "fim_rep_token_id", "fim_sep_token_id",
-))
-# fmt: on
 # How many embeddings may be there that the tokenizer has no ids for: models fill up their table to a round
 # number of rows, by a few hundred at the most, or by some per cent of a large one (DeepSeek LLM's 102400 rows
 # by 2385).  The tokenizers of two families are many thousands of ids apart.
 _SPARE, _SPARE_SHARE = 512, 1 / 16
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte, in the vocabularies of SentencePiece
 
 
 class Tokenizer:
@@ -55,7 +37,8 @@ class Tokenizer:
 
     `eos_id` comes between documents and is what chat templates call eos_token; a text that is generated ends
     at any of `end_ids`, which has it and the model's others.  `model_eos_ids` are those that a folder's
-    config.json and generation_config.json name; `eos_id` may be none of them, by mistake.
+    config.json and generation_config.json name; `eos_id` may be none of them, by mistake.  `special` are the
+    spellings of special tokens, as chat templates get them.
     """
 
     def __init__(
@@ -66,6 +49,7 @@ class Tokenizer:
         chat_template: str | None = None,
         end_ids: Iterable[int] = (),
         model_eos_ids: Iterable[int] = (),
+        special: Mapping[str, Any] | None = None,
     ):
         # A tokenizer.json may carry training-time settings that cut or fill texts.
         backend.no_truncation()
@@ -76,39 +60,83 @@ class Tokenizer:
         self.model_eos_ids = frozenset(model_eos_ids)
         self.bos_id = bos_id
         self.chat_template = chat_template
+        self.special = dict(special or {})
+        # Once it is known (`check_vocabulary`), how many ids the model has embeddings for.
+        self.num_embeddings: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that the model knows."""
+        return min(self._size, self.num_embeddings or self._size)
 
     @functools.cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+    def _size(self) -> int:
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @functools.cached_property
+    def _has_bytes(self) -> bool:
+        """Whether characters that the vocabulary lacks are spelled as bytes, a token each."""
+        return self._backend.decoder is not None and b"ByteFallback" in self._backend.decoder.__getstate__()
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides how text is split: equal for equal tokenizers."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        text = self._backend.to_str()
+        # The library does not write this one.
+        return hashlib.sha256((text + "+split" * self._backend.encode_special_tokens).encode()).hexdigest()
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens come around it only where asked for, as tokenizer.json says.
+        """Token ids of `text`; special tokens come around it only where asked for, as the files say.
 
-        Raises UserError for half of a surrogate pair: a byte of the command line that is no UTF-8, or JSON's.
+        Raises UserError for half of a surrogate pair (a byte of the command line that is no UTF-8, or JSON's),
+        and for a token that the text spells and the model has no embedding for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             wrong = ascii(text[fault.start])
             raise UserError(f"the text is not UTF-8: its character {fault.start + 1} is {wrong}") from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) > PIECE and not add_special_tokens:
+            ids = encode_long(lambda part: self._backend.encode(part, add_special_tokens=False), text)
+        else:
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if self._size > self.vocab_size and (beyond := max(ids, default=0)) >= self.vocab_size:
+            raise UserError(
+                f"the text spells {self.token(beyond)!r}, which has id {beyond}, but the model embeds "
+                f"{self.vocab_size} ids; take it out of the text"
+            )
+        return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD.
+
+        The library makes every byte of a run of byte tokens U+FFFD if one of them is broken; here whole
+        characters among them stay.
+        """
+        if not self._has_bytes:
+            return self._backend.decode(ids, skip_special_tokens=False)
+        tokens = [token for token in map(self._backend.id_to_token, ids) if token is not None]
+        runs = itertools.groupby(tokens, key=lambda token: bool(_BYTE.fullmatch(token)))
+        return self._backend.decoder.decode(
+            [token for of_bytes, run in runs for token in (_mended(run) if of_bytes else run)]
+        )
 
     def token(self, index: int) -> str:
         """The vocabulary's spelling of one id.  Raises UserError if there is no such id."""
         token = self._backend.id_to_token(index)
         if token is None:
-            raise UserError(f"the tokenizer has no id {index}; its vocabulary ends at {self.vocab_size - 1}")
+            raise UserError(f"the tokenizer has no id {index}; its vocabulary ends at {self._size - 1}")
         return token
+
+
+def _mended(run: Iterable[str]) -> list[str]:
+    """A run of byte tokens, with U+FFFD for each byte that is part of no character."""
+    spelled = bytes(int(token[3:5], 16) for token in run)
+    mended: list[str] = []
+    for character in spelled.decode("utf-8", "surrogateescape"):
+        broken = "\udc80" <= character <= "\udcff"
+        mended += ["\ufffd"] if broken else [f"<0x{byte:02X}>" for byte in character.encode()]
+    return mended
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -121,47 +149,47 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: LlamaConfig) -> None:
-    """Raise UserError if the tokenizer shows that it belongs to another model."""
+    """Raise UserError if the tokenizer shows that it belongs to another model; else it knows the model's size.
+
+    A token to fill up batches with may be one more than the model embeds, for no text needs it.
+    """
+    tokenizer.num_embeddings = None
     size = tokenizer.vocab_size
+    beyond = {tokenizer.token(index) for index in range(cfg.vocab_size, min(size, cfg.vocab_size + 2))}
+    if beyond and beyond == {tokenizer.special.get("pad_token")}:
+        logging.warning("the model has no embedding for %r; it cannot be part of a text", *beyond)
+        size = cfg.vocab_size
     spare = max(_SPARE, int(_SPARE_SHARE * cfg.vocab_size))
     if not cfg.vocab_size - spare <= size <= cfg.vocab_size:
         raise UserError(
             f"the tokenizer has {size} ids but the model embeds {cfg.vocab_size}: it belongs to another model"
         )
+    for name, index in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id)):
+        if index is not None and not 0 <= index < size:
+            raise UserError(
+                f"{name}_token_id is {index}, but the tokenizer's ids end at {size - 1}; correct it"
+            )
     if tokenizer.model_eos_ids and tokenizer.eos_id not in tokenizer.model_eos_ids:
         raise UserError(
             f"the tokenizer's eos_token has id {tokenizer.eos_id} but the model's eos_token_id is "
             f"{' or '.join(map(str, sorted(tokenizer.model_eos_ids)))}: it belongs to another model"
         )
+    tokenizer.num_embeddings = cfg.vocab_size
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no tokenizer.json; other kinds of tokenizer are not read")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as fault:  # the library raises nothing narrower
-        raise UserError(f"{file} is damaged, or unknown to this version of tokenizers: {fault}") from None
-    settings = _read_optional(folder / "tokenizer_config.json")
+    backend, special, settings = read_folder_tokenizer(folder)
 
-    def special(name: str) -> int | None:
-        token = settings.get(f"{name}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token is not None:
-            if backend.token_to_id(token) is None:
-                raise UserError(f"{folder}: {name}_token is {token!r}, which is not in tokenizer.json")
-            return backend.token_to_id(token)
-        return next(iter(_model_ids(folder, name)), None)
+    def index(name: str) -> int | None:
+        token = special.get(f"{name}_token")
+        return next(iter(_model_ids(folder, name)), None) if token is None else backend.token_to_id(token)
 
-    eos_id = special("eos")
+    eos_id = index("eos")
     if eos_id is None:
         raise UserError(f"{folder} names no end-of-sequence token; set eos_token in tokenizer_config.json")
     template = _folder_chat_template(folder, settings)
-    of_model = [_ids(folder / name, "eos") for name in _MODEL_FILES]
-    return Tokenizer(
-        backend, eos_id, special("bos"), template, _model_ids(folder, "eos"), itertools.chain(*of_model)
-    )
+    ends, of_model = _model_ids(folder, "eos"), _model_eos_ids(folder)
+    return Tokenizer(backend, eos_id, index("bos"), template, ends, of_model, special)
 
 
 # With the ids of special tokens, the first one that has any going first.
@@ -171,6 +199,19 @@ _MODEL_FILES = ("generation_config.json", "config.json")
 def _model_ids(folder: Path, name: str) -> list[int]:
     """What the model's files have as `name`_token_id."""
     return next(filter(None, (_ids(folder / file, name) for file in _MODEL_FILES)), [])
+
+
+def _model_eos_ids(folder: Path) -> list[int]:
+    """All that the model's files call the end; what generation_config.json says makes up for an old config.json."""
+    newer, config = (folder / name for name in _MODEL_FILES)
+    ids = _ids(newer, "eos")
+    try:
+        return ids + _ids(config, "eos")
+    except UserError as fault:
+        if not ids:
+            raise
+        logging.warning("%s; what %s says is used", fault, newer.name)
+        return ids
 
 
 def _ids(file: Path, name: str) -> list[int]:
@@ -195,81 +236,22 @@ def _folder_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise UserError(f"{file} is not readable as UTF-8: {fault}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is no text, nor a list with names"
+        )
     return template
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = read_gguf(path).metadata
-
-    def field(name: str, default: Any = None) -> Any:
-        value = metadata.get(_GGML + name, default)
-        if value is None:
-            raise UserError(f"{path} has no field tokenizer.ggml.{name}")
-        return value
-
-    kind, words = field("model"), field("pre")
-    if kind != "gpt2":
-        raise UserError(
-            f"{path}: tokenizer.ggml.model is {kind!r}, but only 'gpt2' (byte-level BPE) is supported; "
-            "use the model's folder with its tokenizer.json"
-        )
-    tokens, token_types = field("tokens"), field("token_type")
-    if len(tokens) != len(token_types):
-        raise UserError(
-            f"{path}: tokenizer.ggml.token_type has {len(token_types)} entries for {len(tokens)} tokens"
-        )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(pair.split(" ", 1)) for pair in field("merges")]
-    try:
-        model = models.BPE(vocabulary, merges, ignore_merges=words == "llama-bpe")
-    except Exception as fault:  # the library raises nothing narrower
-        raise UserError(f"{path}: tokenizer.ggml.merges do not fit the vocabulary: {fault}") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _pre_tokenizer(path, words)
-    backend.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, token_types, strict=True):
-        if token_type in _WHOLE:
-            backend.add_tokens([AddedToken(token, special=True, normalized=False)])
-    template, bos_id = (metadata.get(f"tokenizer.{name}") for name in ("chat_template", "ggml.bos_token_id"))
-    backend.post_processor = _gguf_frame(path, metadata)
+    vocabulary = GgufVocabulary(path, read_gguf(path).metadata)
+    backend = gguf_backend(vocabulary)
+    eos_id = vocabulary.token_id("eos")
+    if eos_id is None:
+        raise UserError(f"{path} has no field tokenizer.ggml.eos_token_id")
     # The ends of a turn and of a tool's message end texts as well, as in llama.cpp.
-    others = [metadata.get(f"{_GGML}{name}_token_id") for name in ("eot", "eom")]
-    return Tokenizer(backend, field("eos_token_id"), bos_id, template, (n for n in others if n is not None))
-
-
-def _gguf_frame(path: Path, metadata: dict[str, Any]) -> processors.TemplateProcessing | None:
-    """The special tokens around a text, where they are asked for; refuses settings that nobody reads."""
-    given = {key: value for key, value in metadata.items() if key.startswith(_GGML)}
-    settings = Fields(str(path), {key: value for key, value in given.items() if key not in _GGML_READ})
-    for name in ("add_space_prefix", "add_sep_token", "remove_extra_whitespaces"):
-        settings.only(_GGML + name, False)
-    # A file of Llama 3's rule that does not say puts it there, as in llama.cpp.
-    unsaid = given[f"{_GGML}pre"] == "llama-bpe" and f"{_GGML}bos_token_id" in given
-    begins = settings.take(f"{_GGML}add_bos_token", bool, unsaid)
-    ends = settings.take(f"{_GGML}add_eos_token", bool, False)
-    settings.close(_GGML_HARMLESS)
-    special = []
-    for name in [*("bos",) * begins, *("eos",) * ends]:
-        if f"{_GGML}{name}_token_id" not in given:
-            raise UserError(f"{path}: {_GGML}add_{name}_token is set, but there is no {_GGML}{name}_token_id")
-        special.append({"id": name, "ids": [given[f"{_GGML}{name}_token_id"]], "tokens": [name]})
-    text = [*("bos",) * begins, "$A", *("eos",) * ends]
-    return processors.TemplateProcessing(single=text, special_tokens=special) if special else None
-
-
-def _pre_tokenizer(path: Path, name: str) -> pre_tokenizers.PreTokenizer:
-    """How a text is cut into words before the merges, by llama.cpp's name for the rule."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in ("gpt-2", "default"):
-        return gpt2
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if name == "llama-bpe":
-        words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
-        spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([words, spell])
-    raise UserError(
-        f"{path}: tokenizer.ggml.pre is {name!r}, but only 'smollm', 'llama-bpe' or 'gpt-2' is supported; "
-        "use the model's folder with its tokenizer.json"
-    )
+    others = [index for index in map(vocabulary.token_id, ("eot", "eom")) if index is not None]
+    template, special = vocabulary.chat_template(), vocabulary.special()
+    return Tokenizer(backend, eos_id, vocabulary.token_id("bos"), template, others, special=special)

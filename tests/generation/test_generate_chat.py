@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from sol_jax.errors import UserError
+from sol_jax.models import chat_template
 from sol_jax.models.chat_template import chat_prompt, render
 from sol_jax.models.tokenizer import load_tokenizer
 
@@ -38,13 +39,18 @@ def test_smollm2():
         ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi <b>"}]'),
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
         ("{{ strftime_now('%Y') | length }}", "4"),
-        ("{{ tools is defined }}", "False"),
+        # What transformers gives: nothing by these names, and only the special tokens that there are.
+        ("{{ tools is none }} {{ documents is none }} {{ unk_token is defined }}", "True True False"),
+        ("{{ pad_token }}", "<pad>"),
+        ("{{ {'b': 'é', 'a': 1} | tojson(sort_keys=True, ensure_ascii=True) }}", '{"a": 1, "b": "\\u00e9"}'),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }}{{ [1] | tojson(indent=1) }}", "[1,2][\n 1\n]"),
         ("{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
         ("a{% generation %}{{ messages[0].content }}{% endgeneration %}c", "aHi <b>c"),
     ],
 )  # fmt: skip
 def test_what_templates_rely_on(template, text):
-    assert render(template, USER, "<s>", "</s>") == text
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    assert render(template, USER, special) == text
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,10 @@ def test_what_templates_rely_on(template, text):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 3000000000 }}", "takes more than 1 GB of memory"),
+        ("{{ '%3000000000d' % 1 }}", "takes more than 1 GB of memory"),
+        ("{{ 'a' * 5000000 }}", "it writes 5000000 characters, and at most 4000000"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
 def test_templates_that_fail_say_so_in_one_sentence(template, reason):
@@ -63,6 +73,38 @@ def test_templates_that_fail_say_so_in_one_sentence(template, reason):
         render(template, USER)
     assert str(mistake.value).startswith("the model's chat template refuses this conversation: ")
     assert "\n" not in str(mistake.value)
+
+
+def test_templates_have_no_more_time_than_a_few_seconds(monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    for endless in ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+                    "{{ 9 ** 99999999 }}"):  # fmt: skip
+        with pytest.raises(UserError, match="it takes more than 1 second"):
+            render(endless, USER)
+    assert render("{{ messages[0].content }}", USER) == "Hi <b>"  # the next one finds a new process
+
+
+@pytest.mark.parametrize(
+    ("template", "dropped"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "system"),
+        ("{{ messages[0].content }}", "user"),
+        ("{{ messages[0].content }}{{ messages[1].content[:3] }}", "user"),
+        ("{{ messages[0].content }}{{ messages[1].content | upper }}", "user"),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", None),
+        ("{{ messages | tojson }}", None),
+        ("{% for m in messages %}{{ m.content | e }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}", None),
+    ],
+)
+def test_a_template_that_drops_what_is_said_is_told(tiny_folder, template, dropped):
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    tokenizer.chat_template = template
+    if dropped is None:
+        assert chat_prompt(tokenizer, ' How  "é" <b>?\n', "Be brief.")
+        return
+    with pytest.raises(UserError, match=f"leaves out the {dropped}'s message"):
+        chat_prompt(tokenizer, ' How  "é" <b>?\n', "Be brief.")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Texts of tokens: pieces add up to the text, which ends where decoding token by token would end it."""
 
+import functools
+
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from sol_jax.generation.transcript import Transcript
-from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 # The byte-level alphabet: printable bytes are themselves, the others come after all bytes, in order.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -102,3 +106,92 @@ def test_tokens_that_are_of_the_text(tokenizer, text, max_tokens, written, finis
     transcript, _ = run(tokenizer, [BYTE_IDS[byte] for byte in text.encode()], max_tokens, ["c€"])
     assert (transcript.written(), transcript.finish) == (written, finish)
     assert "".join(transcript.pieces[written:]) == ""
+
+
+# --- every kind of tokenizer -----------------------------------------------------------------------------
+
+PLAIN = ["a", "b", "ab", ".", " ", "\n", "é", "\ufffd"]
+BROKEN = [f"<0x{byte:02X}>" for byte in (*"🙂€é".encode(), 0x80, 0xFF, 0x41)]
+PREFIXED = ["▁", "▁a", "▁ab", "▁▁", "a", "b", ".", "é", "\ufffd", *BROKEN]
+SPELLED = ["a", "Ġ", "Ġa", "Ċ", "Ã", "©", "ð", "Ł", "Ļ", "Ĥ", "â", "Ĥ¬", "ï¿½"]
+SENTENCEPIECE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+KINDS = {
+    "bytes": (SPELLED, decoders.ByteLevel()),
+    "sentencepiece": (PREFIXED, decoders.Sequence([*SENTENCEPIECE, decoders.Strip(" ", 1, 0)])),
+    "sentencepiece, no space dropped": (PREFIXED, decoders.Sequence(SENTENCEPIECE)),
+    "metaspace": (["▁", "▁a", "▁ab", "a", "b", ".", "é"], decoders.Metaspace()),
+    "metaspace, bytes": (PREFIXED, decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
+    "wordpiece": (["a", "##b", "ab", ".", "'", "##é"], decoders.WordPiece()),
+    "ends of words": (["a", "b</w>", "ab</w>", ".</w>"], decoders.BPEDecoder()),
+    "none": (PLAIN, None),
+    "fused": (PLAIN, decoders.Fuse()),
+}
+
+
+@functools.cache
+def of_kind(kind):
+    vocabulary, decoder = KINDS[kind]
+    ids = {token: i for i, token in enumerate(dict.fromkeys([*vocabulary, "<end>"]))}
+    backend = tokenizers.Tokenizer(models.WordLevel(ids, "<end>"))
+    if decoder is not None:
+        backend.decoder = decoder
+    return Tokenizer(backend, eos_id=ids["<end>"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_token_by_token_is_all_at_once(kind, data):
+    tokenizer = of_kind(kind)
+    tokens = st.integers(0, tokenizer.eos_id - 1)
+    prompt, ids = (
+        data.draw(st.lists(tokens, max_size=6)),
+        data.draw(st.lists(tokens, min_size=1, max_size=12)),
+    )
+    before = tokenizer.decode(prompt)
+    if before.endswith("\ufffd"):
+        prompt, before = [], ""  # a prompt is a text, which does not end within a character
+    transcript = Transcript(tokenizer, len(ids), prompt=prompt)
+    shown = ""
+    for token in ids:
+        transcript.add(token)
+        assert transcript.text.startswith(shown)  # nothing shown is taken back
+        shown = "".join(transcript.pieces[: transcript.settled()])
+    assert before + transcript.text == tokenizer.decode([*prompt, *ids])
+    assert "".join(transcript.pieces) == transcript.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_is_whole_is_decoded_as_the_library_does(kind, data):
+    tokenizer = of_kind(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.eos_id - 1), max_size=8))
+    theirs = tokenizer._backend.decode(ids, skip_special_tokens=False)
+    if "\ufffd" not in theirs:
+        assert tokenizer.decode(ids) == theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "tokens", "text"),
+    [
+        # The space before a word that goes on a text.
+        ("sentencepiece", ["▁a"], ["▁ab", "b"], " abb"),
+        ("sentencepiece", [], ["▁ab", "b"], "abb"),
+        ("sentencepiece", ["▁"], ["▁ab"], " ab"),
+        ("metaspace", ["▁a"], ["▁ab"], " ab"),
+        ("wordpiece", ["a"], ["ab", "##b"], " abb"),
+        # A whole character before, between and after bytes that are none.
+        ("sentencepiece", ["▁a"], [*BROKEN[:4], "<0xE2>", "<0x82>"], "🙂\ufffd\ufffd"),
+        ("sentencepiece", ["▁a"], ["<0xFF>", *BROKEN[:4], "<0x80>", *BROKEN[4:7]], "\ufffd🙂\ufffd€"),
+        ("metaspace, bytes", ["▁a"], [*BROKEN[:4], "<0xFF>", "<0xFF>", "▁a"], "🙂\ufffd\ufffd a"),
+        ("bytes", ["a"], ["Ã", "©", "Ã", "a"], "é\ufffda"),
+    ],
+)
+def test_what_a_text_is_after_a_prompt(kind, prompt, tokens, text):
+    tokenizer = of_kind(kind)
+    ids = {token: i for i, token in enumerate(dict.fromkeys(KINDS[kind][0]))}
+    transcript = Transcript(tokenizer, len(tokens), prompt=[ids[token] for token in prompt])
+    for token in tokens:
+        transcript.add(ids[token])
+    assert transcript.text == text

@@ -14,6 +14,7 @@ from small_models import llama_config
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from sol_jax.errors import UserError
+from sol_jax.models.gguf_tokenizer import _pre_tokenizer
 from sol_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 needs_smollm2 = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def write_gguf(path: Path, tokens: list[str], **fields: Any) -> Path:
 
 
 def byte_tokenizer(tmp_path: Path, **fields: Any) -> Tokenizer:
-    tokens = ["<|end|>", *BYTES, "ab", "abc", "12"]
+    tokens = fields.pop("tokens", ["<|end|>", *BYTES, "ab", "abc", "12"])
     fields = {"merges": ["a b", "1 2"], **fields}
     return load_tokenizer(write_gguf(tmp_path / "vocabulary.gguf", tokens, **fields))
 
@@ -139,6 +140,13 @@ def test_words_of_each_rule(tmp_path: Path, rule: str, words: list[str]) -> None
     tokenizer = byte_tokenizer(tmp_path, pre=rule)
     ids = tokenizer.encode("abc1212")
     assert [tokenizer.token(i) for i in ids] == words
+
+
+def test_the_rule_of_files_that_do_not_say() -> None:
+    """llama.cpp's, worked out by hand: signs stand alone, then GPT-2's words, then numbers, in threes."""
+    rule = _pre_tokenizer(Path("m.gguf"), "default")
+    words = [word.replace("Ġ", " ") for word, _ in rule.pre_tokenize_str("you're 12345  x=1, 678½")]
+    assert words == ["you", "'", "re", " ", "123", "45", " ", " x", "=", "1", ",", " ", "678", "Â½"]
 
 
 def test_gguf_tokens_spelled_as_they_are(tmp_path: Path) -> None:
@@ -281,11 +289,35 @@ def test_unknown_id(tmp_path: Path) -> None:
         ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
         ({"normalizer": "nfc"}, "unknown field 'tokenizer.ggml.normalizer'"),
         ({"token_type": [1, 1]}, "token_type has 2 entries for 260 tokens"),
+        *(
+            (
+                {f"{name}_token_id": index, **more},
+                f"{name}_token_id is {index}, but the vocabulary ends at 259",
+            )
+            for name, more in (
+                ("eos", {}),
+                ("bos", {}),
+                ("bos", {"add_bos_token": True}),
+                ("eot", {}),
+                ("eom", {}),
+            )
+            for index in (260, 2**32 - 1)
+        ),
+        ({"bos_token_id": "1"}, "bos_token_id is of type str, not int"),
+        ({"merges": [1, 2]}, "merges is not a list of str alone"),
+        ({"tokens": "abc"}, "token_type has|tokens is of type str, not list"),
+        ({"tokens": [*BYTES, *BYTES, "a", "b", "c", "d"]}, "tokens has 260 tokens twice"),
+        ({"pre": 3}, "pre is of type int, not str"),
     ],
 )
 def test_mistakes_in_gguf(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         byte_tokenizer(tmp_path, **fields)
+
+
+def test_ids_of_gguf_that_nothing_needs_may_be_any(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path, padding_token_id=260, unknown_token_id=2**32 - 1, bos_token_id=3)
+    assert tokenizer.special == {"bos_token": tokenizer.token(3), "eos_token": "<|end|>"}
 
 
 def test_mistakes_in_folders(tmp_path: Path) -> None:

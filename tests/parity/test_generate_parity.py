@@ -75,7 +75,7 @@ def test_chat_templates(template):
     )
     messages = [{"role": "user", "content": "  Is 1 < 2 & é?\n"}, {"role": "assistant", "content": "Yes"}]
     wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render(template, messages, "<|im_start|>", "<|im_end|>") == wanted
+    assert render(template, messages, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}) == wanted
 
 
 @pytest.mark.parametrize("rule", [Sampling(0.7, 5), Sampling(1.3, 0, 0.8), Sampling(0.9, 20, 0.6)])
