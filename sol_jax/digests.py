@@ -1,7 +1,8 @@
 """Hexadecimal names for things that are known by what they hold.
 
-Hashing a file of some GB takes seconds, so its digest is remembered with its size and time of change, in
-`digests.json` of the cache folder; a file that looks as it did is not read again.
+Hashing a file of some GB takes seconds, so its digest is remembered with its size and times of change, in
+`digests.json` of the cache folder; a file that looks as it did is not read again.  The time that the system
+keeps (ctime) is one of them: tools that unpack or copy files set the other one as they like.
 """
 
 import contextlib
@@ -13,6 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from sol_jax.errors import UserError
+from sol_jax.files import local_path, parse_json
 
 CACHE_DIR = "~/.cache/sol_jax"
 
@@ -34,11 +38,11 @@ def array_digest(tree: Any) -> str:
 
 
 def file_digest(file: pathlib.Path) -> str:
-    """sha256 of a file, remembered until its size or time of change differs."""
+    """sha256 of a file, remembered until its size, a time of change or its place on the disk differs."""
     file = file.resolve()
     stamp = file.stat()
     known, key = _remembered(), str(file)
-    seen = [stamp.st_size, stamp.st_mtime_ns]
+    seen = [stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns, stamp.st_ino]
     found = known.get(key)
     if isinstance(found, list) and found[:-1] == seen:
         return str(found[-1])
@@ -49,21 +53,21 @@ def file_digest(file: pathlib.Path) -> str:
 
 
 def _memory() -> pathlib.Path:
-    return pathlib.Path(os.path.expanduser(CACHE_DIR)) / "digests.json"
+    return local_path(CACHE_DIR, "the cache folder") / "digests.json"
 
 
 def _remembered() -> dict[str, list]:
     try:
-        known = json.loads(_memory().read_text())
-    except (OSError, ValueError):
+        known = parse_json(_memory().read_text())
+    except (OSError, ValueError):  # a `UserError`, where there is no home folder, is one
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def _remember(known: Mapping[str, list]) -> None:
     """Best effort: without it files are hashed again."""
-    file = _memory()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        file = _memory()
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(known))

@@ -24,6 +24,7 @@ from sol_jax.downstream.teacher_forced import GivenTokens, prefill_contexts, sco
 from sol_jax.errors import UserError
 from sol_jax.generation.engine import Engine, batch_bucket, length_bucket
 from sol_jax.generation.episodes import Decoder
+from sol_jax.models.finite import finite
 
 SHORTEST_EPISODE = 4  # steps that compile at the least
 CACHE_TOKENS = 16384  # cache entries of a batch at most
@@ -247,6 +248,8 @@ def score(
                 engine.weights, engine.params, context_U, given_B, budget_BxX, plan_BxN, cfg
             )
             logp, greedy, action, controllable = jax.device_get(played)
+        for b, request in enumerate(mine):
+            finite("a continuation", logp[b, : len(request.tokens)])
         for b, (r, request) in enumerate(zip(batch, mine, strict=True)):
             n = len(request.tokens)
             found[r] = ContinuationScore(*(x[b, :n] for x in (logp, greedy, action, controllable)))

@@ -126,11 +126,14 @@ def score_controlled(
             key = jax.random.key(0)  # nothing is drawn
             played = rollout(weights, cfg.rules, cache, episode, key, budget_X, controller)
             taken_T = jnp.where(played.controllable, played.action, space.dense)
-            return played.hidden, taken_T, played.controllable
+            return played.hidden, taken_T, played.controllable, jnp.isfinite(played.logp)
 
         return jax.vmap(play)(episode_W, plan_N.reshape(-1, T))
 
     with jax.named_scope("rollout"):
-        hidden, action, controllable = jax.vmap(one)(row_B, dense_BxNxD, given_B, budget_BxX, plan_BxN)
+        played = jax.vmap(one)(row_B, dense_BxNxD, given_B, budget_BxX, plan_BxN)
+        hidden, action, controllable, chosen = played
     logp, greedy = judge(weights, hidden.reshape(dense_BxNxD.shape), given_B.label)
+    # A policy whose logits are no numbers picks actions all the same.
+    logp = jnp.where(chosen.reshape(B, N), logp, jnp.nan)
     return logp, greedy, action.reshape(B, N), controllable.reshape(B, N)

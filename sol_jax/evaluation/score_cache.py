@@ -77,6 +77,9 @@ class ScoreCache:
         if scores.logp_NxWxJxT.shape != shape or scores.action_NxWxJxT.shape != shape:
             logging.warning("%s is damaged (shapes); its entries are run again", path)
             return None
+        if not (np.isfinite(scores.logp_NxWxJxT).all() and np.isfinite(scores.entropy_NxWxJxT).all()):
+            logging.warning("%s holds a NaN or an infinity; its entries are run again", path)
+            return None
         return scores
 
     def write(self, group: str, file: str, scores: EntryScores) -> None:

@@ -17,6 +17,7 @@ from sol_jax.axes.base import Work
 from sol_jax.baselines import heuristics, schedules
 from sol_jax.costs import decode_step as costs
 from sol_jax.models import llama
+from sol_jax.models.finite import finite
 from sol_jax.models.llama import Weights
 from sol_jax.rl.collect import prefill_blocks, run_schedules, score_labels
 from sol_jax.rl.rollout import Controller, PrefilledBlock, policy_controller, replay
@@ -119,6 +120,8 @@ def _play(
     rollout = run_schedules(weights, prefilled.blocks, jax.random.key(0), budget, each, setup)
     rows = setup.memory.head_rows
     logp = score_labels(weights, rollout.hidden, prefilled.blocks.episodes.label, rows)
+    # A policy whose logits are no numbers picks actions all the same.
+    logp = jnp.where(jnp.isfinite(rollout.logp), logp, jnp.nan)
     entropy = _entropy(weights, rollout.hidden, rows) if spec.with_entropy else logp[..., :0]
     return logp, entropy, jnp.where(rollout.controllable, rollout.action, setup.space.dense)
 
@@ -225,6 +228,8 @@ class BatchScorer:
                 spec,
             )
             count = min(size, J - start)
-            parts.append(EntryScores(*(np.asarray(x)[:B, :, :count] for x in scores)))
+            logp, entropy, action = (np.asarray(x)[:B, :, :count] for x in scores)
+            finite("a batch of text", logp)
+            parts.append(EntryScores(logp, finite("a batch of text", entropy), action))
             progress(count)
         return join(parts, axis=2)

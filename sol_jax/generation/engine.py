@@ -23,7 +23,9 @@ from sol_jax.baselines import schedules
 from sol_jax.errors import UserError
 from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder
+from sol_jax.generation.sampling import NO_TOKEN
 from sol_jax.generation.transcript import Transcript
+from sol_jax.models.finite import finite, no_numbers
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.models.tokenizer import Tokenizer
 
@@ -211,7 +213,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     plan_BxE = [plan(engine, request) for request in requests]
     text_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
     for output, token in zip(outputs, np.asarray(text_B.token), strict=False):
-        output.transcript.add(int(token))
+        _add(output, int(token))
     yield outputs
     for e in range(max(map(len, plan_BxE))):
         if all(output.transcript.finish for output in outputs):
@@ -226,11 +228,18 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
         yield outputs
 
 
+def _add(output: Output, token: int) -> None:
+    """Adds one token to a text.  Raises `UserError` if there is none, for the model's logits are no numbers."""
+    if token == NO_TOKEN:
+        raise no_numbers(f"token {len(output.transcript.ids) + 1} of the text")
+    output.transcript.add(token)
+
+
 def _take(output: Output, begin: int, played: decoding.Played, cfg: Decoder) -> None:
     """Adds one episode's tokens to a text, up to its end."""
     before = len(output.transcript.ids)
     for token in played.token[: played.num_new]:
-        output.transcript.add(int(token))
+        _add(output, int(token))
         if output.transcript.finish:
             break
     tokens = len(output.transcript.ids) - before
@@ -250,7 +259,7 @@ def dense_logp(weights: Weights, output: Output, cfg: LlamaConfig) -> np.ndarray
     """The dense model's log-probability of each generated token, given all before it."""
     padded, length = _padded(output)
     logp_N = np.asarray(decoding.text_logp(weights, padded, cfg))
-    return logp_N[len(output.request.prompt) - 1 : length - 1]
+    return finite("the text", logp_N[len(output.request.prompt) - 1 : length - 1])
 
 
 def input_drift(weights: Weights, output: Output, cfg: LlamaConfig) -> np.ndarray:

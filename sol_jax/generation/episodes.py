@@ -24,7 +24,7 @@ from jax import lax
 from pallas_kernels.dispatch import current_platform
 from sol_jax.axes.base import ActionSpace
 from sol_jax.generation.lossless import accept
-from sol_jax.generation.sampling import GREEDY, Sampling, draw, token_logp
+from sol_jax.generation.sampling import GREEDY, NO_TOKEN, Sampling, draw, finite, token_logp
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, LlamaConfig, Suffix, Weights
 from sol_jax.rl.policy import Policy, PolicySpec
@@ -161,8 +161,9 @@ def start(
 
     def one(tokens_S: jax.Array, length: jax.Array, key: jax.Array) -> TextState:
         hidden_D, cache = prefill_prompt(weights, tokens_S, length, capacity, cfg.model)
-        logp_V = token_logp(llama.logits(weights, hidden_D), cfg.sampling)
-        token = draw(keys_at(key, length).draw, logp_V, cfg.sampling)
+        logits_V = llama.logits(weights, hidden_D)
+        logp_V = token_logp(logits_V, cfg.sampling)
+        token = finite(draw(keys_at(key, length).draw, logp_V, cfg.sampling), logits_V)
         return TextState(cache, length, hidden_D, token, key)
 
     batch = min(cfg.prefill_batch, len(tokens_BxS))
@@ -185,8 +186,9 @@ def draft(
         given = Step(t, token, keys.act)
         state, did = controlled_step(weights, cfg.rules, prefix, controller.act, budget_X, state, given)
         with jax.named_scope("head"):
-            logp_V = token_logp(llama.logits(weights, state.hidden), cfg.sampling)
-            token = draw(keys.draw, logp_V, cfg.sampling)
+            logits_V = llama.logits(weights, state.hidden)
+            logp_V = token_logp(logits_V, cfg.sampling)
+            token = finite(draw(keys.draw, logp_V, cfg.sampling), logits_V, did.logp)
         action = jnp.where(did.controllable, did.action, space.dense)
         return (state, token), Steps(token, action, did.controllable, logp_V, seen_D)
 
@@ -216,10 +218,14 @@ def keep_agreed(weights: Weights, text: TextState, steps: Steps, cfg: Decoder) -
     consumed_N = jnp.concatenate([text.token[None], steps.token])
     with jax.named_scope("refresh"):
         dense_NxD, entries = llama.extend(weights, consumed_N, text.cache, text.length, cfg.model)
-        dense_NxV = llama.logits(weights, dense_NxD)
-        dense_NxV = jax.vmap(lambda logits_V: token_logp(logits_V, cfg.sampling))(dense_NxV)
+        logits_NxV = llama.logits(weights, dense_NxD)
+        dense_NxV = jax.vmap(lambda logits_V: token_logp(logits_V, cfg.sampling))(logits_NxV)
     keys_N = jax.vmap(lambda t: keys_at(text.key, text.length + t + 1))(jnp.arange(T + 1))
     agreed, token = accept(keys_N.accept, keys_N.replace, steps.token, steps.logp, dense_NxV, cfg.sampling)
+    # What decided: the dense logits so far, and the drafts up to the one that was not kept.
+    so_far_N, drafts_N = jnp.arange(T + 1) <= agreed, jnp.append(steps.token, 0)
+    token = finite(token, jnp.where(so_far_N[:, None], logits_NxV, 0.0))
+    token = jnp.where(jnp.any(so_far_N & (drafts_N == NO_TOKEN)), NO_TOKEN, token)
     cache = llama.append(
         text.cache, entries, text.length
     )  # those of refused tokens lie beyond the new length

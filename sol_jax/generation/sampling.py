@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.topk import at_least_kth
@@ -33,6 +34,10 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# Smaller numbers than this are 0 to XLA.
+SMALLEST = float(np.finfo(np.float32).tiny)
+# Stands for a token where the model's logits are no numbers; `generation.engine` says so and ends.
+NO_TOKEN = -1
 
 
 def nucleus(prob_V: jax.Array, mass: float) -> jax.Array:
@@ -40,6 +45,7 @@ def nucleus(prob_V: jax.Array, mass: float) -> jax.Array:
 
     Bisects the bits of the least probability in the set, like `pallas_kernels.topk`: no sort.
     """
+    mass = max(mass, SMALLEST)
     bits_V = lax.bitcast_convert_type(prob_V.astype(jnp.float32), jnp.int32)  # ordered, as none is negative
 
     def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -53,12 +59,19 @@ def token_logp(logits_V: jax.Array, rule: Sampling) -> jax.Array:
     """Log-probability of each token under `rule`; -inf for those that cannot come."""
     if rule.temperature == 0:
         return jnp.where(jnp.arange(logits_V.shape[0]) == jnp.argmax(logits_V), 0.0, -jnp.inf)
-    logits_V = logits_V / rule.temperature
+    if rule.temperature != 1:
+        # The largest becomes 0 first, which any temperature leaves as it is; others may go to -inf.
+        logits_V = (logits_V - jnp.max(logits_V)) / max(rule.temperature, SMALLEST)
     if 0 < rule.top_k < logits_V.shape[0]:
         logits_V = jnp.where(at_least_kth(logits_V, jnp.int32(rule.top_k)), logits_V, -jnp.inf)
     if rule.top_p < 1:
         logits_V = jnp.where(nucleus(jax.nn.softmax(logits_V), rule.top_p), logits_V, -jnp.inf)
     return jax.nn.log_softmax(logits_V)
+
+
+def finite(token: jax.Array, *numbers: jax.Array) -> jax.Array:
+    """`token`, or `NO_TOKEN` if one of the numbers behind it is a NaN or an infinity."""
+    return jnp.where(jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers])), token, NO_TOKEN)
 
 
 def draw(key: jax.Array, logp_V: jax.Array, rule: Sampling) -> jax.Array:

@@ -38,4 +38,4 @@ def open_model(name: str = EMBEDDED, dtype: str = "float32") -> Model:
     config = load_config(path, dtype)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config)
-    return Model(name, path, config, tokenizer, model_identity(path, tokenizer))
+    return Model(name, path, config, tokenizer, model_identity(path, config, tokenizer))

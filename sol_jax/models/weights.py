@@ -145,6 +145,11 @@ def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
     return weights
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files of a resolved model that `load_weights` reads.  Raises UserError."""
+    return [path] if _is_gguf(path) else _safetensors_files(path)
+
+
 def _check_names(path: Path, found: Collection[str], wanted: list[str]) -> None:
     """Raise UserError unless the file's tensors are the model's."""
     missing = [name for name in wanted if name not in found]

@@ -241,9 +241,10 @@ def group_rollout(
 
 
 def label_logp(weights: Weights, hidden_D: jax.Array, label: jax.Array) -> jax.Array:
-    """Log-probability of the next token under one hidden state."""
+    """Log-probability of the next token under one hidden state; NaN if any logit is no number."""
     logits_V = llama.logits(weights, hidden_D)
-    return logits_V[label] - jax.nn.logsumexp(logits_V)
+    logp = logits_V[label] - jax.nn.logsumexp(logits_V)
+    return jnp.where(jnp.all(jnp.isfinite(logits_V)), logp, jnp.nan)
 
 
 def dense_divergence(weights: Weights, dense_D: jax.Array, hidden_D: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds,
 
 # What changes how a run goes, but not what it learns (beyond rounding).
 FREE_FIELDS = ("train.", "eval.", "memory.", "data.cache_dir", "kernels")
+# Where files are matters only as long as it is not known what they hold (`Checkpoints.bind`).
+PATHS = {"weights": "model.path", "documents": "data.source"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -80,7 +82,10 @@ class Checkpoints:
         return self._read(step)[2].get("commit", "")
 
     def bind(self, identity: Mapping[str, str]) -> None:
-        """Says which model the run is of (see `models.identity`): saved, and compared when restoring."""
+        """Says which model the run is of (see `models.identity`): saved, and compared when restoring.
+
+        `documents` may be one of its parts: the fingerprint of the text.
+        """
         self._identity = dict(identity)
 
     def identity_of(self, step: int) -> dict[str, str]:
@@ -145,11 +150,13 @@ class Checkpoints:
             if problem:
                 damaged[candidate] = problem
                 continue
-            now = _binding(self._config)
+            known = meta.get("identity", {})  # older checkpoints do not say, and are known by paths
+            held = [path for part, path in PATHS.items() if part in known and part in self._identity]
+            now = _binding(self._config, held)
             # A field that came after the run has its default: what the code did before.
             came_later = {name: value for name, value in _defaults().items() if name in now}
-            self._check_same("config", candidate, {**came_later, **_binding(meta["config"])}, now)
-            self._check_identity(candidate, meta.get("identity", {}))  # older checkpoints do not say
+            self._check_same("config", candidate, {**came_later, **_binding(meta["config"], held)}, now)
+            self._check_identity(candidate, known)
             self._check_same("model or version", candidate, meta["leaves"], kinds(like))
             self._write_config()
             self._pass_over(damaged, candidate)
@@ -226,8 +233,9 @@ class Checkpoints:
             raise UserError(f"{told}; the newest good checkpoint is of step {self.latest_step()}") from error
 
 
-def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith(FREE_FIELDS)}
+def _binding(config: Mapping[str, Any], known_by_content: Sequence[str] = ()) -> dict[str, Any]:
+    free = (*FREE_FIELDS, *known_by_content)
+    return {name: value for name, value in config.items() if not name.startswith(free)}
 
 
 def _defaults() -> dict[str, Any]:

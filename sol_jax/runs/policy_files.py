@@ -71,6 +71,8 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
         flat = load_file(folder / "policy.safetensors")
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
+    if wrong := sorted(leaf for leaf, x in flat.items() if not bool(jnp.isfinite(x).all())):
+        raise UserError(f"the policy in {folder} holds a NaN or an infinity in {wrong[0]}; restore its files")
     params = traverse_util.unflatten_dict(
         {tuple(leaf.split(".")): jnp.asarray(x, jnp.float32) for leaf, x in flat.items()}
     )

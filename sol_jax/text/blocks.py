@@ -9,14 +9,14 @@ Where text comes from is the business of `corpus`; the TFDS builder is in `token
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sol_jax.digests import CACHE_DIR
+from sol_jax.digests import CACHE_DIR, digest
 from sol_jax.errors import UserError
+from sol_jax.files import local_path
 from sol_jax.text.documents import source_fingerprint
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Blocks:
 
     Attributes:
       documents: sha256 of the text of each document of the split; `document_B` counts in this order.
-      fingerprint: hex digest of everything that decides the content of the blocks.
+      fingerprint: hex digest of everything that decides the content of the blocks, but for the token between
+        documents.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], documents: Sequence[str], fingerprint: str):
@@ -89,7 +90,9 @@ def prepare(
     key = [source_fingerprint(source), tokenizer.fingerprint, cut, token_blocks.VERSION]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     config = token_blocks.TokenBlocksConfig(
-        name=fingerprint,
+        # The token between documents is no part of the fingerprint, which older runs know their text by; of
+        # what a run is bound to it is (`models.identity`).
+        name=digest([fingerprint, tokenizer.eos_id]),
         source=source,
         document_start=document_start,
         block_length=block_length,
@@ -97,7 +100,7 @@ def prepare(
         test_fraction=test_fraction,
         tokenizer=tokenizer,
     )
-    folder = token_blocks.write_once(config, pathlib.Path(cache_dir or CACHE_DIR).expanduser())
+    folder = token_blocks.write_once(config, local_path(cache_dir or CACHE_DIR, "data.cache_dir"))
     opened = token_blocks.open_dataset(folder)
     return {split: Blocks(records, documents, fingerprint) for split, (records, documents) in opened.items()}
 

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sol_jax.errors import UserError
+from sol_jax.files import local_path
 from sol_jax.runs.config import RunConfig
 from sol_jax.training.loop import train
 
@@ -58,9 +59,10 @@ def train_policy(
       UserError: anything wrong with config, model, text or workdir.
       Interrupted: after SIGTERM, once a checkpoint is written.
     """
+    folder = local_path(workdir, "workdir")
     if isinstance(config, str):
         config = load_config(config)
     elif isinstance(config, ConfigDict):
         config = RunConfig.from_dict(config.to_dict())
-    train(config.with_fields(fields or {}), pathlib.Path(workdir))
-    return pathlib.Path(workdir)
+    train(config.with_fields(fields or {}), folder)
+    return folder

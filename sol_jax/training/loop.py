@@ -19,12 +19,14 @@ from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
+from sol_jax.files import local_path
 from sol_jax.rl.learn import TrainState
 from sol_jax.rl.train_step import init_state, jit_train_step
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.session import Session, commit, open_session
+from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
 
@@ -65,7 +67,8 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     """Runs `config.train.num_updates` updates, resuming from `workdir`; returns the final state.
 
     Raises:
-      UserError: anything wrong with config, model, text or workdir; a NaN or Inf; a full disk.
+      UserError: anything wrong with config, model, text or workdir; a second run in one workdir; a NaN or
+        Inf; a full disk.
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     if jax.process_count() > 1:  # the text is shared out below, but gradients are not summed over processes
@@ -73,10 +76,16 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
             f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
         )
     config.check_here()
+    workdir = local_path(workdir, "--workdir")
+    with only_run(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, commit=commit())
     session = open_session(config)
-    checkpoints.bind(session.identity)
     setup, blocks = session.setup, session.split("train")
+    checkpoints.bind(session.identity | {"documents": blocks.fingerprint})
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
         session.split(split)  # before the training, not after it
     batches = BlockIterator(

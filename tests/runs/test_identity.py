@@ -11,6 +11,7 @@ import tiny
 from sol_jax import digests
 from sol_jax.models.identity import differences, model_identity
 from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.weights import load_config
 
 
 @pytest.fixture
@@ -51,6 +52,21 @@ def test_a_file_is_read_once_until_it_changes(cache, hashed, tmp_path):
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert digests.file_digest(file) == sha256("three")
     assert hashed == ["weights"] * 3
+
+
+def test_a_file_that_is_replaced_is_another_whatever_its_time_says(cache, hashed, tmp_path):
+    """As of archives that are unpacked with fixed times."""
+    file, other = tmp_path / "weights", tmp_path / "other"
+    for path, text in ((file, "one"), (other, "two")):
+        path.write_text(text)
+        os.utime(path, ns=(10**18, 10**18))
+    assert digests.file_digest(file) == sha256("one")
+    other.replace(file)
+    assert digests.file_digest(file) == sha256("two")
+    with open(file, "r+") as same:  # in its place
+        same.write("six")
+    os.utime(file, ns=(10**18, 10**18))
+    assert digests.file_digest(file) == sha256("six")
 
 
 def test_files_are_known_by_where_they_really_are(cache, hashed, tmp_path):
@@ -126,14 +142,24 @@ def test_a_cache_folder_that_nobody_may_read_only_costs_time(cache, hashed, tmp_
 
 
 def identity_of(folder):
-    return model_identity(folder, load_tokenizer(folder))
+    return model_identity(folder, load_config(folder), load_tokenizer(folder))
 
 
 def test_a_copy_is_the_same_model_whatever_its_files_are_called(tiny_folder, tiny_session, tmp_path):
     copy = shutil.copytree(tiny_folder / "model", tmp_path / "copy")
-    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {name: "m-1-of-1.safetensors" for name in tiny.tensors(tiny.MODEL)}}
+    (copy / "model.safetensors").rename(copy / "m-1-of-1.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "README.md").write_text("a card")
+    (copy / "consolidated.safetensors").write_text("not read")
+    edit(copy / "config.json", transformers_version="9", _name_or_path="elsewhere", use_cache=False)
     assert identity_of(copy) == tiny_session.identity
+
+
+def test_a_model_in_another_type_is_the_same(tiny_folder, tiny_session):
+    folder = tiny_folder / "model"
+    config = load_config(folder, "bfloat16")
+    assert model_identity(folder, config, load_tokenizer(folder)) == tiny_session.identity
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,12 @@ def test_a_copy_is_the_same_model_whatever_its_files_are_called(tiny_folder, tin
         ("weights", lambda folder: flip_last_bit(folder / "model.safetensors")),
         ("weights", lambda folder: edit(folder / "config.json", rms_norm_eps=1e-6)),
         ("tokenizer", lambda folder: tiny.save_tokenizer(folder, extra=1)),
+        ("tokenizer", lambda folder: edit(folder / "tokenizer_config.json", eos_token="a")),
+        ("tokenizer", lambda folder: edit(folder / "tokenizer_config.json", bos_token="a")),
+        ("tokenizer", lambda folder: edit(folder / "tokenizer_config.json", split_special_tokens=True)),
+        ("tokenizer", lambda folder: edit(folder / "tokenizer_config.json", pad_token="<pad>")),
+        ("tokenizer", lambda folder: edit(folder / "config.json", eos_token_id=[256, 3])),
+        ("tokenizer", lambda folder: edit(folder / "tokenizer.json", normalizer={"type": "NFC"})),
     ],
 )
 def test_what_makes_another_model(tiny_folder, tiny_session, tmp_path, part, harm):

@@ -421,7 +421,7 @@ def poison_model(tiny_folder, into):
     shutil.copytree(tiny_folder / "model", into / "model")
     file = into / "model" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    tensors["model.norm.weight"][:] = 3e38  # finite, but no activation that it scales
     save_file(tensors, file)
 
 
