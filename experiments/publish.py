@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.provenance import training_documents
+from sol_jax.files import path_argument
 from sol_jax.runs import policy_files
 from sol_jax.runs.session import open_session
 from sol_jax.runs.trained_policy import open_run, policy_of_run
@@ -76,12 +77,14 @@ def publish(
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the training run")
+    parser.add_argument("--workdir", type=path_argument, required=True, help="folder of the training run")
     parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
     parser.add_argument("--commit", default="", help="that trained it, of a checkpoint that does not say")
-    parser.add_argument("--results", type=pathlib.Path, nargs="*", default=[], help="CSVs of its evaluations")
+    parser.add_argument(
+        "--results", type=path_argument, nargs="*", default=[], help="CSVs of its evaluations"
+    )
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")

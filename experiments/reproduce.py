@@ -21,6 +21,7 @@ from sol_jax.errors import exits_on_user_error
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.evaluation.provenance import open_text
 from sol_jax.evaluation.report import evaluate
+from sol_jax.files import local_path
 from sol_jax.options import Options, option
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.session import open_session
@@ -61,7 +62,7 @@ class ReproduceOptions(Options):
     """Besides --config and --workdir."""
 
     where = "--"
-    source: str = option("", "text to test on; default: the test split of the training text")
+    source: str = option("", "text to test on; default: the test split of the training text", path=True)
     document_start: str = option("", "of --source, as config.data.document_start")
     grid: int = option(20, "budgets on the diagonal; half as many along each axis", at_least=1)
     controllers: tuple[str, ...] = option(
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = given_config()
     named = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{name_of(named)}")
+    workdir = local_path(flags.FLAGS.workdir or f"runs/{name_of(named)}", "--workdir")
     asked = given(ReproduceOptions)
     fields = {name: value for name, value in asked.to_dict().items() if name != "seconds_only"}
     options = EvaluateOptions(workdir=str(workdir), **fields)

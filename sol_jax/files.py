@@ -1,5 +1,6 @@
 """Paths and JSON that users hand in: one sentence for whatever cannot be used."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -33,6 +34,20 @@ def local_path(given: str | os.PathLike, name: str) -> pathlib.Path:
     if opened.startswith("~") or os.environ.get("HOME") == "":
         raise UserError(f"{name} is {text!r}, but there is no home folder; set HOME, or give a whole path")
     return pathlib.Path(opened)
+
+
+def path_argument(text: str) -> pathlib.Path:
+    """`local_path` as the `type` of an argument of argparse, which names the argument itself."""
+    try:
+        return local_path(text, "the path")
+    except UserError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from None
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as Python writes it, but short."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def parse_json(text: str | bytes) -> Any:

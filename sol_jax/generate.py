@@ -9,7 +9,6 @@ one, all those of SOL-J-FL; `dense` compresses nothing.  The text goes to standa
 on it, and how likely the dense model finds it, to standard error.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from absl import app
 
 from sol_jax.command_line import define_flags, given, parse_flags
 from sol_jax.errors import exits_on_user_error
+from sol_jax.files import local_path
 from sol_jax.generation import html_page
 from sol_jax.generation.load_engine import engine_for
 from sol_jax.generation.options import GenerateOptions
@@ -27,7 +27,7 @@ from sol_jax.generation.terminal import facts, write_out, write_page
 def main(argv: Sequence[str]) -> None:
     del argv
     options = given(GenerateOptions)
-    page = pathlib.Path(options.html) if options.html else None
+    page = local_path(options.html, "--html") if options.html else None
     if page:
         html_page.check_writable(page)
     engine, request = engine_for(options)

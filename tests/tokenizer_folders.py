@@ -103,7 +103,7 @@ CASES = {
 
 
 def backend(kind: str) -> tokenizers.Tokenizer:
-    """Bytes as GPT-2 spells them, then <|end|> and <|start|>; or SentencePiece's way, with bytes for the rest."""
+    """Bytes as GPT-2 spells them, then <|end|> and <|start|>; or SentencePiece's way."""
     if kind == "sentencepiece":
         return sentencepiece()
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "<|start|>"]

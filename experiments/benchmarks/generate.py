@@ -46,6 +46,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
+from sol_jax.files import path_argument
 from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder, Played, TextState
 from sol_jax.models.llama import KVCache, LlamaConfig, Weights
@@ -388,7 +389,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="timed episodes of each; the median counts")
     parser.add_argument("--minutes", type=float, default=60.0, help="what is not begun by then is left out")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, small rates; for tests")
-    parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
+    parser.add_argument("--csv", type=path_argument, help="file to write the rows to")
     args = parser.parse_args(given)
     for name, default in (SMOKE_SIZES if args.smoke else SIZES).items():
         if getattr(args, name) is None:

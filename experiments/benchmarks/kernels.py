@@ -13,7 +13,6 @@ further from float64 than it may be fails the run.
 import argparse
 import functools
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from experiments.benchmarks.kernel_table import device_name, finish_steps, is_wr
 from experiments.benchmarks.mlp_cases import pruned_mlp, rounding
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.shapes import Shape, distinct, named
+from sol_jax.files import path_argument
 
 KEEPS = (0.1, 0.3, 0.6, 1.0)
 TINY = Shape("tiny", 64, 128, 4, 2, 16, 2, 64, 8)
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, few rounds; runs on a CPU")
     parser.add_argument("--verify", action="store_true", help="compare with float64 and measure nothing")
     parser.add_argument(
-        "--csv", type=pathlib.Path, help="default: results/kernels_DEVICE.csv beside this file"
+        "--csv", type=path_argument, help="default: results/kernels_DEVICE.csv beside this file"
     )
     parser.add_argument("--only", default="", help="run what has this in its name")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ from experiments.figures import plots
 from pallas_kernels import cost_model
 from pallas_kernels.cost_model import CostModel
 from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.files import path_argument
 
 TableRow = dict[str, str]
 SKIPPING = ("pallas", "triton", "auto")  # implementations that read less where an action keeps less
@@ -180,9 +181,9 @@ def draw_prediction(seen: Sequence[TableRow], unseen: Sequence[TableRow], model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=pathlib.Path, required=True, help="written by experiments.benchmarks.kernels"
+        "--csv", type=path_argument, required=True, help="written by experiments.benchmarks.kernels"
     )
-    parser.add_argument("--figures", type=pathlib.Path, default=FIGURES, help="folder of the figures")
+    parser.add_argument("--figures", type=path_argument, default=FIGURES, help="folder of the figures")
     args = parser.parse_args()
     rows = read(args.csv)
     model = fit(rows)

@@ -32,6 +32,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
+from sol_jax.files import path_argument
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.rl import collect, learn
@@ -239,7 +240,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--scaling", action="store_true", help="vary K and T instead of the mode")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
-    parser.add_argument("--csv", type=pathlib.Path, help="file to write the rows to")
+    parser.add_argument("--csv", type=path_argument, help="file to write the rows to")
     args = parser.parse_args()
     # Asked elsewhere: a process that has seen a GPU keeps most of its memory.
     print(f"jax {jax.__version__} on {alone(device_kind)}: {vars(args)}", flush=True)

@@ -7,13 +7,13 @@ requested against realised cost per axis.
 """
 
 import argparse
-import pathlib
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.figures import plots
 from sol_jax.errors import exits_on_user_error
+from sol_jax.files import path_argument
 
 CONTROLLERS = ("policy", "fixed", "random", "random_best")
 
@@ -40,8 +40,8 @@ def draw(rows: list[plots.ResultRow]) -> Figure:
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, required=True, help="results.csv of an evaluation")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="image to write")
+    parser.add_argument("--results", type=path_argument, required=True, help="results.csv of an evaluation")
+    parser.add_argument("--output", type=path_argument, required=True, help="image to write")
     args = parser.parse_args()
     print(f"drew {plots.save(draw(plots.read(args.results)), args.output)}")
 

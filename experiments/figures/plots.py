@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from experiments import FIGURES, RESULTS
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
+from sol_jax.files import path_argument
 
 MODEL = "smollm2-135m"
 NET = "net keep rate: mean over the axes of the\nrealised episode-average costs"
@@ -250,8 +251,8 @@ def run(figure: str, drawn: Callable[[pathlib.Path], Figure], doc: str | None) -
     @exits_on_user_error
     def main() -> None:
         parser = argparse.ArgumentParser(description=(doc or figure).splitlines()[0])
-        parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSVs")
-        parser.add_argument("--output", type=pathlib.Path, default=FIGURES / f"{figure}.png")
+        parser.add_argument("--results", type=path_argument, default=RESULTS, help="folder of the CSVs")
+        parser.add_argument("--output", type=path_argument, default=FIGURES / f"{figure}.png")
         args = parser.parse_args()
         print(f"drew {save(drawn(args.results), args.output)}")
 

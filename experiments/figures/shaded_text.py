@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from experiments import FIGURES, RESULTS
 from experiments.figures import plots
 from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.files import path_argument
 from sol_jax.generation.generated_text import GeneratedText, generate_text
 from sol_jax.generation.html_page import SHADES, shade, visible
 
@@ -96,8 +97,8 @@ def draw(results: pathlib.Path) -> Figure:
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSVs")
-    parser.add_argument("--output", type=pathlib.Path, default=FIGURES / "shaded_text.png")
+    parser.add_argument("--results", type=path_argument, default=RESULTS, help="folder of the CSVs")
+    parser.add_argument("--output", type=path_argument, default=FIGURES / "shaded_text.png")
     parser.add_argument("--write", action="store_true", help="write the text anew")
     parser.add_argument("--policy", default="smollm2-135m/sol-j-fl")
     parser.add_argument("--budget", default="0.5,0.7,0.5")

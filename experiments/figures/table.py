@@ -19,6 +19,7 @@ from experiments import RESULTS
 from experiments.figures import plots
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation.scoring import POLICY
+from sol_jax.files import path_argument
 
 
 def largest_miss(rows: Sequence[plots.ResultRow]) -> tuple[float, str]:
@@ -72,7 +73,7 @@ def table(folder: pathlib.Path, model: str, against: str) -> str:
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSVs")
+    parser.add_argument("--results", type=path_argument, default=RESULTS, help="folder of the CSVs")
     parser.add_argument("--model", default=plots.MODEL)
     parser.add_argument("--against", default="fixed", help="the other controller")
     args = parser.parse_args()

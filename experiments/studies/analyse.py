@@ -23,7 +23,6 @@ Intervals are over documents.
 """
 
 import argparse
-import json
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.score_cache import CachedScores, read_folder
 from sol_jax.evaluation.scoring import POLICY, EntryScores
 from sol_jax.evaluation.statistics import document_bootstrap, document_correlation
+from sol_jax.files import parse_json, path_argument
 from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 CsvRow = dict[str, Any]
@@ -132,7 +132,7 @@ def updates(workdirs: Sequence[pathlib.Path]) -> list[CsvRow]:
     for workdir in workdirs:
         try:
             lines = (workdir / "metrics.jsonl").read_text().splitlines()
-            scalars = [json.loads(line) for line in lines]
+            scalars = [parse_json(line) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"{workdir}/metrics.jsonl cannot be read ({error}); name runs") from error
         for line in scalars:
@@ -339,12 +339,14 @@ def _one_folder(paths: Sequence[pathlib.Path]) -> CachedScores:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("wins", "misses", "updates", "spending", "over_fixed", "effect"))
-    parser.add_argument("--results", type=pathlib.Path, nargs="+", default=[], help="CSVs of evaluations")
-    parser.add_argument("--workdirs", type=pathlib.Path, nargs="+", default=[], help="training runs")
-    parser.add_argument("--scores", type=pathlib.Path, nargs="+", default=[], help="folders of scores")
-    parser.add_argument("--others", type=pathlib.Path, nargs="+", default=[], help="another, to compare with")
+    parser.add_argument("--results", type=path_argument, nargs="+", default=[], help="CSVs of evaluations")
+    parser.add_argument("--workdirs", type=path_argument, nargs="+", default=[], help="training runs")
+    parser.add_argument("--scores", type=path_argument, nargs="+", default=[], help="folders of scores")
+    parser.add_argument(
+        "--others", type=path_argument, nargs="+", default=[], help="another, to compare with"
+    )
     parser.add_argument("--label", default="", help="of an effect, for the CSV")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     args = parser.parse_args(argv)
     if args.what in ("wins", "misses"):
         paths = [path for path in args.results if not path.stem.endswith("-draws")]

@@ -13,11 +13,11 @@ in their documents.  A line that is there already stays, so that a killed run go
 import argparse
 import itertools
 import json
-import pathlib
 from collections.abc import Iterator, Sequence
 
 from experiments.tasks.item_records import append_lines
 from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.files import path_argument
 from sol_jax.generation.engine import Engine, Request, generate
 from sol_jax.generation.load_engine import open_engine, show_log
 from sol_jax.generation.sampling import Sampling
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {"num_prompts": 512, "prompt_length": 64, "max_tokens": 320, "stride": 4096, "batch_size": 32}
     for option, default in sizes.items():
         parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=path_argument, required=True)
     args = parser.parse_args(argv)
     show_log()
     try:

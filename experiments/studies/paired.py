@@ -13,7 +13,6 @@ that controller's at the same mode and budget.  Either has a 95 % interval boots
 
 import argparse
 import csv
-import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from experiments.studies.transfer import MEASURES
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_bootstrap
+from sol_jax.files import path_argument
 
 Condition = tuple[str, ...]  # mode, controller and requested costs
 Prompts = dict[str, Mapping[str, str]]  # index of a prompt -> its measures
@@ -88,11 +88,11 @@ def against(rows: Sequence[Mapping[str, str]], controller: str) -> list[dict[str
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=pathlib.Path, required=True, help="NAME-prompts.csv of transfer")
+    parser.add_argument("--prompts", type=path_argument, required=True, help="NAME-prompts.csv of transfer")
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--baseline", help="the policy that the others are compared with")
     other.add_argument("--against", help="the controller that each policy is compared with, such as fixed")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     args = parser.parse_args(argv)
     try:
         rows = list(csv.DictReader(args.prompts.read_text().splitlines()))

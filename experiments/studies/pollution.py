@@ -27,6 +27,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.scoring import BatchScorer, ControllerSpec
 from sol_jax.evaluation.statistics import document_bootstrap
+from sol_jax.files import path_argument
 from sol_jax.models import weights as load
 from sol_jax.models.llama import LlamaConfig, Weights
 from sol_jax.models.tokenizer import Tokenizer, load_tokenizer
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tail", type=int, default=PollutionProtocol.tail, help="dense steps after compressed ones"
     )
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     args = parser.parse_args(argv)
     protocol = PollutionProtocol(prefix=args.prefix, tail=args.tail)
     path = load.resolve(args.model)

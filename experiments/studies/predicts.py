@@ -26,6 +26,7 @@ from experiments.tasks import prompts
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_correlation
+from sol_jax.files import path_argument
 
 CHOICE = "multiple_choice"  # the mean over the tasks with choices that all runs have
 PointKey = tuple[str, str, tuple[float, ...]]  # run, controller, requested budget
@@ -105,9 +106,9 @@ def predicts(text: Sequence[plots.ResultRow], tasks: Sequence[plots.ResultRow]) 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--evaluations", type=pathlib.Path, nargs="+", required=True, help="CSVs on text")
-    parser.add_argument("--tasks", type=pathlib.Path, nargs="+", required=True, help="CSVs on tasks")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--evaluations", type=path_argument, nargs="+", required=True, help="CSVs on text")
+    parser.add_argument("--tasks", type=path_argument, nargs="+", required=True, help="CSVs on tasks")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     args = parser.parse_args(argv)
     text, tasks = (
         [row for path in paths for row in plots.read(path)] for paths in (args.evaluations, args.tasks)

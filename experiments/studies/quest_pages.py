@@ -12,7 +12,6 @@ schedule loses against dense decoding there and what the policy gains over it, b
 """
 
 import argparse
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.score_cache import CachedScores, read_folder
 from sol_jax.evaluation.scoring import POLICY
 from sol_jax.evaluation.statistics import document_bootstrap
+from sol_jax.files import path_argument
 
 
 def newest_page(scored: CachedScores, page_size: int) -> np.ndarray:
@@ -68,9 +68,9 @@ def pages(scored: CachedScores, run: str, page_size: int) -> list[CsvRow]:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scores", type=pathlib.Path, nargs="+", required=True, help="folders of scores")
+    parser.add_argument("--scores", type=path_argument, nargs="+", required=True, help="folders of scores")
     parser.add_argument("--page_size", type=int, default=8, help="keys of a page")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     args = parser.parse_args(argv)
     if args.page_size < 1:
         raise UserError(f"--page_size={args.page_size} must be at least 1")

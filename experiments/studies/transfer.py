@@ -39,6 +39,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_bootstrap
+from sol_jax.files import path_argument
 from sol_jax.generation.engine import Engine, Output, Request, dense_logp, generate, input_drift
 from sol_jax.generation.episodes import Decoder
 from sol_jax.generation.load_engine import open_engine, show_log
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--document_start", default="", help="where the documents of a text file begin")
     parser.add_argument("--budgets", default="0.4,0.6,0.5;0.7,0.8,0.75")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=path_argument, required=True)
     for option, default in {
         "num_prompts": 32,
         "prompt_length": 128,

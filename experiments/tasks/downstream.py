@@ -28,6 +28,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.statistics import document_bootstrap, mcnemar, wilson
+from sol_jax.files import path_argument
 from sol_jax.generation.engine import Engine
 from sol_jax.generation.load_engine import open_engine, show_log
 from sol_jax.runs.metrics import progress
@@ -195,8 +196,8 @@ def table(lines: Sequence[Mapping[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", required=True, help="a policy's name or folder, or a run's workdir")
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of task folders")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="CSV to write")
+    parser.add_argument("--data", type=path_argument, required=True, help="folder of task folders")
+    parser.add_argument("--output", type=path_argument, required=True, help="CSV to write")
     parser.add_argument("--model", default="smollm2-135m", help="a folder, a .gguf file, hub:OWNER/NAME")
     parser.add_argument("--tasks", default="arc_easy,piqa,winogrande,mmlu,gsm8k", help="commas between")
     parser.add_argument("--limit", type=int, default=200, help="items of a task, by a seeded shuffle; 0: all")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sol_jax.errors import UserError
+from sol_jax.files import parse_json
 
 
 class ItemRecord(NamedTuple):
@@ -33,7 +34,7 @@ def read(path: pathlib.Path) -> list[ItemRecord]:
     records = []
     for line in path.read_text().split("\n")[:-1]:  # what a killed process left after the last end of line
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             records.append(ItemRecord(**{name: _tuple(value) for name, value in found.items()}))
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; delete it, and its items are run again") from None

@@ -8,7 +8,6 @@ reads `arc_easy/test.jsonl` and the like (`TASKS` names the file of each task). 
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from sol_jax.downstream.continuations import Continuation, truncated
 from sol_jax.errors import UserError
+from sol_jax.files import parse_json
 from sol_jax.models.tokenizer import Tokenizer
 
 SUBJECTS = ("conceptual_physics", "high_school_chemistry", "international_law")
@@ -141,7 +141,7 @@ def _read(path: pathlib.Path, task: Task) -> list[dict[str, Any]]:
     for n, line in enumerate(lines, 1):
         if line.strip():
             try:
-                item = json.loads(line)
+                item = parse_json(line)
                 _check(item, task)
                 if item["id"] in ids:
                     raise ValueError(f"the id {item['id']!r} is that of an earlier item")

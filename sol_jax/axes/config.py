@@ -20,7 +20,9 @@ class AxesConfig(Options):
     budget_unit: BudgetUnit = option(
         "nominal", "what means must meet: keep rates, or the bytes or the time behind them"
     )
-    prices: str = option("", "a cost model (JSON, of experiments.benchmarks.roofline) for the unit time")
+    prices: str = option(
+        "", "a cost model (JSON, of experiments.benchmarks.roofline) for the unit time", path=True
+    )
     kappa: KappaConfig = section(KappaConfig)
     rho: RhoConfig = section(RhoConfig)
     eta: EtaConfig = section(EtaConfig)

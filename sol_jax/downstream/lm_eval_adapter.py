@@ -31,6 +31,7 @@ from sol_jax.downstream.continuations import (
     work,
 )
 from sol_jax.errors import UserError, exits_on_user_error
+from sol_jax.files import local_path
 from sol_jax.generation import engine as engine_lib
 from sol_jax.generation.engine import Engine, Output, Request, check_request
 from sol_jax.generation.episodes import Decoder
@@ -90,7 +91,7 @@ class SolJax(TemplateLM):
             raise UserError(f"batch_size={batch_size}: it must be a number, at least 1")
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
         self._add_bos = add_bos_token
-        self._output = pathlib.Path(output) if output else None
+        self._output = local_path(output, "output") if output else None
         if self._output:
             _write(self._output, [])
         self._budget = _budget(budget)

@@ -16,15 +16,17 @@ class EvaluateOptions(Options):
     """None stands for what the run's config says."""
 
     where = "--"
-    workdir: str | None = option(None, "folder of the training run to evaluate")
-    policy: str | None = option(None, "name of a published policy, or its folder, instead of a checkpoint")
+    workdir: str | None = option(None, "folder of the training run to evaluate", path=True)
+    policy: str | None = option(
+        None, "name of a published policy, or its folder, instead of a checkpoint", path=True
+    )
     step: int | None = option(
         None, "update whose checkpoint of --workdir is taken; default: the best", at_least=0
     )
-    source: str = option("", "another text than the run's own: as config.data.source")
+    source: str = option("", "another text than the run's own: as config.data.source", path=True)
     document_start: str = option("", "of --source: as config.data.document_start")
     split: str = option("test", "of the run's own text")
-    output: str | None = option(None, "CSV to add to; default: results.csv of --workdir")
+    output: str | None = option(None, "CSV to add to; default: results.csv of --workdir", path=True)
     budgets: str | None = option(
         None, "costs per axis, with semicolons between budgets; default: those of the run"
     )

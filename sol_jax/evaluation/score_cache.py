@@ -18,6 +18,7 @@ from absl import logging
 from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.evaluation.scoring import EntryScores, join
+from sol_jax.files import parse_json
 
 VERSION = 2  # raise it when the same inputs would give other scores
 
@@ -127,14 +128,14 @@ def read_folder(folder: pathlib.Path) -> CachedScores:
     Raises `UserError` if it is no such folder.
     """
     try:
-        about = json.loads((folder / "about.json").read_text())
-        found_at = json.loads((folder / "found_at.json").read_text())
+        about = parse_json((folder / "about.json").read_text())
+        found_at = parse_json((folder / "found_at.json").read_text())
         with np.load(folder / "blocks.npz") as blocks:
             tokens_NxM, document_N = blocks["tokens"], blocks["document"]
         described = sorted(folder.glob("*/entries.json"), key=lambda file: file.stat().st_mtime_ns)
         groups = {}
         for file in described:
-            what = json.loads(file.read_text())
+            what = parse_json(file.read_text())
             scores = _read_group(file.parent, len(about["blocks"]))
             if scores is not None:
                 asked = [tuple(budget) for budget in what["requested"]]

@@ -229,7 +229,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
 
 
 def _add(output: Output, token: int) -> None:
-    """Adds one token to a text.  Raises `UserError` if there is none, for the model's logits are no numbers."""
+    """Adds one token to a text.  Raises `UserError` if there is none, as the logits were no numbers."""
     if token == NO_TOKEN:
         raise no_numbers(f"token {len(output.transcript.ids) + 1} of the text")
     output.transcript.add(token)

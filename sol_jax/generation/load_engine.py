@@ -1,7 +1,6 @@
 """An engine from names: model, policy, controller.  What the entry points that decode freely share."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, AxisContext, held_full
 from sol_jax.axes.config import full_levels
 from sol_jax.errors import UserError
+from sol_jax.files import local_path
 from sol_jax.generation.engine import Engine, Request, check_request
 from sol_jax.generation.episodes import Decoder, usual_prefill_batch
 from sol_jax.generation.options import GenerateOptions
@@ -34,7 +34,7 @@ def open_policy(name: str, model: Model, cfg: LlamaConfig) -> tuple[Any, Setup]:
 
     Raises `UserError` if there is none, or if it was trained for another model or other actions.
     """
-    workdir = pathlib.Path(name).expanduser()
+    workdir = local_path(name, "the policy")
     about: Mapping[str, Any] = {}
     if (workdir / "checkpoints").is_dir():
         config, checkpoints = open_run(workdir)

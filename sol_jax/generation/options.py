@@ -18,10 +18,12 @@ class GenerateOptions(Options):
     """A prompt, who picks the compute of each token, and how tokens are drawn."""
 
     where = "--"
-    model: str = option(EMBEDDED, "a folder, a .gguf file, hub:OWNER/NAME or smollm2-135m")
+    model: str = option(EMBEDDED, "a folder, a .gguf file, hub:OWNER/NAME or smollm2-135m", path=True)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of weights, caches and matmul operands")
     kernels: str = option("auto", "how decode steps run", choices=("auto", *IMPLEMENTATIONS))
-    policy: str | None = option(None, "a policy's name or folder, or the workdir of a training run")
+    policy: str | None = option(
+        None, "a policy's name or folder, or the workdir of a training run", path=True
+    )
     controller: str | None = option(
         None, "who picks the actions; default: the policy, if there is one, else dense", choices=CONTROLLERS
     )
@@ -41,7 +43,9 @@ class GenerateOptions(Options):
     refresh: bool = option(True, "replace compressed cache entries by dense ones after each episode")
     lossless: bool = option(False, "keep only tokens that the dense model accepts")
     show_compute: bool = option(False, "shade each token by what was spent on it")
-    html: str | None = option(None, "a page to write: the text shaded by compute, beside the dense one")
+    html: str | None = option(
+        None, "a page to write: the text shaded by compute, beside the dense one", path=True
+    )
 
     @property
     def chosen_controller(self) -> str:

@@ -29,8 +29,8 @@ class Transcript:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._stops = tuple(stops)
-        # Tokens of the prompt and the text from which decoding goes on: some that are settled, then `_read` on.
-        # The first `_released` characters of them are in the prompt or in `text`.
+        # The tokens, of prompt and text, with which decoding goes on: some that are settled, then those from
+        # `_read` on.  The first `_released` characters of them are in the prompt or in `text`.
         self._window = self._context(list(prompt)) or list(prompt)
         self._read, self._released = len(self._window), len(tokenizer.decode(self._window))
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from sol_jax.errors import UserError
+from sol_jax.files import shown
 from sol_jax.models.llama import LlamaConfig
 
 _REQUIRED: Any = object()
@@ -42,7 +43,7 @@ class Fields:
         # `type` and not isinstance: true is no number of layers.
         positive = not isinstance(value, int | float) or 0 < value < float("inf")
         if type(value) is not kind or (kind in (int, float) and not positive):
-            raise UserError(f"{self.where}: {name} is {value!r}, not {_KINDS[kind]}")
+            raise UserError(f"{self.where}: {name} is {shown(value)}, not {_KINDS[kind]}")
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
@@ -50,7 +51,7 @@ class Fields:
         value: Any = self._left.pop(name, None)
         if value is not None and not any(_equal(value, right) for right in allowed):
             names = " or ".join(map(repr, allowed))
-            raise UserError(f"{self.where}: {name} is {value!r}, but only {names} is supported")
+            raise UserError(f"{self.where}: {name} is {shown(value)}, but only {names} is supported")
 
     def close(self, harmless: Collection[str] = ()) -> None:
         """Refuse what is left, except `harmless` names and nulls, which say nothing."""
@@ -58,7 +59,7 @@ class Fields:
             name for name, value in self._left.items() if value is not None and name not in harmless
         )
         if left:
-            raise UserError(f"{self.where}: unknown field {left[0]!r}; this model would not honour it")
+            raise UserError(f"{self.where}: unknown field {shown(left[0])}; this model would not honour it")
 
 
 def _equal(value: Any, right: Any) -> bool:

@@ -8,8 +8,8 @@ from sol_jax.errors import UserError
 def no_numbers(what: str) -> UserError:
     """The error that says so of a text, a batch or a request."""
     return UserError(
-        f"the model or the policy gives a NaN or an infinity for {what}; its weights do not fit its config, or "
-        "are too large for its dtype: try another --dtype (config.model.dtype), or fetch the files again"
+        f"the model or the policy gives a NaN or an infinity for {what}; its weights do not fit its config, "
+        "or are too large for its dtype: try another --dtype (config.model.dtype), or fetch the files again"
     )
 
 

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 from sol_jax.errors import UserError
-from sol_jax.files import parse_json, read_json
+from sol_jax.files import parse_json, read_json, shown
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Lists of further ones: `extra_special_tokens` is a dictionary by name in transformers 4, a list in 5.
@@ -102,7 +102,7 @@ def _special(
         elif isinstance(several, list):
             found[name] = [_token(config, name, value, special=True) for value in several]
         else:
-            raise UserError(f"{config}: {name} is {several!r}, not a list of tokens")
+            raise UserError(f"{config}: {name} is {shown(several)}, not a list of tokens")
     return found
 
 
@@ -110,10 +110,10 @@ def _token(config: Path, name: str, given: Any, special: bool = False) -> AddedT
     """A token as a file describes it: its spelling, or an object with that and its flags."""
     fields = {"content": given, "special": special} if isinstance(given, str) else given
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
-        raise UserError(f"{config}: {name} is {given!r}, not a token's spelling")
+        raise UserError(f"{config}: {name} is {shown(given)}, not a token's spelling")
     flags = {flag: fields[flag] for flag in _FLAGS if flag in fields}
     if not all(isinstance(value, bool) for value in flags.values()):
-        raise UserError(f"{config}: {name} has flags that are neither true nor false: {given!r}")
+        raise UserError(f"{config}: {name} has flags that are neither true nor false: {shown(given)}")
     return AddedToken(fields["content"], **{"special": special, **flags})
 
 
@@ -130,12 +130,13 @@ def _declared(folder: Path, config: Path, settings: Mapping[str, Any]) -> dict[i
             for token, index in older.items()
         }
     if not isinstance(given, dict):
-        raise UserError(f"{where}: added_tokens_decoder is {given!r}, not tokens by their ids")
+        raise UserError(f"{where}: added_tokens_decoder is {shown(given)}, not tokens by their ids")
     found = {}
     for index, described in given.items():
         if not index.isdecimal() or len(index) > 9 or not isinstance(described, dict):
             raise UserError(
-                f"{where}: added_tokens_decoder has {described!r} for {index!r}, not a token for an id"
+                f"{where}: added_tokens_decoder has {shown(described)} for {shown(index)}, "
+                "not a token for an id"
             )
         found[int(index)] = _token(where, f"token {index}", described)
     return found
@@ -193,7 +194,7 @@ def _flag(config: Path, settings: Mapping[str, Any], name: str, default: bool) -
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise UserError(f"{config}: {name} is {value!r}, not true or false")
+        raise UserError(f"{config}: {name} is {shown(value)}, not true or false")
     return value
 
 

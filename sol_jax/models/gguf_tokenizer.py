@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from sol_jax.errors import UserError
+from sol_jax.files import shown
 from sol_jax.models.config_fields import Fields
 
 _LLAMA3_WORDS = (
@@ -91,7 +92,7 @@ class GgufVocabulary:
         """The model's chat template, if it has one."""
         template = self._metadata.get("tokenizer.chat_template")
         if not isinstance(template, str | None):
-            raise UserError(f"{self.path}: tokenizer.chat_template is {template!r}, not a template")
+            raise UserError(f"{self.path}: tokenizer.chat_template is {shown(template)}, not a template")
         return template
 
     def frame(self) -> processors.TemplateProcessing | None:
@@ -160,8 +161,8 @@ def _pre_tokenizer(path: Path, name: str) -> pre_tokenizers.PreTokenizer:
     rules = {"llama-bpe": (_LLAMA3_WORDS,), "default": _DEFAULT_WORDS}.get(name)
     if rules is None:
         raise UserError(
-            f"{path}: tokenizer.ggml.pre is {name!r}, but only 'smollm', 'llama-bpe', 'gpt-2' or 'default' is "
-            "supported; use the model's folder with its tokenizer.json"
+            f"{path}: tokenizer.ggml.pre is {name!r}, but only 'smollm', 'llama-bpe', 'gpt-2' or 'default' "
+            "is supported; use the model's folder with its tokenizer.json"
         )
     cuts = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in rules]
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

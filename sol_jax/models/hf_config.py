@@ -27,8 +27,8 @@ _HARMLESS = frozenset((
 ))
 # Parts of other architectures: honoured where they are switched off.
 _OFF = (
-    "add_cross_attention", "attention_bias", "is_decoder", "is_encoder_decoder", "mlp_bias", "rope_interleaved",
-    "tie_encoder_decoder", "use_sliding_window",
+    "add_cross_attention", "attention_bias", "is_decoder", "is_encoder_decoder", "mlp_bias",
+    "rope_interleaved", "tie_encoder_decoder", "use_sliding_window",
 )
 # fmt: on
 

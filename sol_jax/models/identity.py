@@ -18,8 +18,8 @@ def model_identity(path: pathlib.Path, config: LlamaConfig, tokenizer: Tokenizer
     special = [tokenizer.bos_id, tokenizer.eos_id, sorted(tokenizer.end_ids)]
     parts = sorted(file_digest(file) for file in weight_files(path))
     if path.is_dir():
-        # Not config.json as it is, in which every program that saves a model leaves its version.  Defaults are
-        # left out: a field that comes later changes no digest.
+        # Not config.json as it is, in which every program that saves a model leaves its version.  Defaults
+        # are left out: a field that comes later changes no digest.
         usual = {field.name: field.default for field in dataclasses.fields(config)}
         said = dataclasses.asdict(config).items()
         parts.append(digest({name: x for name, x in said if name not in HOW and x != usual[name]}))

@@ -1,8 +1,8 @@
 """Long texts in pieces, with the ids of the whole: a tokenizer takes 150 bytes of memory for each character.
 
 A window of the text is encoded, and another that begins before the first one's end.  Where both agree on
-every token of a stretch, far from the ends of either, the rest of the text cannot tell them apart: there they are
-joined.  If they do not agree the first window grows, to the end of the text at last.
+every token of a stretch, far from the ends of either, the rest of the text cannot tell them apart: there they
+are joined.  If they do not agree the first window grows, to the end of the text at last.
 """
 
 from collections.abc import Callable

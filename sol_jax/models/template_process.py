@@ -1,8 +1,8 @@
 """A program that renders chat templates, one request a line, within limits of memory and text.
 
-Templates are programs inside model files: Jinja's sandbox keeps them from the machine, and the limits here keep
-`'a' * 3000000000` from its memory.  `sol_jax.models.chat_template` starts it and ends it when it takes too long.
-It is run as a file, without the package, so that it starts in a moment.
+Templates are programs inside model files: Jinja's sandbox keeps them from the machine, and the limits here
+keep `'a' * 3000000000` from its memory.  `sol_jax.models.chat_template` starts it, and ends it when it takes
+too long.  It is run as a file, without the package, so that it starts in a moment.
 """
 
 import contextlib

@@ -17,7 +17,7 @@ import tokenizers
 from absl import logging
 
 from sol_jax.errors import UserError
-from sol_jax.files import read_json
+from sol_jax.files import read_json, shown
 from sol_jax.models.folder_tokenizer import read_folder_tokenizer
 from sol_jax.models.gguf_file import read_gguf
 from sol_jax.models.gguf_tokenizer import GgufVocabulary, gguf_backend
@@ -74,6 +74,13 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @functools.cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        framed = self._backend.encode("a", add_special_tokens=True)
+        inside = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
+        return framed.ids[: inside[0]], framed.ids[inside[-1] + 1 :]
+
+    @functools.cached_property
     def _has_bytes(self) -> bool:
         """Whether characters that the vocabulary lacks are spelled as bytes, a token each."""
         return self._backend.decoder is not None and b"ByteFallback" in self._backend.decoder.__getstate__()
@@ -88,16 +95,19 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens come around it only where asked for, as the files say.
 
-        Raises UserError for half of a surrogate pair (a byte of the command line that is no UTF-8, or JSON's),
-        and for a token that the text spells and the model has no embedding for.
+        Raises UserError for half of a surrogate pair (a byte of the command line that is no UTF-8, or
+        JSON's), and for a token that the text spells and the model has no embedding for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             wrong = ascii(text[fault.start])
             raise UserError(f"the text is not UTF-8: its character {fault.start + 1} is {wrong}") from None
-        if len(text) > PIECE and not add_special_tokens:
+        if len(text) > PIECE:
             ids = encode_long(lambda part: self._backend.encode(part, add_special_tokens=False), text)
+            if add_special_tokens:
+                before, after = self._frame
+                ids = [*before, *ids, *after]
         else:
             ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         if self._size > self.vocab_size and (beyond := max(ids, default=0)) >= self.vocab_size:
@@ -149,7 +159,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: LlamaConfig) -> None:
-    """Raise UserError if the tokenizer shows that it belongs to another model; else it knows the model's size.
+    """Raise UserError if the tokenizer shows that it belongs to another model; else it learns its size.
 
     A token to fill up batches with may be one more than the model embeds, for no text needs it.
     """
@@ -202,7 +212,7 @@ def _model_ids(folder: Path, name: str) -> list[int]:
 
 
 def _model_eos_ids(folder: Path) -> list[int]:
-    """All that the model's files call the end; what generation_config.json says makes up for an old config.json."""
+    """All that the model's files call the end; generation_config.json makes up for an old config.json."""
     newer, config = (folder / name for name in _MODEL_FILES)
     ids = _ids(newer, "eos")
     try:
@@ -219,7 +229,7 @@ def _ids(file: Path, name: str) -> list[int]:
     given = _read_optional(file).get(f"{name}_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(number) is int for number in ids):
-        raise UserError(f"{file}: {name}_token_id is {given!r}; it must be an id or a list of ids")
+        raise UserError(f"{file}: {name}_token_id is {shown(given)}; it must be an id or a list of ids")
     return ids
 
 

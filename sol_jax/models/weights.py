@@ -14,13 +14,13 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, read_json
+from sol_jax.files import local_path, read_json, shown
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
@@ -223,7 +223,9 @@ def _safetensors_files(folder: Path) -> list[Path]:
         raise UserError(f"{index} has no weight_map that names its shards")
     for tensor, name in shards.items():
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise UserError(f"{index}: the weight_map has {name!r} for {tensor}, which is no file's name")
+            raise UserError(
+                f"{index}: the weight_map has {shown(name)} for {tensor}, which is no file's name"
+            )
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():

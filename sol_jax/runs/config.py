@@ -8,7 +8,6 @@ starts.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
 from sol_jax.errors import UserError
+from sol_jax.files import local_path, parse_json
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.options import Options, option, section
 from sol_jax.rl.config import (
@@ -40,7 +40,7 @@ class ModelConfig(Options):
     """The frozen language model."""
 
     where = "config.model."
-    path: str = option("smollm2-135m", "or a Hugging Face folder, a .gguf file, hub:OWNER/NAME")
+    path: str = option("smollm2-135m", "or a Hugging Face folder, a .gguf file, hub:OWNER/NAME", path=True)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of weights, caches and matmul operands")
 
 
@@ -49,11 +49,13 @@ class DataConfig(Options):
     """The text, and how it is split."""
 
     where = "config.data."
-    source: str = option("wikipedia", "or globs of .txt/.jsonl/.gz files, tfds:NAME[/CONFIG][:SPLIT]")
+    source: str = option(
+        "wikipedia", "or globs of .txt/.jsonl/.gz files, tfds:NAME[/CONFIG][:SPLIT]", path=True
+    )
     document_start: str = option("", "regular expression found in the first line of each document")
     validation_fraction: float = option(0.05, "of the documents", at_least=0, at_most=1)
     test_fraction: float = option(0.05, "of the documents", at_least=0, at_most=1)
-    cache_dir: str = option("", "of prepared blocks; empty: ~/.cache/sol_jax")
+    cache_dir: str = option("", "of prepared blocks; empty: ~/.cache/sol_jax", path=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,7 @@ class RunConfig(Options):
         if not self.axes.prices:
             raise self.axes.wrong("prices", "a cost model (a JSON file), for budget_unit is 'time'")
         try:
-            return cost_model.load(pathlib.Path(self.axes.prices))
+            return cost_model.load(local_path(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
 
@@ -217,7 +219,7 @@ def read_config(workdir: pathlib.Path) -> RunConfig:
     """The config that a training run left in its workdir.  Raises `UserError` if there is none."""
     file = workdir / "config.json"
     try:
-        flat = dict(json.loads(file.read_text()))
+        flat = dict(parse_json(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{file} cannot be read ({error}); --workdir must be the folder of a training run"

@@ -21,6 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from sol_jax.errors import UserError
+from sol_jax.files import parse_json
 
 PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
 
@@ -109,8 +110,8 @@ def _cut(path: pathlib.Path, last_step: int) -> None:
 
 def _step(line: str) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 

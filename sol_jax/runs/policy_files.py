@@ -19,6 +19,7 @@ from flax import traverse_util
 from safetensors.flax import load_file, save_file
 
 from sol_jax.errors import UserError
+from sol_jax.files import local_path, parse_json
 from sol_jax.models.identity import differences
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
@@ -65,7 +66,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
     """
     folder = _folder(name)
     try:
-        described = json.loads((folder / "config.json").read_text())
+        described = parse_json((folder / "config.json").read_text())
         config = RunConfig.from_flat(described["config"])
         about = {**described["about"], "documents": described["about"]["documents"].split()}
         flat = load_file(folder / "policy.safetensors")
@@ -85,7 +86,7 @@ def known_policies() -> list[str]:
 
 
 def _folder(name: str | pathlib.Path) -> pathlib.Path:
-    for folder in (POLICIES / name, pathlib.Path(name).expanduser()):
+    for folder in (POLICIES / name, local_path(name, "the policy")):
         if (folder / "policy.safetensors").is_file():
             return folder
     names = ", ".join(known_policies()) or "none yet"

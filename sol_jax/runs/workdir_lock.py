@@ -1,8 +1,8 @@
 """One run at a time in a workdir.
 
 The operating system holds the lock for the process, and lets go of it when that ends in any way: nothing is
-left behind that somebody must remove.  `flock` holds among the processes of a machine and, as Linux does it, among
-those of an NFS share.
+left behind that somebody must remove.  `flock` holds among the processes of a machine and, as Linux does it,
+among those of an NFS share.
 """
 
 import contextlib

@@ -18,7 +18,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -29,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
+from sol_jax.files import local_path, parse_json
 
 WIKIPEDIA = "wikipedia"
 TFDS_PREFIX = "tfds:"
@@ -136,16 +136,41 @@ def _digest(content: bytes) -> str:
 
 def _files(source: str) -> list[str]:
     paths: set[str] = set()
-    for pattern in source.split(","):
-        found = glob.glob(os.path.expanduser(pattern.strip()), recursive=True)
-        files = [path for path in found if os.path.isfile(path)]
+    for pattern in _patterns(source):
+        files = [path for path in _matches(pattern) if os.path.isfile(path)]
         if not files:
+            folder = ", which is a folder" if os.path.isdir(pattern) else ""
             raise UserError(
-                f"data.source: no file matches {pattern.strip()!r}; give a glob of .txt or .jsonl files (or"
+                f"data.source: no file matches {pattern!r}{folder}; give a glob of .txt or .jsonl files (or"
                 f" .gz of them), {WIKIPEDIA!r} or '{TFDS_PREFIX}NAME'"
             )
         paths.update(files)
     return sorted(paths)
+
+
+def _patterns(source: str) -> list[str]:
+    """A source cut at its commas, but not at those in the names of files that are there."""
+    parts, patterns = source.split(","), []
+    while parts:
+        joined = (n for n in range(len(parts), 1, -1) if os.path.isfile(_local(",".join(parts[:n]))))
+        count = next(joined, 1)
+        patterns.append(_local(",".join(parts[:count])))
+        parts = parts[count:]
+    return patterns
+
+
+def _local(pattern: str) -> str:
+    return str(local_path(pattern.strip(), "data.source"))
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches; what is there under its very name is no pattern, and no folder above it is."""
+    parts = pathlib.PurePath(pattern).parts
+    for count in range(len(parts), 0, -1):
+        there = os.path.join(*parts[:count])
+        if os.path.lexists(there):
+            return glob.glob(os.path.join(glob.escape(there), *parts[count:]), recursive=True)
+    return glob.glob(pattern, recursive=True)
 
 
 def _suffix(path: str) -> str:
@@ -191,9 +216,9 @@ def _read_json_lines(path: str) -> Iterator[Document]:
             continue
         place = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place} is not JSON ({error.msg}); put one object on each line") from error
+            record = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{place} is not JSON ({error}); put one object on each line") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{place} has no text; each line must be an object with a string field `text`")

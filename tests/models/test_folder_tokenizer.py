@@ -1,4 +1,4 @@
-"""Tokenizers of folders: every setting that changes ids is honoured as transformers does, or refused by name."""
+"""Tokenizers of folders: what changes ids is honoured as transformers does, or refused by name."""
 
 import json
 

@@ -5,8 +5,10 @@ import functools
 import gzip
 import json
 import operator
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,9 +17,21 @@ import pytest
 import tiny
 from in_process import run_program
 
+from sol_jax import digests
 from sol_jax.errors import UserError
+from sol_jax.evaluation.options import EvaluateOptions
+from sol_jax.evaluation.report import evaluate_policy
+from sol_jax.evaluation.score_cache import read_folder
+from sol_jax.files import is_remote, local_path
+from sol_jax.generation.options import GenerateOptions
+from sol_jax.models.model import open_model
+from sol_jax.models.tokenizer import load_tokenizer
+from sol_jax.models.weights import load_config
 from sol_jax.runs.config import RunConfig, read_config
+from sol_jax.runs.policy_files import load_policy
 from sol_jax.runs.session import open_session
+from sol_jax.text.documents import read_documents
+from sol_jax.training.from_config import train_policy
 from sol_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -372,3 +386,110 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/config.json cannot be read")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- paths of other machines, and odd ones of this one ---------------------------------------------------
+
+REMOTE = (
+    "gs://bucket/run",
+    "s3://bucket/run",
+    "https://host/run",
+    "hdfs://host/run",
+    "file:///run",
+    "gs:/bucket",
+)
+
+
+@pytest.mark.parametrize("path", REMOTE)
+def test_a_url_is_no_folder_wherever_a_path_is_taken(path, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    right = "it must be a path on this machine"
+    for field in ("model.path", "data.source", "data.cache_dir", "axes.prices"):
+        with pytest.raises(UserError, match=f"config.{field} is .*; {right}"):
+            tiny.config_for(tiny_folder, **{field: path})
+    for options in (EvaluateOptions, GenerateOptions):
+        for field in {"workdir", "policy", "source", "output", "model", "html"} & options().to_dict().keys():
+            with pytest.raises(UserError, match=f"--{field} is .*; {right}"):
+                options.from_dict({field: path})
+    calls = (
+        lambda: train(tiny.config_for(tiny_folder), pathlib.Path(path)),
+        lambda: train_policy(tiny.config_for(tiny_folder), path),
+        lambda: open_model(path),
+        lambda: load_policy(path),
+        lambda: evaluate_policy(path),
+        lambda: read_documents(path),
+        lambda: read_documents(f"{tiny_folder}/corpus.jsonl, {path}"),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match=right) as mistake:
+            call()
+        told(mistake)
+    assert list(tmp_path.iterdir()) == []  # no folder called gs:
+
+
+@pytest.mark.parametrize(
+    "path", ["hub:owner/name", "tfds:lm1b/en:train", "C:/run", "a:b", "runs/a:/b", "~/x", "/a//b"]
+)
+def test_paths_that_only_look_like_urls(path):
+    assert not is_remote(path)
+
+
+def test_without_a_home_folder(tiny_folder, tmp_path, monkeypatch):
+    """Not a folder called ~ in the current one, and no traceback of pathlib."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(
+        UserError, match=r"data.cache_dir is '~/.cache/sol_jax', but there is no home folder; set HOME"
+    ):
+        open_session(tiny.config_for(tiny_folder, **{"data.cache_dir": ""}))
+    with pytest.raises(UserError, match="there is no home folder"):
+        open_model("~/model")
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "CACHE_DIR", "~/digests")
+        assert digests.file_digest(tiny_folder / "corpus.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_home_is_none(monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(UserError, match="there is no home folder"):
+        local_path("~/x", "--workdir")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+ODD_JSON = {
+    "digits": '{"text": "a", "n": ' + "9" * 5000 + "}",
+    "depth": '{"text": "a", "n": ' + DEEP + "}",
+    "bytes": b"\xff",
+}
+
+
+@pytest.mark.parametrize("name", ODD_JSON)
+def test_json_that_python_cannot_hold(name, tiny_folder, tmp_path):
+    """Numbers of thousands of digits and deep nesting are no JSONDecodeError."""
+    content = ODD_JSON[name]
+    content = content.encode() if isinstance(content, str) else content
+    model = shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    scores, policy, run = (tmp_path / part for part in ("scores", "policy", "run"))
+    for folder in (scores, policy, run):
+        folder.mkdir()
+    shutil.copy(model / "model.safetensors", policy / "policy.safetensors")
+    readers = {
+        tmp_path / "text.jsonl": lambda: read_documents(str(tmp_path / "text.jsonl")),
+        model / "config.json": lambda: load_config(model),
+        model / "tokenizer_config.json": lambda: load_tokenizer(model),
+        model / "tokenizer.json": lambda: load_tokenizer(model),
+        policy / "config.json": lambda: load_policy(policy),
+        run / "config.json": lambda: read_config(run),
+        scores / "about.json": lambda: read_folder(scores),
+        tmp_path / "prices.json": lambda: tiny.config_for(
+            tiny_folder, **{"axes.budget_unit": "time", "axes.prices": str(tmp_path / "prices.json")}
+        ).check_here(),
+    }
+    for file, read in readers.items():
+        before = file.read_bytes() if file.exists() else b""
+        file.write_bytes(content)
+        with pytest.raises(UserError) as mistake:
+            read()
+        assert str(file.parent) in told(mistake)
+        file.write_bytes(before)

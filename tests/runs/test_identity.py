@@ -147,7 +147,7 @@ def identity_of(folder):
 
 def test_a_copy_is_the_same_model_whatever_its_files_are_called(tiny_folder, tiny_session, tmp_path):
     copy = shutil.copytree(tiny_folder / "model", tmp_path / "copy")
-    index = {"weight_map": {name: "m-1-of-1.safetensors" for name in tiny.tensors(tiny.MODEL)}}
+    index = {"weight_map": dict.fromkeys(tiny.tensors(tiny.MODEL), "m-1-of-1.safetensors")}
     (copy / "model.safetensors").rename(copy / "m-1-of-1.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "README.md").write_text("a card")

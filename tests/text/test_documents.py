@@ -292,3 +292,35 @@ def test_impossible_splits(count, validation, test, message):
 def test_hash_is_sha256_of_the_text():
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert document_hashes([Document("", "a"), Document("", "b")]) == [empty]
+
+
+ODD_NAMES = ("a[1].txt", "a,b.txt", "b*.txt", "[x]/c.txt", "d,e/f,g.txt", "h?.txt")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_file_that_is_there_is_no_pattern(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in ("a1.txt", "a", "b.txt", "bb.txt", "hh.txt", name):
+        file = tmp_path / other
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(other)
+    for source in (name, str(tmp_path / name)):
+        assert [document.text for document in read_documents(source)] == [name]
+    both = {document.text for document in read_documents(f"{name},b.txt")}
+    assert both == {name, "b.txt"}
+
+
+def test_a_folder_with_a_pattern_for_a_name(tmp_path):
+    (tmp_path / "[ab]").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "[ab]" / "x.txt").write_text("in [ab]")
+    (tmp_path / "a" / "x.txt").write_text("in a")
+    assert [document.text for document in read_documents(f"{tmp_path}/[ab]/*.txt")] == ["in [ab]"]
+    (tmp_path / "[ab]" / "x.txt").unlink()
+    (tmp_path / "[ab]").rmdir()
+    assert [document.text for document in read_documents(f"{tmp_path}/[ab]/*.txt")] == ["in a"]
+
+
+def test_a_folder_is_no_source(tmp_path):
+    with pytest.raises(UserError, match=f"no file matches '{tmp_path}', which is a folder; give a glob"):
+        read_documents(str(tmp_path))
