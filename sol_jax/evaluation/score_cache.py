@@ -140,7 +140,7 @@ def read_folder(folder: pathlib.Path) -> CachedScores:
             if scores is not None:
                 asked = [tuple(budget) for budget in what["requested"]]
                 groups[what["controller"], what["held"]] = (asked, scores)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(
             f"{folder} is not a whole folder of scores ({error}); name one in a .scores"
         ) from error

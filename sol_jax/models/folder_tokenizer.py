@@ -8,6 +8,7 @@ Source: transformers 4.57, `PreTrainedTokenizerFast`, `LlamaTokenizerFast` and `
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ def _token(config: Path, name: str, given: Any, special: bool = False) -> AddedT
     fields = {"content": given, "special": special} if isinstance(given, str) else given
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
         raise UserError(f"{config}: {name} is {shown(given)}, not a token's spelling")
+    if not fields["content"].isascii() and re.search(r"[\ud800-\udfff]", fields["content"]):
+        raise UserError(f"{config}: {name} is {fields['content']!a}, which has half of a surrogate pair")
     flags = {flag: fields[flag] for flag in _FLAGS if flag in fields}
     if not all(isinstance(value, bool) for value in flags.values()):
         raise UserError(f"{config}: {name} has flags that are neither true nor false: {shown(given)}")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, read_json, shown
+from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
@@ -129,6 +129,8 @@ def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
     path = resolve(path)
     gguf = _is_gguf(path)
     tensors = _gguf_tensors(path, cfg) if gguf else _folder_tensors(path, cfg)
+    if cfg.num_layers > len(tensors):  # before names are made of them
+        raise UserError(f"{path} has {len(tensors)} tensors, too few for {cfg.num_layers} layers")
     specs = weight_specs(cfg)
     layers = specs.pop("layers")
     names = {leaf: [f"{_TOP_NAMES[leaf][gguf]}.weight"] for leaf in specs}
@@ -166,13 +168,14 @@ def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str
     keep = leaf == "embed" or len(shape) == 1
     inputs = 2 if leaf == "o" else 1
     in_file = shape if keep else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    stacked = np.empty((len(tensors), *shape), jnp.dtype(dtype))
-    for row, tensor in zip(stacked, tensors, strict=True):
+    for tensor in tensors:
         if tensor.shape != in_file:
             raise UserError(
                 f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
                 f"but the configuration asks for {list(in_file)}"
             )
+    stacked = np.empty((len(tensors), *shape), jnp.dtype(dtype))
+    for row, tensor in zip(stacked, tensors, strict=True):
         value = tensor.read()
         with np.errstate(over="ignore"):  # told below
             row[...] = value if keep else value.T.reshape(shape)
@@ -222,7 +225,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} has no weight_map that names its shards")
     for tensor, name in shards.items():
-        if not isinstance(name, str) or not name or Path(name).name != name:
+        if not isinstance(name, str) or not _is_file_name(name):
             raise UserError(
                 f"{index}: the weight_map has {shown(name)} for {tensor}, which is no file's name"
             )
@@ -231,6 +234,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{index} names the shard {file.name}, which is not in the folder")
     return files
+
+
+def _is_file_name(name: str) -> bool:
+    size = len(name.encode(errors="replace"))
+    return Path(name).name == name and 0 < size <= LONGEST_NAME and "\0" not in name
 
 
 def _safetensors(file: Path) -> Iterator[_Tensor]:

@@ -43,6 +43,7 @@ def test_tokenizers_that_encode_otherwise_have_other_fingerprints(tmp_path):
         ({"split_special_tokens": "no"}, "split_special_tokens is 'no', not true or false"),
         ({"additional_special_tokens": 3}, "additional_special_tokens is 3, not a list"),
         ({"pad_token": 3}, "pad_token is 3, not a token's spelling"),
+        ({"pad_token": "a\ud83d"}, "pad_token is .*, which has half of a surrogate pair"),
         ({"eos_token": "</s>"}, "eos_token is '</s>', which is not in"),
         ({**LLAMA, "bos_token": None}, "add_bos_token is true, but there is no bos_token"),
         ({**LLAMA, "add_bos_token": "x"}, "add_bos_token is 'x', not true or false"),
