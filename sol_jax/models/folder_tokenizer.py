@@ -7,6 +7,7 @@ Source: transformers 4.57, `PreTrainedTokenizerFast`, `LlamaTokenizerFast` and `
 """
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ class FolderTokenizer(NamedTuple):
     backend: tokenizers.Tokenizer
     special: dict[str, Any]
     settings: dict[str, Any]
+    earlier_fingerprint: str  # of tokenizer.json alone
 
 
 def read_folder_tokenizer(folder: Path) -> FolderTokenizer:
@@ -44,6 +46,9 @@ def read_folder_tokenizer(folder: Path) -> FolderTokenizer:
     if not file.is_file():
         raise UserError(f"{folder} has no tokenizer.json; other kinds of tokenizer are not read")
     described, backend = _backend(file)
+    backend.no_truncation()
+    backend.no_padding()
+    earlier = hashlib.sha256(backend.to_str().encode()).hexdigest()
     config = folder / "tokenizer_config.json"
     settings = _settings(folder, config)
     special = _special(config, backend, settings)
@@ -53,7 +58,7 @@ def read_folder_tokenizer(folder: Path) -> FolderTokenizer:
     if llama or ("tokenizer_class" not in settings and {"add_bos_token", "add_eos_token"} & settings.keys()):
         _frame(config, backend, settings, special)
     _prefix_space(config, backend, described, settings, llama)
-    return FolderTokenizer(backend, _spelled(special), settings)
+    return FolderTokenizer(backend, _spelled(special), settings, earlier)
 
 
 def _backend(file: Path) -> tuple[Any, tokenizers.Tokenizer]:

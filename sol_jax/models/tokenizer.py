@@ -50,6 +50,7 @@ class Tokenizer:
         end_ids: Iterable[int] = (),
         model_eos_ids: Iterable[int] = (),
         special: Mapping[str, Any] | None = None,
+        earlier_fingerprint: str = "",
     ):
         # A tokenizer.json may carry training-time settings that cut or fill texts.
         backend.no_truncation()
@@ -61,6 +62,8 @@ class Tokenizer:
         self.bos_id = bos_id
         self.chat_template = chat_template
         self.special = dict(special or {})
+        # Of runs from before tokenizer_config.json was read in full: that of tokenizer.json alone.
+        self.earlier_fingerprint = earlier_fingerprint
         # Once it is known (`check_vocabulary`), how many ids the model has embeddings for.
         self.num_embeddings: int | None = None
 
@@ -188,7 +191,7 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: LlamaConfig) -> None:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    backend, special, settings = read_folder_tokenizer(folder)
+    backend, special, settings, earlier = read_folder_tokenizer(folder)
 
     def index(name: str) -> int | None:
         token = special.get(f"{name}_token")
@@ -199,7 +202,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise UserError(f"{folder} names no end-of-sequence token; set eos_token in tokenizer_config.json")
     template = _folder_chat_template(folder, settings)
     ends, of_model = _model_ids(folder, "eos"), _model_eos_ids(folder)
-    return Tokenizer(backend, eos_id, index("bos"), template, ends, of_model, special)
+    return Tokenizer(backend, eos_id, index("bos"), template, ends, of_model, special, earlier)
 
 
 # With the ids of special tokens, the first one that has any going first.

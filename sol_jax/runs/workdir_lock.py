@@ -39,9 +39,8 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
                 "would write over each other"
             )
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -37,12 +37,20 @@ class Blocks:
       documents: sha256 of the text of each document of the split; `document_B` counts in this order.
       fingerprint: hex digest of everything that decides the content of the blocks, but for the token between
         documents.
+      earlier_fingerprint: what it was before all settings of a tokenizer were read.
     """
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], documents: Sequence[str], fingerprint: str):
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        documents: Sequence[str],
+        fingerprint: str,
+        earlier: str = "",
+    ):
         self._records = records
         self.documents = tuple(documents)
         self.fingerprint = fingerprint
+        self.earlier_fingerprint = earlier or fingerprint
 
     def __len__(self) -> int:
         return len(self._records)
@@ -87,8 +95,14 @@ def prepare(
     if block_length < 2:
         raise UserError(f"a block needs a token to read and one to predict; block_length is {block_length}")
     cut = (block_length, float(validation_fraction), float(test_fraction), document_start)
-    key = [source_fingerprint(source), tokenizer.fingerprint, cut, token_blocks.VERSION]
-    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    content = source_fingerprint(source)
+
+    def key(of_tokenizer: str) -> str:
+        parts = [content, of_tokenizer, cut, token_blocks.VERSION]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    fingerprint = key(tokenizer.fingerprint)
+    earlier = key(getattr(tokenizer, "earlier_fingerprint", "") or tokenizer.fingerprint)
     config = token_blocks.TokenBlocksConfig(
         # The token between documents is no part of the fingerprint, which older runs know their text by; of
         # what a run is bound to it is (`models.identity`).
@@ -102,7 +116,10 @@ def prepare(
     )
     folder = token_blocks.write_once(config, local_path(cache_dir or CACHE_DIR, "data.cache_dir"))
     opened = token_blocks.open_dataset(folder)
-    return {split: Blocks(records, documents, fingerprint) for split, (records, documents) in opened.items()}
+    return {
+        split: Blocks(records, documents, fingerprint, earlier)
+        for split, (records, documents) in opened.items()
+    }
 
 
 class BlockIterator:
@@ -153,7 +170,7 @@ class BlockIterator:
             "position": self._position,
             "seed": self._seed,
             "num_blocks": len(self._blocks),
-            "fingerprint": int(self._blocks.fingerprint[:12], 16),  # 48 bits: exact even as a float64
+            "fingerprint": _number(self._blocks.fingerprint),
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
@@ -162,6 +179,8 @@ class BlockIterator:
         Raises:
           UserError: the state is of another seed or of other blocks, so it cannot be continued.
         """
+        if state.get("fingerprint") == _number(self._blocks.earlier_fingerprint):
+            state = {**state, "fingerprint": _number(self._blocks.fingerprint)}
         for name, value in self.state().items():
             if name not in state or (name != "position" and state[name] != value):
                 raise UserError(
@@ -175,6 +194,11 @@ class BlockIterator:
         if self._shuffled[0] != epoch:
             self._shuffled = (epoch, _permutation(len(self._blocks), self._seed, epoch))
         return int(self._shuffled[1][offset])
+
+
+def _number(fingerprint: str) -> int:
+    """48 bits of it: exact even as a float64."""
+    return int(fingerprint[:12], 16)
 
 
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:

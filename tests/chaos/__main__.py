@@ -12,6 +12,9 @@ import sys
 import tempfile
 import time
 
+# As in the tests: most of the time would be LLVM's.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 from chaos import inputs, runs
 
 

@@ -80,7 +80,7 @@ class Lab:
 
             if compiled:
                 jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             if before is not None:
                 before()
             loop.validate, loop.matmul_rate = validated, lambda dtype: 1e10
@@ -128,6 +128,10 @@ class Lab:
         if code != 0 or final != self.final:
             self.told.append(f"{what}: {'another end' if code == 0 else f'ended with {code}: {self.log()}'}")
 
+    def progress(self, what: str) -> None:
+        """What was just done, on a line that is no result."""
+        print(f"{what} done, {len(self.told)} wrong", file=sys.stderr, flush=True)
+
     def fresh(self, name: str) -> pathlib.Path:
         workdir = self.folder / "runs" / name
         shutil.rmtree(workdir, ignore_errors=True)
@@ -173,6 +177,7 @@ def kills(lab: Lab, count: int) -> int:
         if code == -signal.SIGKILL:  # else it was done before
             done += 1
             lab.expect_same_end(f"kill {done}", workdir)
+            lab.progress(f"kill {done}")
     return done
 
 

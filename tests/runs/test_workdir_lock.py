@@ -68,6 +68,19 @@ def test_a_run_that_fails_lets_go(tmp_path):
         pass
 
 
+def test_a_full_disk_keeps_nobody_from_locking(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with (
+        only_run(tmp_path),
+        pytest.raises(UserError, match="is in use by another process"),
+        only_run(tmp_path),
+    ):
+        pass
+
+
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
     def none(*args):
         raise OSError(errno.ENOLCK, "No locks available")
