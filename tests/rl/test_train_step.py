@@ -324,7 +324,7 @@ def test_padding_changes_nothing():
     experience = experience_of(4)
     short, _ = fitted(SETUP, experience, [[2, 0, 1]], [[1, 1, 1]])
     padded, _ = fitted(SETUP, experience, [[2, 0, 1, 3, 3]], [[1, 1, 1, 0, 0]])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), short.params, padded.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), short.params, padded.params)
 
 
 def test_gradients_accumulate_across_updates():
