@@ -26,6 +26,7 @@ _MORE = ("additional_special_tokens", "extra_special_tokens")
 # Classes that set the tokens around a text from add_bos_token and add_eos_token, and what they assume unsaid.
 _LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _LLAMA_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SPARE_IDS = 100_000  # that a vocabulary may leave out
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Where tokenizer.json may say that a space goes before a text.
 _PREFIXED = {"always", "first"}
@@ -65,8 +66,9 @@ def _backend(file: Path) -> tuple[Any, tokenizers.Tokenizer]:
     try:
         text = file.read_text(encoding="utf-8")
         described = parse_json(text)
+        _check_ids(file, described)
         backend = tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as fault:  # the library raises nothing narrower, and its panics are no `Exception`
         raise UserError(f"{file} is damaged, or unknown to this version of tokenizers: {fault}") from None
@@ -75,6 +77,16 @@ def _backend(file: Path) -> tuple[Any, tokenizers.Tokenizer]:
         if value:
             raise UserError(f"{file}: {name} of the model is {value}, so ids would be random; set it to null")
     return described, backend
+
+
+def _check_ids(file: Path, described: Any) -> None:
+    """Raises `UserError` for ids far beyond the number of tokens: the library counts up to the largest."""
+    vocabulary = described["model"]["vocab"]
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token["id"] for token in described.get("added_tokens") or []]
+    most = max((index for index in ids if type(index) is int), default=0)
+    if most > 2 * (len(vocabulary) + len(ids)) + SPARE_IDS:
+        raise UserError(f"{file}: a token has the id {most}, and there are {len(ids)} tokens; correct it")
 
 
 def _settings(folder: Path, config: Path) -> dict[str, Any]:

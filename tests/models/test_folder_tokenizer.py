@@ -76,6 +76,18 @@ def test_ids_are_never_random(dropout, tmp_path):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("index", [10**6, 2**31, 2**32 - 1])
+def test_ids_far_beyond_the_vocabulary(index, tmp_path):
+    """The library would count up to them, in gigabytes."""
+    folder = tokenizer_folders.write(tmp_path, CASES["nothing special"])
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"]["vocab"]["a"] = index
+    file.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=f"a token has the id {index}, and there are"):
+        load_tokenizer(folder)
+
+
 def test_a_token_to_fill_up_with_may_be_one_too_many(tmp_path):
     """transformers has a row less too; only a text that spells it cannot be read."""
     tokenizer = load_tokenizer(tokenizer_folders.write(tmp_path / "pad", CASES["a token to fill up with"]))
