@@ -319,5 +319,8 @@ def clocks(lab: Lab, count: int) -> None:
             for path in workdir.rglob("*"):
                 when = lab.rng.randrange(0, 4 * 10**9)
                 os.utime(path, (when, when))
-        if code != 0 or final != lab.final:
+        # Orbax waits by this clock, so a save may be late by it: that must be told, and nothing lost.
+        told = code == 2 and lab.log().strip().splitlines()[-1].startswith("error: ")
+        if not told and (code != 0 or final != lab.final):
             lab.told.append(f"clock {trial}: ended with {code}: {lab.log()}")
+        lab.expect_same_end(f"clock {trial}", workdir)
