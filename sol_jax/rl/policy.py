@@ -48,6 +48,10 @@ class PolicySpec:
             raise ValueError(
                 f"level_counts {self.level_counts} do not multiply to num_actions {self.num_actions}"
             )
+        if self.config.predict_losses and len(self.level_costs) != self.num_axes:
+            raise ValueError(
+                f"there are the costs of {len(self.level_costs)} axes, not of num_axes = {self.num_axes}"
+            )
         if self.config.page_input and self.page_size < 1:
             raise ValueError("a policy that is shown the newest page needs the page_size")
 

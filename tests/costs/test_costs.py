@@ -108,7 +108,7 @@ def test_the_policy_reads_its_matrices():
     numbers = 8 * 3 + (4 + 4 + 3 + 2) * 4 + 4 * 4 * 4 + 2 * 4 * 8 + 4 * 6 + 3 * 5 + 5 * 6
     assert policy_step(spec) == Work(4 * numbers, 2 * numbers)
     by_axis = dataclasses.replace(spec.config, factored_head=True)
-    factored = dataclasses.replace(spec, config=by_axis, level_counts=(3, 2))
+    factored = dataclasses.replace(spec, config=by_axis, level_costs=((0.1, 0.5, 1.0), (0.4, 1.0)))
     assert policy_step(factored) == Work(4 * (numbers - 4 - 5), 2 * (numbers - 4 - 5))
     assert step_cost(TOP, 10, MODEL, AXES, spec).policy == policy_step(spec)
 

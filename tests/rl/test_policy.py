@@ -43,6 +43,11 @@ def other(spec, config=None, **fields):
     return dataclasses.replace(spec, config=dataclasses.replace(spec.config, **config or {}), **fields)
 
 
+def costs_of(*counts):
+    """Made-up costs of axes with so many levels."""
+    return tuple(tuple(np.linspace(0.2, 1.0, count).tolist()) for count in counts)
+
+
 network_configs = st.builds(
     lambda num_heads, head_size, **rest: PolicyConfig(
         d_model=num_heads * head_size, num_heads=num_heads, **rest
@@ -80,7 +85,7 @@ def test_a_factored_head_adds_the_scores_of_the_levels_in_the_order_of_the_joint
 
 
 def test_a_factored_policy_has_one_output_per_level():
-    spec = other(SMALL, {"factored_head": True}, num_actions=6, level_counts=(2, 3))
+    spec = other(SMALL, {"factored_head": True}, num_actions=6, level_costs=costs_of(2, 3))
     params = _params(spec)
     assert params["params"]["head"]["kernel"].shape == (16, 5)
     logits_A, _ = Policy(spec).apply(params, example_observation(spec), initial_carry(spec), method="step")
@@ -91,7 +96,12 @@ def test_a_factored_policy_has_one_output_per_level():
 
 def test_factors_that_do_not_multiply_to_the_actions_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 2\).*num_actions 5"):
-        other(SMALL, {"factored_head": True}, level_counts=(2, 2))
+        other(SMALL, {"factored_head": True}, level_costs=costs_of(2, 2))
+
+
+def test_predicted_losses_need_the_costs_of_every_axis():
+    with pytest.raises(ValueError, match="costs of 2 axes, not of num_axes = 3"):
+        other(SMALL, {"predict_losses": True}, level_costs=costs_of(1, 5))
 
 
 def test_a_policy_that_is_shown_pages_must_know_their_size():
@@ -285,7 +295,7 @@ OTHER = {
     "num_actions": 6,
     "horizon": 5,
     "num_axes": 2,
-    "level_counts": (1, 5),
+    "level_costs": costs_of(1, 5),
     "page_size": 3,
     "action_embed_size": 3,
     "scalar_embed_size": 9,
@@ -301,13 +311,15 @@ OTHER_CONFIG = {
     "normalize_inputs": True,
     "page_input": True,
     "restate": True,
+    "predict_losses": True,
 }
 # What some fields need beside them before they mean anything.
 BESIDE = {
-    "level_counts": other(SMALL, {"factored_head": True}, level_counts=(5, 1)),
+    "level_costs": other(SMALL, {"factored_head": True}, level_costs=costs_of(5, 1)),
     "page_size": other(SMALL, {"page_input": True}, page_size=2),
-    "factored_head": other(SMALL, level_counts=(1, 5)),
+    "factored_head": other(SMALL, level_costs=costs_of(1, 5)),
     "page_input": other(SMALL, page_size=3),
+    "predict_losses": other(SMALL, level_costs=costs_of(1, 5, 1)),
 }
 
 
