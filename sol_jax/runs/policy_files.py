@@ -28,7 +28,7 @@ from sol_jax.runs.config import RunConfig
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
-BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.page_input"
+BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.(page_input|predict_losses)"
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 
@@ -41,7 +41,9 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
     Raises `UserError` if the weights have more than `MAX_BYTES`, or the folder cannot be written.
     """
     flat = traverse_util.flatten_dict(params, sep=".")
-    half = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in flat.items()}
+    # The table of prices is small, and budgets hold as well as it does.
+    narrow = {name: jnp.bfloat16 if name.startswith("params.") else jnp.float32 for name in flat}
+    half = {name: jnp.asarray(leaf, narrow[name]) for name, leaf in flat.items()}
     size = sum(leaf.nbytes for leaf in half.values())
     if size > MAX_BYTES:
         raise UserError(

@@ -66,6 +66,19 @@ def test_what_comes_back(folder, params, tiny_session):
         fits(tiny_session, found, config, about)
 
 
+def test_a_policy_that_predicts_losses_keeps_its_prices_and_its_learner(tiny_session, tmp_path):
+    """Budgets hold as well as the table of prices does, so that is not rounded; GRPO's network is another."""
+    own = tiny_session.config.with_fields({"policy.predict_losses": True, "learner": "counterfactual"})
+    setup = own.setup(tiny_session.setup.model)
+    params = init_state(jax.random.key(0), setup).params
+    policy_files.save_policy(tmp_path / "cf", params, own, ABOUT)
+    found, config, _ = policy_files.load_policy(tmp_path / "cf")
+    np.testing.assert_array_equal(found["prices"]["cost"], params["prices"]["cost"])
+    fits(tiny_session, found, config, run=own, setup=setup)
+    with pytest.raises(UserError, match=r"has config\.policy\.predict_losses = True, and here it is False"):
+        fits(tiny_session, found, config)
+
+
 def test_a_field_that_came_later_has_its_default(folder):
     """A policy saved before the config had a field is loaded as what the code did then."""
     file = folder / "config.json"
