@@ -55,7 +55,7 @@ bench: $(VENV)/.ready
 gpu-check:
 	$(PYTHON) -m experiments.benchmarks.gpu_check --minutes 8
 
-$(VENV)/.ready: setup.cfg Makefile
+$(VENV)/.ready: setup.cfg pyproject.toml Makefile $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h pallas_kernels/native/*.inc)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
