@@ -207,7 +207,8 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 def embed(weights: Weights, token: jax.Array) -> jax.Array:
     """Input embeddings in float32."""
-    return weights["embed"][token].astype(jnp.float32)
+    rows = _bits(weights["embed"])[token]
+    return lax.bitcast_convert_type(rows, weights["embed"].dtype).astype(jnp.float32)
 
 
 def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Array:
@@ -306,6 +307,17 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
 def index_cache(cache: KVCache, axes: tuple[Axis, ...]) -> IndexedCache:
     """A dense cache with what each axis keeps about its keys, for all that decode against it."""
     return IndexedCache(cache, tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes)))
+
+
+def update_index(
+    axis_index: tuple[Any, ...], cache: KVCache, start: jax.Array, count: int, axes: tuple[Axis, ...]
+) -> tuple[Any, ...]:
+    """What each axis keeps about the keys of `cache`, of which `count` from `start` on are new."""
+
+    def update(axis: Axis, index: Any) -> Any:
+        return jax.vmap(lambda of_layer, k: axis.update_prefix(of_layer, k, start, count))(index, cache.k)
+
+    return tuple(map(update, effective(axes), axis_index))
 
 
 def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suffix:

@@ -260,8 +260,8 @@ def test_numbers_that_no_kernel_takes():
 
 
 def test_table_is_of_known_names():
-    assert {platform for _, _, platform in TABLE} == {"gpu", "tpu"}
-    assert {name for _, name, _ in TABLE} == {"pallas", "triton"}
+    assert {platform for _, _, platform in TABLE} == {"cpu", "gpu", "tpu"}
+    assert {name for _, name, _ in TABLE} == {"pallas", "triton", "native"}
 
 
 # --- shapes -------------------------------------------------------------------------------------
