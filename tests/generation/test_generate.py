@@ -177,7 +177,7 @@ def test_a_policy_by_kernels_is_the_policy(tiny_model, kernels):
     assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16", "float32"}
     rough = policy_controller(Policy(tiny_model.policy), half, temperature=1.0)
     got = by_kernels(rough, kernels).act(*args)[1]
-    np.testing.assert_allclose(got, plain, rtol=0.03)
+    np.testing.assert_allclose(got, plain, atol=0.2)
     assert got != plain
 
 
