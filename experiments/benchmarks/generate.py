@@ -41,7 +41,7 @@ import numpy as np
 from experiments.benchmarks import kernel_steps, timing
 from experiments.benchmarks.update import SMOLLM2, shown, timed
 from pallas_kernels.dispatch import current_platform
-from sol_jax.axes.base import ActionSpace, held_full
+from sol_jax.axes.base import ActionSpace, Axis, held_full
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
@@ -153,13 +153,14 @@ def _bucket(length: int, parts: int) -> int:
     return -(-length // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg"))
-def random_texts(batch: int, prompt: int, cfg: LlamaConfig) -> TextState:
-    """Texts as after the prefill of one prompt for all, of random numbers, without what axes keep of them."""
+@functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg", "axes"))
+def random_texts(batch: int, prompt: int, cfg: LlamaConfig, axes: tuple[Axis, ...] = ()) -> TextState:
+    """Texts as after the prefill of one prompt for all, of random numbers, with what `axes` keep of them."""
     size = (cfg.num_layers, cfg.num_kv_heads, room(prompt), cfg.head_size)
     k, v = (jax.random.normal(key, size, cfg.dtype) for key in jax.random.split(jax.random.key(2)))
     hidden_D = jax.random.normal(jax.random.key(3), (cfg.hidden_size,))
-    one = TextState(KVCache(k, v), (), jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
+    cache, index = index_cache(KVCache(k, v), axes)
+    one = TextState(cache, index, jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), one)
 
 
