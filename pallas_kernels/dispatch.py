@@ -3,7 +3,8 @@
 Ops call `choose` while they are traced.  None (or "auto") takes what `tuning.TABLE` says pays for the
 platform and shape; a named implementation runs or raises `UnavailableError` with the reason.  The GPU kernels
 are for NVIDIA's GPUs from Ampere on (some hold PTX); an AMD GPU is a platform "rocm", for which there are
-none.
+none.  On a CPU Pallas' GPU kernels are interpreted, and "native" are those in C++ (`pallas_kernels.native`);
+where these were not compiled, auto says why, once, and takes XLA.
 
 What auto picks is logged once for each shape, at the level DEBUG of the logger `pallas_kernels.dispatch`, so
 programs are quiet about it by default.  A program of absl's shows it with
@@ -21,10 +22,11 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import native
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.tuning import NO_END, TABLE, Kernel
 
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
+IMPLEMENTATIONS = ("xla", "pallas", "triton", "native")
 OLDEST_GPU = (8, 0)  # compute capability that Triton's bfloat16 and tensor floats need
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,11 @@ def log_once(message: str, **facts: Any) -> None:
 
 
 @functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+@functools.cache
 def _log_new(message: str) -> None:
     _log.debug(message)
 
@@ -88,7 +95,11 @@ def without_triton(implementation: str | None) -> str | None:
 
 def _pays(op: str, name: str, platform: str, facts: Mapping[str, Any]) -> bool:
     kernel = TABLE.get((op, name, platform), Kernel())
-    if kernel.pays is None or _problem_of_platform(op, name, platform) is not None:
+    if kernel.pays is None:
+        return False
+    if (problem := _problem_of_platform(op, name, platform)) is not None:
+        if name == "native":
+            _say_once(f"decode steps go without the CPU's kernels: {problem[0]}")
         return False
     return not any(_unmet({**kernel.takes, **kernel.pays}, facts))
 
@@ -97,7 +108,7 @@ def _require(op: str, implementation: str, platform: str, facts: Mapping[str, An
     if (problem := _problem_of_platform(op, implementation, platform)) is not None:
         raise UnavailableError(op, implementation, f"run on this platform ({platform})", *problem)
     # A CPU interprets the GPU's kernel, so it takes what that takes.
-    kernel = TABLE[op, implementation, "gpu" if platform == "cpu" else platform]
+    kernel = TABLE[op, implementation, _runs_as(implementation, platform)]
     for name, reason in _unmet(kernel.takes, facts):
         cannot = "take numbers of this type" if name == "dtype" else "take this shape"
         raise UnavailableError(op, implementation, cannot, reason, "'xla'")
@@ -107,15 +118,22 @@ def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[s
     """Returns the reason and what to use instead, or None if the op has such a kernel for the platform."""
     if implementation == "triton" and platform == "cpu":
         return "jax-triton has no interpreter", "'pallas' (interpreted) or 'xla'"
-    runs_as = "gpu" if platform == "cpu" else platform
+    if implementation == "native" and platform == "cpu" and (problem := native.problem()) is not None:
+        return problem, "'xla'"
+    runs_as = _runs_as(implementation, platform)
     if (op, implementation, runs_as) not in TABLE:
-        others = [name for name in IMPLEMENTATIONS[1:] if (op, name, runs_as) in TABLE]
+        others = [name for name in IMPLEMENTATIONS[1:] if (op, name, _runs_as(name, platform)) in TABLE]
         return f"it has no {runs_as} kernel", " or ".join(map(repr, [*others, "xla"]))
     if platform == "gpu" and (problem := gpu_problem()) is not None:
         return problem, "'xla'"
     if implementation == "triton" and (problem := triton_problem()) is not None:
         return problem, "'pallas' or 'xla'"
     return None
+
+
+def _runs_as(implementation: str, platform: str) -> str:
+    """Returns the platform whose entry of the table holds: a CPU interprets the GPU's kernels."""
+    return "gpu" if platform == "cpu" and implementation != "native" else platform
 
 
 def _unmet(conditions: Mapping[str, Collection[Any]], facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

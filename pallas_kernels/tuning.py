@@ -5,7 +5,7 @@ where "auto" prefers it to XLA; both map a fact that the op passes to `choose` t
 or a tuple), and a fact that the op does not pass is not checked.  An op whose entry is missing has no such
 kernel.
 
-Nothing here has been measured on a GPU or TPU yet: `pays` follows byte counts (README, "Kernels").
+Nothing here has been measured on a GPU or TPU yet: `pays` follows byte counts there (docs/kernels.md).
 """
 
 import dataclasses
@@ -31,6 +31,9 @@ ROW = range(1, 16385)
 GPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16", "float16")}
 TPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
 GPU_ROW, TPU_ROW = GPU_TYPES | {"hidden": ROW}, TPU_TYPES | {"hidden": ROW}
+CPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
+FLOAT32: Conditions = {"dtype": ("float32",)}
+FEW_ROWS: Conditions = {"rows": range(1, 5)}
 HEAD: Conditions = {"head_size": range(1, 257)}
 PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, NO_END, 8)}
 
@@ -64,6 +67,19 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
         takes=TPU_TYPES
         | {"pages": range(1, 32769), "select": ("head",), "scores_of_a_head": range(1, (1 << 20) + 1)}
     ),
+    # A CPU's kernels read a row's weights at the rate of the memory, which XLA's products do not.  Over many
+    # rows XLA's large products win, and almost every channel and page is in some row.
+    ("project", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    # In float32 XLA's form was as fast or faster in two runs of three.
+    ("match", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS | {"dtype": ("bfloat16",)}),
+    ("gated_hidden", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    ("attend", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    ("select_pages", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    ("page_bounds", "native", "cpu"): Kernel(takes=CPU_TYPES, pays={}),
+    ("keep_channels", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
+    ("norm_prune", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
+    ("fake_quantize", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
+    ("quantize_residual", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
     # `attend` always asks again once it knows the rows: few of them read a list of pages (`paged_attention`),
     # which pays from 10,000 (8B) to 20,000 cached tokens on; many share every page (`shared_attention`).
     ("attend", "pallas", "gpu"): Kernel(pays={}),

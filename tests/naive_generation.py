@@ -40,7 +40,7 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
     actions: list[int] = []
     while len(tokens) - len(prompt) < num_tokens:
         episode, begin = len(actions) // cfg.horizon, len(tokens) - 1
-        if cfg.refresh:
+        if cfg.refresh and episode % cfg.refresh_every == 0:
             hidden_SxD, cache = prefill(weights, jnp.array(tokens[:-1]), cfg.model)
             hidden_D = hidden_SxD[-1]
         prefix = llama.index_cache(cache, cfg.space.axes).prefix(begin)
@@ -72,7 +72,7 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
             hidden_D, suffix = decode(weights, prefix, suffix, *args)
             actions.append(int(action))
             tokens.append(int(next_token(weights, hidden_D, key, len(tokens), cfg.sampling)))
-        if not cfg.refresh:
+        if not cfg.refresh or cfg.refresh_every > 1:
             cache = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2), cache, suffix.cache)
     generated = tokens[len(prompt) :][:num_tokens]
     return Naive(generated, actions[: num_tokens - 1])

@@ -41,7 +41,7 @@ import numpy as np
 from experiments.benchmarks import kernel_steps, timing
 from experiments.benchmarks.update import SMOLLM2, shown, timed
 from pallas_kernels.dispatch import current_platform
-from sol_jax.axes.base import ActionSpace, held_full
+from sol_jax.axes.base import ActionSpace, Axis, held_full
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
@@ -49,10 +49,10 @@ from sol_jax.costs import update as flops
 from sol_jax.files import path_argument
 from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder, Played, TextState
-from sol_jax.models.llama import KVCache, LlamaConfig, Weights
+from sol_jax.models.llama import KVCache, LlamaConfig, Weights, index_cache
 from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.policy import Observation, Policy, PolicySpec, example_observation, initial_carry
-from sol_jax.rl.rollout import Controller, EpisodeRules, policy_controller
+from sol_jax.rl.rollout import Controller, EpisodeRules
 
 Rows = list[dict[str, Any]]
 
@@ -134,7 +134,7 @@ def play_translated(
 
     def one(text: TextState, budget_X: jax.Array) -> tuple[TextState, Played]:
         assert cfg.policy is not None
-        greedy = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
+        greedy = decoding.controller_of(cfg, params, jnp.zeros(HORIZON, jnp.int32))
         controller = translated(greedy, cfg.policy.num_actions, taken_A)
         steps, suffix, hidden_D = decoding.draft(weights, text, budget_X, controller, cfg)
         return decoding.keep_all(weights, text, steps, suffix, hidden_D, cfg)
@@ -153,13 +153,14 @@ def _bucket(length: int, parts: int) -> int:
     return -(-length // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg"))
-def random_texts(batch: int, prompt: int, cfg: LlamaConfig) -> TextState:
-    """Texts as after the prefill of one prompt for all, of random numbers."""
+@functools.partial(jax.jit, static_argnames=("batch", "prompt", "cfg", "axes"))
+def random_texts(batch: int, prompt: int, cfg: LlamaConfig, axes: tuple[Axis, ...] = ()) -> TextState:
+    """Texts as after the prefill of one prompt for all, of random numbers, with what `axes` keep of them."""
     size = (cfg.num_layers, cfg.num_kv_heads, room(prompt), cfg.head_size)
     k, v = (jax.random.normal(key, size, cfg.dtype) for key in jax.random.split(jax.random.key(2)))
     hidden_D = jax.random.normal(jax.random.key(3), (cfg.hidden_size,))
-    one = TextState(KVCache(k, v), jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
+    cache, index = index_cache(KVCache(k, v), axes)
+    one = TextState(cache, index, jnp.int32(prompt), hidden_D, jnp.int32(1), jax.random.key(4))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), one)
 
 
@@ -169,7 +170,8 @@ def episodes(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> dic
     length_B, budget_BxX = np.full(batch, prompt, np.int32), jnp.ones((batch, len(SPACE.axes)))
 
     def prepared(cfg: Decoder) -> Callable[[], Any]:
-        dense = jnp.int32(cfg.space.dense)
+        axes, dense = cfg.space.axes, jnp.int32(cfg.space.dense)
+        index_B = jax.vmap(lambda cache: index_cache(cache, axes).axis_index)(text_B.cache)
         if cfg.policy is None:
             play: Any = functools.partial(decoding.play, plan_BxT=jnp.tile(dense, (batch, HORIZON)))
         else:
@@ -177,10 +179,11 @@ def episodes(bench: Bench, batch: int, prompt: int, names: Sequence[str]) -> dic
         params = bench.params if cfg.policy else None
 
         def run() -> Any:
-            nonlocal text_B
+            nonlocal text_B, index_B
             # The entries that the last run added are overwritten.
-            again_B = text_B._replace(length=length_B)
+            again_B = text_B._replace(length=length_B, axis_index=index_B)
             text_B, played = play(bench.weights, params, again_B, budget_BxX, cfg=cfg)
+            index_B = text_B.axis_index
             return text_B, played
 
         return run

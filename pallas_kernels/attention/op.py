@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import native
 from pallas_kernels.attention import gpu, reference, tpu, triton
 from pallas_kernels.attention.reference import KV, Part, merge_attention, normalize, part_attention
 from pallas_kernels.dispatch import choose, current_platform, interpret, no_gradient, without_triton
@@ -41,12 +42,16 @@ def attend(
     "xla" is `split_attention`; kernels read the kept pages only, and once for all rows that share the prefix.
     jax-triton's kernel reads lists of pages, so "triton" is Pallas' kernel with more than LISTED_ROWS rows.
     """
-    name = choose("attend", implementation, asks_again=True)
+    dtype = prefix[0].dtype.name
+    name = choose("attend", implementation, asks_again=True, dtype=dtype)
 
     def attended(*args: Any) -> jax.Array:
         q, prefix, suffix, keep_prefix, keep_suffix, length, layer = args
         if name == "xla":
             return reference.attend(q, prefix, suffix, keep_prefix, keep_suffix, length, page_size, layer)
+        if name == "native":
+            masks = keep_prefix, keep_suffix
+            return _attend_on_cpu(q, prefix, suffix, masks, length, layer, page_size, implementation)
         paged = _paged_attention(q, prefix, keep_prefix, length, layer, page_size, implementation)
         own = part_attention(q, suffix, keep_suffix)
         return normalize(merge_attention(jax.tree.map(lambda *two: jnp.stack(two), paged, own)))
@@ -54,6 +59,42 @@ def attend(
     return no_gradient("attend", attended)(
         q_HxGxd, prefix, suffix, keep_prefix_HxGxP, keep_suffix_HxGxT, prefix_length, layer
     )
+
+
+def _attend_on_cpu(
+    q_HxGxd: jax.Array,
+    prefix: KV,
+    suffix: KV,
+    masks: tuple[jax.Array, jax.Array],
+    length: jax.Array,
+    layer: jax.Array | None,
+    page_size: int,
+    implementation: str | None,
+) -> jax.Array:
+    """Returns `attend` by one call for prefix and suffix, or, where that does not pay, by XLA.
+
+    Masks stay as small as they came: those of dense steps are the same for all heads.
+    """
+    if layer is None:
+        prefix, layer = (prefix[0][None], prefix[1][None]), jnp.int32(0)
+
+    def rows(layer: jax.Array, cache: KV, own: tuple[Any, ...]) -> jax.Array:
+        q_BxKxHxGxd, suffix, keep, own_keep, length_BxK = own
+        (B, K), dtype = q_BxKxHxGxd.shape[:2], cache[0].dtype
+        if choose("attend", implementation, rows=B * K, dtype=dtype.name) == "xla":
+
+            def one(q: jax.Array, prefix: KV, suffix: KV, keep: Any, own_keep: Any, length: Any) -> jax.Array:
+                return reference.attend(q, prefix, suffix, keep, own_keep, length, page_size, layer)
+
+            return jax.vmap(jax.vmap(one, (0, None, 0, 0, 0, 0)))(
+                q_BxKxHxGxd, cache, suffix, keep, own_keep, length_BxK
+            )
+        operand = q_BxKxHxGxd.astype(dtype).astype(jnp.float32)
+        args = operand, *cache, *(kv.astype(dtype) for kv in suffix), keep, own_keep, length_BxK
+        return native.call("attend", [native.floats(*operand.shape)], layer, *args, page_size=page_size)[0]
+
+    own = q_HxGxd, suffix, *masks, jnp.int32(length)
+    return fold_rows("attend", rows)(jnp.int32(layer), prefix, own)
 
 
 def paged_attention(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import native
 from pallas_kernels.dispatch import (
     choose,
     current_platform,
@@ -20,7 +21,7 @@ from pallas_kernels.gated_mlp import gpu, reference, tpu
 from pallas_kernels.one_row import one_row
 
 # The most rows that each kernel takes: with more, almost every channel is in some row, and a dense product
-# reads no more.
+# reads no more.  The CPU's takes any, and its entry of the table says up to where it pays.
 MAX_ROWS = {"pallas": 3, "triton": 1}
 
 
@@ -35,8 +36,8 @@ def gated_hidden(
 
     Operands have the weights' dtype, sums are float32.  Kernels skip a channel that is zero in every row
     (vmaps over x add rows), whatever its weights; NaN is not zero.  jax-triton has a kernel of one row alone,
-    so "triton" is Pallas' kernel with more.  Beyond MAX_ROWS rows every implementation is the dense product
-    of the zeroed inputs, which is logged.
+    so "triton" is Pallas' kernel with more.  Beyond its MAX_ROWS an implementation is the dense product of
+    the zeroed inputs, which is logged.
 
     With `layer` (int32) gate and up are stacked, [L, D, F], and a kernel reads the layer in place.  A slice
     of them would be copied before a kernel sees it, at a higher cost than the kernel saves.
@@ -51,13 +52,17 @@ def gated_hidden(
         count = len(x_NxD)
         name = implementation if count <= MAX_ROWS["triton"] else without_triton(implementation)
         picked = choose(op, name, rows=count, **facts)
-        if picked != "xla" and count > MAX_ROWS[picked]:
+        if count > MAX_ROWS.get(picked, count):
             log_once(
                 f"{op} is dense, for {picked} takes {MAX_ROWS[picked]} rows at most", rows=count, **facts
             )
             picked = "xla"
         if picked == "xla":
             return reference.gated_hidden(x_NxD, gate_LxDxF, up_LxDxF, layer)
+        if picked == "native":
+            out = [native.floats(count, gate_LxDxF.shape[-1])]
+            x_NxD = x_NxD.astype(jnp.float32)
+            return native.call("project", out, x_NxD, layer, gate_LxDxF, up_LxDxF, gated=True)[0]
         x_NxD = x_NxD.astype(gate_LxDxF.dtype)
         if picked == "triton":
             from pallas_kernels.gated_mlp import triton  # which imports triton, an extra

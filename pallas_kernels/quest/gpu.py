@@ -79,6 +79,7 @@ def page_scores(
     q_BxHxRx2d: jax.Array,
     bounds_BxLxHxPx2d: jax.Array,
     interpret: bool = False,
+    name: str = "page_scores",
 ) -> jax.Array:
     """Returns scores [B, H, R, P] of every page of `layer` by queries that are `reference.signed`.
 
@@ -102,7 +103,7 @@ def page_scores(
         out_specs=pl.BlockSpec((None, None, R, P), lambda r, p, h, b: (b, h, 0, 0)),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name="page_scores",
+        name=name,
     )(layer.reshape(1), skip_B, q_BxHxRx2d, bounds_BxLxHxPx2d)
 
 

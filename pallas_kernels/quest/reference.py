@@ -52,19 +52,22 @@ def signed(q: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.maximum(q, 0), jnp.minimum(q, 0)], -1)
 
 
-def select_pages(
-    q_HxGxd: jax.Array, bounds: Sequence[jax.Array], used: Sequence[jax.Array], pages: jax.Array, select: str
+def select(
+    scores: Sequence[jax.Array], used: Sequence[jax.Array], pages: jax.Array, select: str
 ) -> tuple[jax.Array, ...]:
-    """Returns each part's mask [H, G, P] of the pages whose score is at least the `pages`-th highest.
+    """Returns each part's mask [B, K, H, G, P] of the pages whose score is at least the `pages`-th highest.
 
-    The parts have bounds [H, P, 2d] and masks [P] of the pages in use, and are ranked together.  With "group"
-    for `select` the heads of a group rank pages by the sum of their scores; with "head" each has its own
-    rank.
+    The parts have scores [B, H, K, G, P] and masks [B, K, P] of the pages in use, and are ranked together.
+    With "group" for `select` the heads of a group rank pages by the sum of their scores; with "head" each has
+    its own rank.
     """
-    parts = [page_scores(q_HxGxd, b, u) for b, u in zip(bounds, used, strict=True)]
+    parts = [
+        jnp.where(mask[:, :, None, None], score.swapaxes(1, 2), -jnp.inf)
+        for score, mask in zip(scores, used, strict=True)
+    ]
     score = jnp.concatenate(parts, -1)
     if select == "group":
-        score = jnp.broadcast_to(jnp.sum(score, 1, keepdims=True), score.shape)
-    keep = at_least_kth(score, jnp.broadcast_to(pages, score.shape[:-1]))
+        score = jnp.broadcast_to(jnp.sum(score, 3, keepdims=True), score.shape)
+    keep = at_least_kth(score, jnp.broadcast_to(pages[:, :, None, None], score.shape[:-1]))
     ends = [sum(part.shape[-1] for part in parts[: i + 1]) for i in range(len(parts) - 1)]
     return tuple(jnp.split(keep, ends, -1))

@@ -58,6 +58,38 @@ def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: in
     bounds_ref[:, d:] = low.astype(bounds_ref.dtype)
 
 
+def score_block(P: int) -> int:
+    """Returns how many of P pages are scored by one product."""
+    return min(SCORE_PAGES, pl.cdiv(P, 128) * 128)
+
+
+def page_scores(
+    q_BxHxRx2d: jax.Array, bounds_BxHxNx2d: jax.Array, block: int, interpret: Any = False
+) -> jax.Array:
+    """Returns scores [B, H, R, N] of pages by products of `block` pages, which divides N.
+
+    They are the products of `select_pages`, for pages that are not shared.
+    """
+    (B, H, R, width), N = q_BxHxRx2d.shape, bounds_BxHxNx2d.shape[2]
+
+    def kernel(q_ref: Any, bounds_ref: Any, score_ref: Any) -> None:
+        score_ref[...] = dot_on_tpu(q_ref[...], bounds_ref[...])
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((B, H, R, N), jnp.float32),
+        grid=(B, H, N // block),
+        in_specs=[
+            pl.BlockSpec((None, None, R, width), lambda b, h, p: (b, h, 0, 0)),
+            pl.BlockSpec((None, None, block, width), lambda b, h, p: (b, h, p, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, R, block), lambda b, h, p: (b, h, 0, p)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        interpret=interpret,
+        name="own_page_scores",
+    )(q_BxHxRx2d, bounds_BxHxNx2d)
+
+
 def select_pages(
     layer: jax.Array,
     q_BxHxRx2d: jax.Array,
@@ -73,7 +105,7 @@ def select_pages(
     all its used pages, the bounds are not read.
     """
     (B, H, R, width), P, N = q_BxHxRx2d.shape, bounds_BxLxHxPx2d.shape[3], own_score_BxHxRxN.shape[3]
-    block = min(SCORE_PAGES, pl.cdiv(P, 128) * 128)
+    block = score_block(P)
     lanes = pl.cdiv(P, block) * block
     used_BxRxM, used_BxRxN = (mask.astype(jnp.int32) for mask in used)
     used_BxRxM = jnp.pad(used_BxRxM, ((0, 0), (0, 0), (0, lanes - P)))

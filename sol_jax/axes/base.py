@@ -115,6 +115,10 @@ class Axis:
         """What to remember of a prefix' keys (one layer), computed once for all schedules."""
         return ()
 
+    def update_prefix(self, index: Any, k_HxSxd: jax.Array, start: jax.Array, count: int) -> Any:
+        """`index_prefix` of keys of which only `count` from `start` on differ from those of `index`."""
+        return self.index_prefix(k_HxSxd)
+
     def index_suffix(self, prefix_index: Any, keys: KeysInReach) -> Any:
         """The same for a schedule's own keys, before its first step (`keys.suffix_HxTxd` unused)."""
         return ()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.cache import cut, put
 from pallas_kernels.dispatch import without_triton
 from pallas_kernels.quest import Select, extend_bounds, page_bounds, select_pages
 from pallas_kernels.topk import at_least_kth
@@ -60,6 +61,16 @@ class Quest(Axis):
         """Bounds of the prefix' pages, [H, P, 2d]."""
         every_S = jnp.ones(k_HxSxd.shape[1], bool)
         return page_bounds(k_HxSxd, every_S, self.page_size, without_triton(self.kernels))
+
+    def update_prefix(self, index: jax.Array, k_HxSxd: jax.Array, start: jax.Array, count: int) -> jax.Array:
+        """Bounds only the pages that hold such keys anew."""
+        size, (S, P) = self.page_size, (k_HxSxd.shape[1], index.shape[1])
+        pages = min((count + size - 2) // size + 1, P)  # if the first key is the last of its page
+        if P * size != S:
+            return self.index_prefix(k_HxSxd)
+        first = jnp.minimum(start // size, P - pages)
+        changed_HxPx2d = self.index_prefix(cut(k_HxSxd, first * size, pages * size))
+        return put(index, changed_HxPx2d, first)
 
     def index_suffix(self, prefix_index: jax.Array, keys: KeysInReach) -> jax.Array:
         """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""

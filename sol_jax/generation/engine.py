@@ -215,12 +215,19 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     for output, token in zip(outputs, np.asarray(text_B.token), strict=False):
         _add(output, int(token))
     yield outputs
+    stale: list[jax.Array] = []  # tokens [B, T] whose entries are still those of compressed steps
     for e in range(max(map(len, plan_BxE))):
         if all(output.transcript.finish for output in outputs):
             return
         plan_BxT = jnp.asarray(np.stack([plan[e % len(plan)] for plan in plan_BxE]))
         begin_B = np.asarray(text_B.length)
+        first_Bx1 = text_B.token[:, None]
         text_B, played = decoding.play(engine.weights, engine.params, text_B, budget_BxX, plan_BxT, cfg)
+        if cfg.refresh and cfg.refresh_every > 1:
+            stale.append(jnp.concatenate([first_Bx1, played.token[:, :-1]], 1))
+            if len(stale) == cfg.refresh_every:
+                text_B = decoding.renew(engine.weights, text_B, jnp.concatenate(stale, 1), cfg)
+                stale = []
         played = jax.device_get(played)
         for b, output in enumerate(outputs):
             if not output.transcript.finish:

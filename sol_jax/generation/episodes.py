@@ -5,7 +5,8 @@ yet consumed.  `start` makes them of prompts; `play` runs one episode: the contr
 (its state starts anew), each token is drawn from the compressed step's logits, and at the end
 
   - the entries written under compression are replaced by dense ones (*KV refresh*), or
-  - stay as they are (`refresh=False`), or
+  - that is done for several episodes at once (`refresh_every`, by `renew`), or
+  - they stay as they are (`refresh=False`), or
   - the dense pass also checks the tokens, and those that the dense model would not have drawn are taken back
     (`lossless`, see the module of that name).
 
@@ -23,6 +24,7 @@ from jax import lax
 
 from pallas_kernels.dispatch import current_platform
 from sol_jax.axes.base import ActionSpace
+from sol_jax.generation.lean_policy import by_kernels
 from sol_jax.generation.lossless import accept
 from sol_jax.generation.sampling import GREEDY, NO_TOKEN, Sampling, draw, finite, token_logp
 from sol_jax.models import llama
@@ -52,6 +54,7 @@ class Decoder:
     sampling: Sampling = GREEDY
     refresh: bool = True
     lossless: bool = False
+    refresh_every: int = 1  # episodes
     prefill_batch: int = 1  # prompts prefilled at a time, see `usual_prefill_batch`
 
     @property
@@ -70,7 +73,9 @@ class Decoder:
     def identity(self) -> dict[str, Any]:
         """All that decides what is written or scored, besides weights, for names of what is stored."""
         asked = self.policy and self.policy.config.restate
-        modes = {"refresh": self.refresh, "lossless": self.lossless, "restate": asked}
+        modes: dict[str, Any] = {"refresh": self.refresh, "lossless": self.lossless, "restate": asked}
+        if self.refresh and self.refresh_every != 1:  # else left out: texts of before go by the same name
+            modes["refresh_every"] = self.refresh_every
         return self.rules.identity() | modes | {"sampling": dataclasses.asdict(self.sampling)}
 
     def with_rules(self, **fields: Any) -> Self:
@@ -84,6 +89,10 @@ class Decoder:
             )
         if self.lossless and not self.refresh:
             raise ValueError("lossless generation is checked by the refresh pass, so refresh cannot be off")
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every is {self.refresh_every}; it must be at least 1 episode")
+        if self.lossless and self.refresh_every != 1:
+            raise ValueError("lossless generation refreshes after every episode, so refresh_every must be 1")
 
 
 def usual_prefill_batch() -> int:
@@ -95,6 +104,7 @@ class TextState(NamedTuple):
     """One text between two episodes."""
 
     cache: KVCache  # [L, Hkv, capacity, d]
+    axis_index: tuple[Any, ...]  # what each axis keeps about its keys
     length: jax.Array  # entries of it that are filled
     hidden: jax.Array  # [D], final-norm hidden state of the last of them
     token: jax.Array  # the next one: drawn, not yet consumed
@@ -161,10 +171,11 @@ def start(
 
     def one(tokens_S: jax.Array, length: jax.Array, key: jax.Array) -> TextState:
         hidden_D, cache = prefill_prompt(weights, tokens_S, length, capacity, cfg.model)
-        logits_V = llama.logits(weights, hidden_D)
+        logits_V = llama.logits(weights, hidden_D, cfg.model.kernels)
         logp_V = token_logp(logits_V, cfg.sampling)
         token = finite(draw(keys_at(key, length).draw, logp_V, cfg.sampling), logits_V)
-        return TextState(cache, length, hidden_D, token, key)
+        indexed = llama.index_cache(cache, cfg.space.axes)
+        return TextState(*indexed, length, hidden_D, token, key)
 
     batch = min(cfg.prefill_batch, len(tokens_BxS))
     return lax.map(lambda prompt: one(*prompt), (tokens_BxS, length_B, key_B), batch_size=batch)
@@ -178,7 +189,7 @@ def draft(
     Returns what they did, the cache entries they wrote and the last hidden state.
     """
     T, space = cfg.horizon, cfg.space
-    prefix = llama.index_cache(text.cache, space.axes).prefix(text.length)
+    prefix = llama.IndexedCache(text.cache, text.axis_index).prefix(text.length)
 
     def step(carry: tuple[Carry, jax.Array], t: jax.Array) -> tuple[tuple[Carry, jax.Array], Steps]:
         state, token = carry
@@ -186,7 +197,7 @@ def draft(
         given = Step(t, token, keys.act)
         state, did = controlled_step(weights, cfg.rules, prefix, controller.act, budget_X, state, given)
         with jax.named_scope("head"):
-            logits_V = llama.logits(weights, state.hidden)
+            logits_V = llama.logits(weights, state.hidden, cfg.model.kernels)
             logp_V = token_logp(logits_V, cfg.sampling)
             token = finite(draw(keys.draw, logp_V, cfg.sampling), logits_V, did.logp)
         action = jnp.where(did.controllable, did.action, space.dense)
@@ -202,14 +213,36 @@ def keep_all(
 ) -> tuple[TextState, Played]:
     """The text once all T tokens stay: with dense cache entries, or with the compressed ones."""
     entries = suffix.cache
-    if cfg.refresh:
+    if cfg.refresh and cfg.refresh_every == 1:
         consumed_T = jnp.concatenate([text.token[None], steps.token[:-1]])
         with jax.named_scope("refresh"):
             dense_TxD, entries = llama.extend(weights, consumed_T, text.cache, text.length, cfg.model)
         hidden_D = dense_TxD[-1]
-    cache = llama.append(text.cache, entries, text.length)
-    after = TextState(cache, text.length + cfg.horizon, hidden_D, steps.token[-1], text.key)
+    text = _with_entries(text, entries, text.length, cfg)
+    after = text._replace(length=text.length + cfg.horizon, hidden=hidden_D, token=steps.token[-1])
     return after, Played(steps.token, jnp.int32(cfg.horizon), steps.action, steps.controllable, steps.seen)
+
+
+def _with_entries(text: TextState, entries: KVCache, start: jax.Array, cfg: Decoder) -> TextState:
+    """The text with `entries` [L, Hkv, N, d] of its tokens from `start` on, of which the axes are told."""
+    cache = llama.append(text.cache, entries, start)
+    axes, count = cfg.space.axes, entries.k.shape[2]
+    return text._replace(
+        cache=cache, axis_index=llama.update_index(text.axis_index, cache, start, count, axes)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
+def renew(weights: Weights, text_B: TextState, consumed_BxN: jax.Array, cfg: Decoder) -> TextState:
+    """Texts with dense entries in place of those of the last N tokens that they consumed."""
+
+    def one(text: TextState, consumed_N: jax.Array) -> TextState:
+        start = text.length - len(consumed_N)
+        with jax.named_scope("refresh"):
+            dense_NxD, entries = llama.extend(weights, consumed_N, text.cache, start, cfg.model)
+        return _with_entries(text, entries, start, cfg)._replace(hidden=dense_NxD[-1])
+
+    return jax.vmap(one)(text_B, consumed_BxN)
 
 
 def keep_agreed(weights: Weights, text: TextState, steps: Steps, cfg: Decoder) -> tuple[TextState, Played]:
@@ -226,12 +259,19 @@ def keep_agreed(weights: Weights, text: TextState, steps: Steps, cfg: Decoder) -
     so_far_N, drafts_N = jnp.arange(T + 1) <= agreed, jnp.append(steps.token, 0)
     token = finite(token, jnp.where(so_far_N[:, None], logits_NxV, 0.0))
     token = jnp.where(jnp.any(so_far_N & (drafts_N == NO_TOKEN)), NO_TOKEN, token)
-    cache = llama.append(
-        text.cache, entries, text.length
-    )  # those of refused tokens lie beyond the new length
-    after = TextState(cache, text.length + agreed + 1, dense_NxD[agreed], token, text.key)
+    # The entries of refused tokens lie beyond the new length.
+    text = _with_entries(text, entries, text.length, cfg)
+    after = text._replace(length=text.length + agreed + 1, hidden=dense_NxD[agreed], token=token)
     token_N = jnp.append(steps.token, 0).at[agreed].set(token)
     return after, Played(token_N, agreed + 1, steps.action, steps.controllable, steps.seen)
+
+
+def controller_of(cfg: Decoder, params: Any, plan_T: jax.Array) -> Controller:
+    """The greedy policy, or without one the schedule `plan`."""
+    if cfg.policy is None:
+        return replay(plan_T)
+    policy = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
+    return by_kernels(policy, cfg.model.kernels)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
@@ -241,9 +281,7 @@ def play(
     """One episode of every text: under the greedy policy, or replaying `plan` if `params` is None."""
 
     def one(text: TextState, budget_X: jax.Array, plan_T: jax.Array) -> tuple[TextState, Played]:
-        controller = replay(plan_T)
-        if cfg.policy is not None:
-            controller = policy_controller(Policy(cfg.policy), params, temperature=1.0, greedy=True)
+        controller = controller_of(cfg, params, plan_T)
         steps, suffix, hidden_D = draft(weights, text, budget_X, controller, cfg)
         if cfg.lossless:
             return keep_agreed(weights, text, steps, cfg)

@@ -14,6 +14,7 @@ from sol_jax.errors import UserError
 from sol_jax.files import local_path
 from sol_jax.generation.engine import Engine, Request, check_request
 from sol_jax.generation.episodes import Decoder, usual_prefill_batch
+from sol_jax.generation.lean_policy import with_dtype
 from sol_jax.generation.options import GenerateOptions
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.models.model import Model, open_model
@@ -59,6 +60,7 @@ def open_engine(
     kernels: str = "auto",
     check: Callable[[Engine], Any] = lambda engine: None,
     restate: bool | None = None,
+    policy_dtype: str = "float32",
     **options: Any,
 ) -> Engine:
     """The engine of a model and a controller, over the levels of a policy or, without one, of SOL-J-FL.
@@ -69,6 +71,7 @@ def open_engine(
       controller: default: the policy, if there is one, else dense.
       check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
       restate: whether the policy is asked for what is left of the budget; default: as it was trained.
+      policy_dtype: of the policy's matrices; bfloat16 ones are read twice as fast, and rounded.
       options: fields of the decoder.
 
     Raises `UserError` for whatever is wrong with these.
@@ -89,6 +92,7 @@ def open_engine(
     params, network = None, None
     if policy:
         params, setup = open_policy(policy, opened, cfg)
+        params = with_dtype(params, policy_dtype)
         space, episode, network = setup.space, setup.episode, setup.policy
         if restate is not None:
             asked = dataclasses.replace(network.config, restate=restate)
@@ -129,8 +133,10 @@ def engine_for(options: GenerateOptions) -> tuple[Engine, Request]:
         options.kernels,
         check,
         options.restate,
+        options.policy_dtype,
         sampling=options.sampling,
         refresh=options.refresh,
+        refresh_every=options.refresh_every,
         lossless=options.lossless,
     )
     return engine, found[0]

@@ -40,7 +40,9 @@ class GenerateOptions(Options):
     restate: bool | None = option(
         None, "ask the policy for what is left of the budget; default: as it was trained"
     )
+    policy_dtype: Literal["float32", "bfloat16"] = option("float32", "of the policy's matrices")
     refresh: bool = option(True, "replace compressed cache entries by dense ones after each episode")
+    refresh_every: int = option(1, "do so after so many episodes, for all of them at once", at_least=1)
     lossless: bool = option(False, "keep only tokens that the dense model accepts")
     show_compute: bool = option(False, "shade each token by what was spent on it")
     html: str | None = option(

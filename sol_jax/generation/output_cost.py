@@ -15,16 +15,17 @@ def text_cost(output: Output, cfg: Decoder) -> StepCost:
     In lossless mode that includes the steps whose tokens were refused, and the logits of the checking pass.
     An episode in which the text ended needs no refresh.
     """
-    total = StepCost()
-    for episode in output.episodes:
+    total, every, ended = StepCost(), cfg.refresh_every, bool(output.transcript.finish)
+    for e, episode in enumerate(output.episodes):
         for t, action in enumerate(episode.action_T[: episode.steps]):
             values_X = cfg.space.values_AxX[action]
             total += step_cost(values_X, episode.start + 1 + t, cfg.model, cfg.space.axes, cfg.policy)
         if cfg.lossless:
             checked = dense_pass(cfg.horizon + 1, episode.start, cfg.model, with_head=True)
             total += StepCost(refresh=checked)
-        elif cfg.refresh and not (episode is output.episodes[-1] and output.transcript.finish):
-            total += StepCost(refresh=dense_pass(cfg.horizon, episode.start, cfg.model))
+        elif cfg.refresh and (e + 1) % every == 0 and not (e + 1 == len(output.episodes) and ended):
+            first = output.episodes[e + 1 - every].start
+            total += StepCost(refresh=dense_pass(every * cfg.horizon, first, cfg.model))
     return total
 
 

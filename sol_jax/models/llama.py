@@ -22,6 +22,7 @@ from jax import lax
 from pallas_kernels.attention import attend, split_attention
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.gated_mlp import gated_hidden
+from pallas_kernels.linear import match, project
 from pallas_kernels.norm import rms_norm
 from sol_jax.axes.base import Axis, acting, effective, mlp_input, mlp_output
 from sol_jax.axes.key_selection import KeysInReach
@@ -56,8 +57,8 @@ class LlamaConfig:
     tie_embeddings: bool
     rope_scaling: RopeScaling | None = None
     dtype: str = "float32"  # of weights, caches and matmul operands; sums are float32
-    # Of decode steps: "auto" (by platform and shape), "xla", "pallas", or "triton" (jax-triton where it has a
-    # kernel, Pallas elsewhere).  A named one runs or raises `UnavailableError`.
+    # Of decode steps: "auto" (by platform and shape), "xla", "pallas", "triton" (jax-triton where it has a
+    # kernel, Pallas elsewhere) or "native" (C++ for CPUs).  A named one runs or raises `UnavailableError`.
     kernels: str = "auto"
 
     @property
@@ -206,24 +207,28 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 def embed(weights: Weights, token: jax.Array) -> jax.Array:
     """Input embeddings in float32."""
-    return weights["embed"][token].astype(jnp.float32)
+    rows = _bits(weights["embed"])[token]
+    return lax.bitcast_convert_type(rows, weights["embed"].dtype).astype(jnp.float32)
 
 
-def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [..., V] from final-norm hidden states [..., D]."""
-    if "lm_head" in weights:
-        return dot(hidden, weights["lm_head"])
-    table_VxD = weights["embed"]
-    last = ((hidden.ndim - 1,), (1,))
-    return lax.dot_general(
-        hidden.astype(table_VxD.dtype), table_VxD, (last, ((), ())), preferred_element_type=jnp.float32
+def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Array:
+    """Next-token logits [..., V] from final-norm hidden states [..., D]; `kernels` as of decode steps."""
+    if "lm_head" not in weights:
+        return match(hidden, weights["embed"], kernels)
+    project_row = jnp.vectorize(
+        lambda hidden_D: project(hidden_D, [weights["lm_head"]], kernels)[0], signature="(d)->(v)"
     )
+    return dot(hidden, weights["lm_head"]) if kernels == "xla" else project_row(hidden)
 
 
 def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
     """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
-    q, k = rotate(dot(x, layer["q"]), rope), rotate(dot(x, layer["k"]), rope)
-    return q.astype(cfg.dtype), k.astype(cfg.dtype), dot(x, layer["v"]).astype(cfg.dtype)
+    return _rotated(dot(x, layer["q"]), dot(x, layer["k"]), dot(x, layer["v"]), rope, cfg)
+
+
+def _rotated(q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
+    """Queries and keys rotated, and values, in `cfg.dtype`."""
+    return rotate(q, rope).astype(cfg.dtype), rotate(k, rope).astype(cfg.dtype), v.astype(cfg.dtype)
 
 
 def _mlp(layer: Weights, x: jax.Array) -> jax.Array:
@@ -304,6 +309,17 @@ def index_cache(cache: KVCache, axes: tuple[Axis, ...]) -> IndexedCache:
     return IndexedCache(cache, tuple(jax.vmap(axis.index_prefix)(cache.k) for axis in effective(axes)))
 
 
+def update_index(
+    axis_index: tuple[Any, ...], cache: KVCache, start: jax.Array, count: int, axes: tuple[Axis, ...]
+) -> tuple[Any, ...]:
+    """What each axis keeps about the keys of `cache`, of which `count` from `start` on are new."""
+
+    def update(axis: Axis, index: Any) -> Any:
+        return jax.vmap(lambda of_layer, k: axis.update_prefix(of_layer, k, start, count))(index, cache.k)
+
+    return tuple(map(update, effective(axes), axis_index))
+
+
 def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suffix:
     """Room for `num_steps` entries after `prefix`."""
     L, Hkv, _, d = prefix.cache.k.shape
@@ -336,14 +352,19 @@ def decode_step(
     """
     rope, layers, axes = rope_at(prefix.length + step, cfg), weights["layers"], effective(axes)
     # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
+    L, H, Hkv, d = cfg.num_layers, cfg.num_heads, cfg.num_kv_heads, cfg.head_size
+    # As matrices, which are read in place by layer.
+    flat = {name: layers[name].reshape(L, cfg.hidden_size, -1) for name in ("q", "k", "v")}
+    out_LxHdxD = layers["o"].reshape(L, H * d, cfg.hidden_size)
     next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
 
     def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
         x_D, normed_D, suffix = carry
-        layer = _at(layers, i)
         with jax.named_scope("attention"):
-            q_Hxd, k_Hxd, v_Hxd = _qkv(layer, normed_D, rope, cfg)
-            q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
+            q, k, v = project(normed_D, (flat["q"], flat["k"], flat["v"]), cfg.kernels, i)
+            heads = q.reshape(H, d), k.reshape(Hkv, d), v.reshape(Hkv, d)
+            q_Hxd, k_Hxd, v_Hxd = _rotated(*heads, rope, cfg)
+            q_HxGxd = q_Hxd.reshape(Hkv, cfg.group_size, d)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
             keys = KeysInReach(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
@@ -363,10 +384,11 @@ def decode_step(
                 layer=i,
                 implementation=cfg.kernels,
             )
-            x_D = x_D + dot(mixed_HxGxd.reshape(cfg.num_heads, cfg.head_size), layer["o"], 2)
+            x_D = x_D + project(mixed_HxGxd.reshape(H * d), (out_LxHdxD,), cfg.kernels, i)[0]
         with jax.named_scope("mlp"):
-            y_D = mlp_input(axes, action_X, x_D, layer["mlp_norm"], cfg.norm_eps)
-            y_D = dot(gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i), layer["down"])
+            y_D = mlp_input(axes, action_X, x_D, _at(layers["mlp_norm"], i), cfg.norm_eps)
+            hidden_F = gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i)
+            y_D = project(hidden_F, (layers["down"],), cfg.kernels, i)[0]
             x_D, normed_D = mlp_output(axes, action_X, y_D, x_D, _at(next_norm_LxD, i), cfg.norm_eps)
         return (x_D, normed_D, suffix), None
 

@@ -72,11 +72,11 @@ def test_the_policy_is_run_and_told_of_its_choices(name, bench):
     """
     cfg, identity_A = bench.decoders[name], jnp.arange(SPACE.num_actions)
     budget_BxX, plan_BxT = jnp.full((BATCH, 3), 0.5), jnp.zeros((BATCH, HORIZON), jnp.int32)
-    text_B = random_texts(BATCH, PROMPT, bench.model)
+    text_B = random_texts(BATCH, PROMPT, bench.model, cfg.space.axes)
     _, played = play_translated(bench.weights, bench.params, text_B, budget_BxX, identity_A, cfg)
     assert len(np.unique(played.action)) > 2
     if name == "masks":
-        text_B = random_texts(BATCH, PROMPT, bench.model)
+        text_B = random_texts(BATCH, PROMPT, bench.model, cfg.space.axes)
         _, own = decoding.play(bench.weights, bench.params, text_B, budget_BxX, plan_BxT, cfg)
         np.testing.assert_array_equal(played.action, own.action)
         np.testing.assert_array_equal(played.token, own.token)

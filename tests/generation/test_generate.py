@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from absl import logging
 
+from pallas_kernels import native
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.errors import UserError
+from sol_jax.generation import episodes
 from sol_jax.generation.engine import (
     Engine,
     Request,
@@ -26,12 +28,14 @@ from sol_jax.generation.engine import (
     stream,
 )
 from sol_jax.generation.episodes import Decoder
+from sol_jax.generation.lean_policy import by_kernels, with_dtype
 from sol_jax.generation.sampling import GREEDY, Sampling
+from sol_jax.models import llama
 from sol_jax.models.tokenizer import load_tokenizer
 from sol_jax.models.weights import load_model
 from sol_jax.rl.config import EpisodeConfig, PolicyConfig
 from sol_jax.rl.policy import Policy, PolicySpec, example_observation, initial_carry
-from sol_jax.rl.rollout import EpisodeRules
+from sol_jax.rl.rollout import EpisodeRules, policy_controller
 
 SPACE = ActionSpace(
     (
@@ -105,19 +109,20 @@ def reference(engine, request):
         ("policy", {"sampling": SAMPLED}),
         ("policy", {"refresh": False, "sampling": SAMPLED}),
         ("fixed", {"refresh": False}),
+        ("fixed", {"refresh_every": 2}),
     ],
 )
 def test_a_batch_equals_the_naive_reference_row_by_row(tiny_model, controller, options):
-    """Prompts of 5 and 41 tokens, filled up to one length and to 4 rows; 9 tokens end in mid-episode."""
-    engine = tiny_model.engine(controller, **options)
-    requests = tiny_model.requests(PROMPTS[:3], max_tokens=9)
+    """Prompts of 5 and 41 tokens, filled up to one length and to 4 rows; 14 tokens end in a third episode."""
+    engine, count = tiny_model.engine(controller, **options), 14 if "refresh_every" in options else 9
+    requests = tiny_model.requests(PROMPTS[:3], max_tokens=count)
     used = set()
     for output, request in [*zip(generate(engine, requests), requests, strict=True)][::2]:
         tokens, actions = reference(engine, request)
         assert output.transcript.ids == tokens
         taken, chosen = output.token_actions(SPACE.dense)
         np.testing.assert_array_equal(taken[1:], actions)
-        np.testing.assert_array_equal(chosen[1:], len(request.prompt) + 1 + np.arange(8) > 7)
+        np.testing.assert_array_equal(chosen[1:], len(request.prompt) + 1 + np.arange(count - 1) > 7)
         used |= set(actions)
     assert len(used) > 2
     assert any(action != SPACE.dense for action in used)
@@ -133,6 +138,47 @@ def test_the_dense_action_is_the_model_itself(tiny_model):
     for refresh in (True, False):
         engine = tiny_model.engine("dense", refresh=refresh)
         assert [output.transcript.ids for output in generate(engine, requests)] == wanted
+
+
+def test_what_axes_keep_of_the_cache_is_what_they_would_make_of_it_anew(tiny_model):
+    """After episodes that begin and end anywhere in a page, kept or refreshed, one or two at a time."""
+    for options in ({}, {"refresh": False}, {"refresh_every": 2}):
+        cfg = tiny_model.engine("fixed", **options).cfg
+        tokens, key = np.full((2, 9), 5), jax.random.split(jax.random.key(0), 2)
+        text = episodes.start(tiny_model.weights, tokens, np.array([9, 6]), key, 32, cfg)
+        plan = np.zeros((2, T), np.int32)
+        consumed = []
+        for _ in range(3):
+            first = text.token[:, None]
+            text, played = episodes.play(tiny_model.weights, None, text, np.ones((2, 3)), plan, cfg)
+            consumed = [*consumed, np.concatenate([first, played.token[:, :-1]], 1)][-2:]
+        if "refresh_every" in options:
+            text = episodes.renew(tiny_model.weights, text, np.concatenate(consumed, 1), cfg)
+        for row in range(2):
+            cache = jax.tree.map(lambda x, row=row: x[row], text.cache)
+            anew = llama.index_cache(cache, cfg.space.axes).axis_index
+            np.testing.assert_array_equal(text.axis_index[0][row], anew[0])
+
+
+@pytest.mark.parametrize("kernels", ["native", "auto"])
+def test_a_policy_by_kernels_is_the_policy(tiny_model, kernels):
+    """Its network's products differ by rounding, and so do weights in bfloat16, by more."""
+    if native.problem():
+        pytest.skip(native.problem())
+    greedy = policy_controller(Policy(tiny_model.policy), tiny_model.params, temperature=1.0)
+    seen = example_observation(tiny_model.policy)
+    seen = seen._replace(hidden=jax.random.normal(jax.random.key(1), seen.hidden.shape))
+    args = jax.random.key(2), seen, initial_carry(tiny_model.policy)
+    _, plain, _ = greedy.act(*args)
+    text = jax.jit(by_kernels(greedy, kernels).act).lower(*args).as_text()
+    assert "sol_project" in text
+    np.testing.assert_allclose(by_kernels(greedy, kernels).act(*args)[1], plain, rtol=1e-5)
+    half = with_dtype(tiny_model.params, "bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16", "float32"}
+    rough = policy_controller(Policy(tiny_model.policy), half, temperature=1.0)
+    got = by_kernels(rough, kernels).act(*args)[1]
+    np.testing.assert_allclose(got, plain, atol=0.2)
+    assert got != plain
 
 
 def test_refresh_matters(tiny_model):
@@ -341,6 +387,10 @@ def test_impossible_decoders_are_refused(tiny_model):
     longer = tiny_model.decoder.with_rules(episode=EpisodeConfig(horizon=T + 1))
     with pytest.raises(ValueError, match="has positions for 5 steps"):
         dataclasses.replace(longer, policy=PolicySpec(32, 18, T))
+    with pytest.raises(ValueError, match="refresh_every must be 1"):
+        dataclasses.replace(tiny_model.decoder, lossless=True, refresh_every=2)
+    with pytest.raises(ValueError, match="refresh_every is 0; it must be at least 1"):
+        dataclasses.replace(tiny_model.decoder, refresh_every=0)
     with pytest.raises(ValueError, match="refresh cannot be off"):
         dataclasses.replace(tiny_model.decoder, lossless=True, refresh=False)
 

@@ -43,7 +43,7 @@ def kernels_of_a_step(platform: str, kernels: str, model: str, batch: int, K: in
     return set(kernel_calls(step, weights, KVCache(cache, cache), token, action, platform=platform))
 
 
-CHOICE = {"page_scores", "select_pages"}
+CHOICE = {"page_scores", "own_page_scores", "select_pages"}
 PAGED = {"list_pages", "attend_pages"}
 GATHERED = {"compact", "gather_gemv"}
 MLP = {"norm_prune", "quantize_residual"}
@@ -61,7 +61,7 @@ MLP = {"norm_prune", "quantize_residual"}
             "tpu",
             "pallas",
             ("llama-3.1-8b", 1, 1, 1024),
-            {"select_pages", "attend_pages", "gather_gemv"} | MLP,
+            {"own_page_scores", "select_pages", "attend_pages", "gather_gemv"} | MLP,
         ),
         # Training: sixteen schedules read the prefix once, in order.
         ("gpu", "auto", ("llama-3.2-1b", 8, 16, 1024), CHOICE | MLP),

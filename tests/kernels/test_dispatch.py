@@ -27,7 +27,7 @@ from pallas_kernels.tuning import TABLE
 
 def test_auto_goes_by_platform_and_shape():
     for auto in (None, "auto"):
-        assert choose("gated_hidden", auto, platform="cpu", rows=1, hidden=4096) == "xla"
+        assert choose("gated_hidden", auto, platform="cpu", rows=64, hidden=4096) == "xla"
         assert choose("gated_hidden", auto, platform="cuda", rows=1, hidden=4096) == "pallas"
         assert choose("gated_hidden", auto, platform="gpu", rows=8, hidden=4096) == "xla"
         assert choose("gated_hidden", auto, platform="gpu", rows=1, hidden=576) == "xla"
@@ -76,7 +76,9 @@ def test_refusals_say_what_why_and_what_instead():
     assert "because ffn is 1500 and must be at least 128 in steps of 128;" in refused(
         "gated_hidden", "pallas", platform="tpu", hidden=576, ffn=1500
     )
-    with pytest.raises(ValueError, match="implementation 'cuda' is none of auto, xla, pallas, triton"):
+    with pytest.raises(
+        ValueError, match="implementation 'cuda' is none of auto, xla, pallas, triton, native"
+    ):
         choose("keep_channels", "cuda")
 
 
@@ -258,8 +260,8 @@ def test_numbers_that_no_kernel_takes():
 
 
 def test_table_is_of_known_names():
-    assert {platform for _, _, platform in TABLE} == {"gpu", "tpu"}
-    assert {name for _, name, _ in TABLE} == {"pallas", "triton"}
+    assert {platform for _, _, platform in TABLE} == {"cpu", "gpu", "tpu"}
+    assert {name for _, name, _ in TABLE} == {"pallas", "triton", "native"}
 
 
 # --- shapes -------------------------------------------------------------------------------------

@@ -138,6 +138,36 @@ def test_select_pages(platform, parts):
     check()
 
 
+TIE_SHAPES = [
+    (3, 3, 64, 1, 3, 1),
+    (3, 1, 64, 7, 1, 1),
+    (3, 3, 64, 130, 3, 1),
+    (2, 1, 16, 5, 2, 3),
+    (1, 4, 128, 64, 3, 5),
+]
+
+
+@pytest.mark.parametrize("shape", TIE_SHAPES, ids=str)
+@pytest.mark.parametrize("kernels", ["xla", "gpu", "tpu"])
+def test_equal_bounds_tie_in_both_parts(kernels, shape):
+    """Whatever numbers they are, and whatever shapes their products have."""
+    heads, group, d, shared, own, rows = shape
+    used = jnp.ones(shared, bool), jnp.ones(own, bool)
+    implementation = "xla" if kernels == "xla" else "pallas"
+
+    def chosen(q, bounds):
+        parts = jnp.tile(bounds, (1, shared, 1)), jnp.tile(bounds, (1, own, 1))
+        choose = functools.partial(quest.select_pages, implementation=implementation)
+        return jax.vmap(lambda q: choose(q, parts, used, jnp.int32(1)))(q)
+
+    run = jax.jit(chosen) if kernels == "xla" else compiled(chosen, kernels)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        q = jnp.asarray(rng.normal(size=(rows, heads, group, d)), jnp.float32)
+        for mask in run(q, jnp.asarray(rng.normal(size=(heads, 1, 2 * d)), jnp.float32)):
+            assert mask.all(), f"seed {seed}: {mask.mean():.2f} of the pages are kept"
+
+
 def test_group_selection_is_another_choice():
     rng = np.random.default_rng(0)
     q, bounds, used = whole(rng, H, G, D), (whole_bounds(rng, H, P),), (jnp.ones(P, bool),)
@@ -337,7 +367,7 @@ def lower_choice(
         abstract((B, K), jnp.int32),
         abstract((), jnp.int32),
         platform=platform,
-        kernels={"select_pages"} if platform == "tpu" else {"page_scores", "select_pages"},
+        kernels={"own_page_scores", "select_pages"} | ({"page_scores"} if platform == "cuda" else set()),
     )
 
 

@@ -20,7 +20,7 @@ from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
 
 SMOLLM2 = MODELS["smollm2-135m"]
-AXES = {"page_bounds", "select_pages", "norm_prune", "quantize_residual"}
+AXES = {"page_bounds", "own_page_scores", "select_pages", "norm_prune", "quantize_residual"}
 
 
 def update_of(cfg, kernels):
