@@ -48,6 +48,7 @@ OTHER = {
     "policy.page_input": True,
     "policy.restate": True,
     "policy.predict_losses": True,
+    "start_from": None,
     "learner": "counterfactual",
     "counterfactual.target": "label",
     "counterfactual.floor": 0.1,

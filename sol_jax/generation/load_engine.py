@@ -1,7 +1,7 @@
 """An engine from names: model, policy, controller.  What the entry points that decode freely share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -11,7 +11,6 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, AxisContext, held_full
 from sol_jax.axes.config import full_levels
 from sol_jax.errors import UserError
-from sol_jax.files import local_path
 from sol_jax.generation.engine import Engine, Request, check_request
 from sol_jax.generation.episodes import Decoder, usual_prefill_batch
 from sol_jax.generation.lean_policy import with_dtype
@@ -22,7 +21,8 @@ from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
 from sol_jax.runs import policy_files
-from sol_jax.runs.trained_policy import open_run, policy_of_run
+from sol_jax.runs.config import RunConfig
+from sol_jax.runs.trained_policy import find_policy
 
 
 def show_log() -> None:
@@ -35,21 +35,15 @@ def open_policy(name: str, model: Model, cfg: LlamaConfig) -> tuple[Any, Setup]:
 
     Raises `UserError` if there is none, or if it was trained for another model or other actions.
     """
-    workdir = local_path(name, "the policy")
-    about: Mapping[str, Any] = {}
-    if (workdir / "checkpoints").is_dir():
-        config, checkpoints = open_run(workdir)
-        checkpoints.bind(model.identity)
-        run = config.with_fields({"model.path": model.name})
-        setup = run.setup(cfg)
-        trained = policy_of_run(checkpoints, config, setup, name)
-        params, about = trained.params, {"identity": checkpoints.identity_of(trained.updates)}
-    else:
-        params, config, about = policy_files.load_policy(name)
-        run = config.with_fields({"model.path": model.name})
-        setup = run.setup(cfg)
-    policy_files.check_fits(name, params, config, about, run, setup, model.identity)
-    return params, setup
+
+    def here(config: RunConfig) -> RunConfig:
+        return config.with_fields({"model.path": model.name})
+
+    found, about = find_policy(name, model.identity, lambda config: here(config).setup(cfg))
+    run = here(found.config)
+    setup = run.setup(cfg)
+    policy_files.check_fits(name, found.params, found.config, about, run, setup, model.identity)
+    return found.params, setup
 
 
 def open_engine(

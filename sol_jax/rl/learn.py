@@ -160,7 +160,9 @@ def descend(
         grads, metrics = jax.grad(loss, has_aux=True)(params, batch, weight_R)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        # What is counted rather than learned (`loss_head`'s costs at each price) must not decay.
+        counted = {name: leaves for name, leaves in params.items() if name != "params"}
+        return ({**optax.apply_updates(params, updates), **counted}, opt_state), metrics
 
     with jax.named_scope("fit"):
         carry, metrics_J = lax.scan(minibatch, (state.params, state.opt_state), (index_JxR, weight_JxR))

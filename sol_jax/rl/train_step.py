@@ -15,7 +15,7 @@ import optax
 from sol_jax.axes.base import ActionSpace
 from sol_jax.models.llama import Weights
 from sol_jax.rl.collect import collect, draw_budgets
-from sol_jax.rl.counterfactual import counterfactual_update
+from sol_jax.rl.counterfactual import counterfactual_update, recalibrated
 from sol_jax.rl.learn import (
     Experience,
     TrainState,
@@ -77,6 +77,9 @@ def grpo_update(
     experience = flattened(experience)
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)
+    if setup.policy.config.predict_losses:
+        params = recalibrated(state.params, experience.observation, state.step, setup)
+        state = state._replace(params=params)
     metrics = mean_metrics(fitted_J)
     metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)
     return state, metrics

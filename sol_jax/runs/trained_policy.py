@@ -1,15 +1,18 @@
 """A trained policy, of a run's checkpoints: parameters, the config they were trained with, and a name."""
 
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from sol_jax.errors import UserError
+from sol_jax.files import local_path
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs.checkpoints import Checkpoints
 from sol_jax.runs.config import RunConfig, read_config
+from sol_jax.runs.policy_files import load_policy
 
 
 class TrainedPolicy(NamedTuple):
@@ -19,6 +22,27 @@ class TrainedPolicy(NamedTuple):
     config: RunConfig
     name: str
     updates: int
+
+
+def find_policy(
+    name: str, identity: Mapping[str, str], setup_of: Callable[[RunConfig], Setup]
+) -> tuple[TrainedPolicy, Mapping[str, Any]]:
+    """A policy by the folder of its run or by its published name, and what is known of where it comes from.
+
+    Args:
+      identity: of the model here; a run of another one is refused.
+      setup_of: the setup in which the policy of a config would run here.
+
+    Raises `UserError` if there is none.
+    """
+    workdir = local_path(name, "the policy")
+    if (workdir / "checkpoints").is_dir():
+        config, checkpoints = open_run(workdir)
+        checkpoints.bind(identity)
+        trained = policy_of_run(checkpoints, config, setup_of(config), name)
+        return trained, {"identity": checkpoints.identity_of(trained.updates)}
+    params, config, about = load_policy(name)
+    return TrainedPolicy(params, config, name, about["updates"]), about
 
 
 def open_run(workdir: pathlib.Path) -> tuple[RunConfig, Checkpoints]:

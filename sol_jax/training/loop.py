@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
@@ -25,7 +26,9 @@ from sol_jax.rl.train_step import init_state, jit_train_step
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
 from sol_jax.runs.config import RunConfig
+from sol_jax.runs.policy_files import check_fits
 from sol_jax.runs.session import Session, commit, open_session
+from sol_jax.runs.trained_policy import find_policy
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
@@ -98,7 +101,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     num_updates = updates_of(config, blocks)
     if not num_updates:
         raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
-    state, start = init_state(jax.random.key(config.seed), setup), 0
+    state, start = _first_state(session), 0
     restored = checkpoints.restore(state)
     if restored is not None:
         start, state, position = restored
@@ -147,6 +150,20 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         if config.eval.num_test_blocks and not known:
             report_run(session, state, workdir, pause=lambda: stop.check(updates))
     return state
+
+
+def _first_state(session: Session) -> TrainState:
+    """A fresh state, with the parameters of the policy that the config says to start from."""
+    config, setup = session.config, session.setup
+    state = init_state(jax.random.key(config.seed), setup)
+    if not config.start_from:
+        return state
+    found, about = find_policy(
+        config.start_from, session.identity, lambda own: own.setup(session.setup.model)
+    )
+    check_fits(config.start_from, found.params, found.config, about, config, setup, session.identity)
+    reference = found.params if state.reference is not None else None
+    return state._replace(params=found.params, reference=jax.tree.map(jnp.copy, reference))
 
 
 def announcement(session: Session, workdir: pathlib.Path, start: int, num_updates: int) -> list[str]:

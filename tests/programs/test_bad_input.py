@@ -147,7 +147,7 @@ def test_every_number_has_bounds():
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "axes.kappa.read_newest", "grpo.whiten"}  # switches
     unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input", "policy.restate"}
-    unbounded |= {"policy.predict_losses"}
+    unbounded |= {"policy.predict_losses", "start_from"}
     assert set(tiny.config_for(ROOT).flat()) - set(IMPOSSIBLE) == unbounded
 
 

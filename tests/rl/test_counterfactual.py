@@ -136,3 +136,14 @@ def test_the_controller_serves_any_budget(learner):
         spent.append(setup.space.costs_AxX[int(action)])
     assert np.all(np.diff(spent, axis=0) >= 0)
     np.testing.assert_allclose(spent[-1], 1.0)
+
+
+@pytest.mark.parametrize("how", ["counterfactual", "grpo"])
+def test_the_table_of_costs_does_not_decay(learner, how, tiny_folder, tiny_session):
+    """It is counted, not learned: with a weight decay that halves all else it is what prices buy."""
+    fields = FIELDS | {"learner": how, "optim.weight_decay": 100.0, "optim.learning_rate": 5e-3}
+    setup = tiny.config_for(tiny_folder, **fields).setup(tiny_session.setup.model)
+    _, weights, tokens = learner
+    state, _ = jit_train_step(init_state(jax.random.key(0), setup), weights, tokens, setup=setup)
+    cheapest = [min(costs) for costs in setup.policy.level_costs]
+    np.testing.assert_allclose(state.params["prices"]["cost"][:, -1], cheapest, atol=1e-6)

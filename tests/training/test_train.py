@@ -358,6 +358,23 @@ def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
     assert {field for field, value in OTHER.items() if value is None} <= read
 
 
+def test_a_run_can_start_from_a_policy(tiny_folder, tiny_session, tmp_path):
+    """GRPO from what the counterfactual learner has learned; a policy of another learner is refused."""
+    predicts = {"policy.predict_losses": True, "train.num_updates": 1, "optim.accumulate": 1}
+    learner = {"learner": "counterfactual", "eval.every": 0}
+    first = train(config_of(tiny_folder, **predicts, **learner), tmp_path / "first")
+    start_from = {"start_from": str(tmp_path / "first")}
+    still = predicts | start_from | {"optim.learning_rate": 1e-30, "optim.weight_decay": 0.0}
+    second = train(config_of(tiny_folder, **still), tmp_path / "second")
+    for one, other in zip(*(jax.tree.leaves(s.params["params"]) for s in (first, second)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert int(second.step) == 1
+    with pytest.raises(UserError, match=r"has config\.policy\.predict_losses = True, and here it is False"):
+        train(config_of(tiny_folder, **start_from), tmp_path / "third")
+    with pytest.raises(UserError, match="there is no policy 'nowhere'"):
+        train(config_of(tiny_folder, start_from="nowhere"), tmp_path / "fourth")
+
+
 # --- a NaN or Inf --------------------------------------------------------------------------------
 
 
