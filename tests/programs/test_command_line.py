@@ -12,7 +12,7 @@ from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.generation.options import GenerateOptions
 from sol_jax.options import Options
 
-KERNELS = ["auto", "pallas", "triton", "xla"]
+KERNELS = ["auto", "native", "pallas", "triton", "xla"]
 # Flags that take one of a few words.
 CHOICES = {
     EvaluateOptions: {"kernels": KERNELS},
