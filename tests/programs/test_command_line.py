@@ -18,6 +18,7 @@ CHOICES = {
     EvaluateOptions: {"kernels": KERNELS},
     GenerateOptions: {
         "dtype": ["bfloat16", "float32"],
+        "policy_dtype": ["bfloat16", "float32"],
         "kernels": KERNELS,
         "controller": ["dense", "fixed", "policy", "random"],
     },
