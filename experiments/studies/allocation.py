@@ -23,17 +23,13 @@ def allocate(loss_NxA: np.ndarray, cost: np.ndarray, target: float) -> np.ndarra
     low, high = 1e-7, 1e4
     for _ in range(60):
         price = float(np.sqrt(low * high))
-        spent = _taken(np.broadcast_to(cost, loss_NxA.shape), chosen(price)).mean()
+        spent = taken(np.broadcast_to(cost, loss_NxA.shape), chosen(price)).mean()
         low, high = (price, high) if spent > target else (low, price)
     return chosen(high)
 
 
 def taken(value_NxA: np.ndarray, chosen_N: np.ndarray) -> np.ndarray:
     """What each step has of its choice, [N]."""
-    return _taken(value_NxA, chosen_N)
-
-
-def _taken(value_NxA: np.ndarray, chosen_N: np.ndarray) -> np.ndarray:
     return np.take_along_axis(value_NxA, chosen_N[:, None], -1)[:, 0]
 
 

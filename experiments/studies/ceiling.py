@@ -144,7 +144,7 @@ def axis_rows(axis: Axis, steps: Scored, predicted_NxA: np.ndarray | None) -> li
     for share in SHARES:
         target = float(cost_A[0] + share * (cost_A[-1] - cost_A[0]))
         fixed_N = allocation.fixed_mix(logp_NxA, axis, target)
-        rows.append({"cost": target, **_columns("fixed_loses", logp_NxA[:, -1] - fixed_N, steps.document_N)})
+        rows.append({"cost": target, **_columns("fixed_loses", steps.dense_N - fixed_N, steps.document_N)})
         for name, loss_NxA in (("oracle", kl_NxA), ("probe", predicted_NxA)):
             if loss_NxA is not None:
                 chosen_N = allocation.allocate(loss_NxA, cost_A, target)

@@ -23,7 +23,9 @@ def policy_weights(spec: PolicySpec) -> int:
     cfg = spec.config
     inputs = spec.hidden_size + spec.embed_size + spec.scalar_embed_size + spec.action_embed_size
     block = (4 + 2 * cfg.mlp_ratio) * cfg.d_model**2
-    heads = cfg.d_model * spec.num_scores + spec.budget_embed_size * (spec.num_axes + spec.num_scores)
+    heads = cfg.d_model * spec.num_scores
+    if not cfg.predict_losses:  # the direct head from the targets
+        heads += spec.budget_embed_size * (spec.num_axes + spec.num_scores)
     scalars = spec.num_scalars * spec.scalar_embed_size
     return int(inputs * cfg.d_model + cfg.num_layers * block + heads + scalars)
 

@@ -3,7 +3,7 @@
 Teacher-forced text shows what any level of a step would have done, so nothing need be left to sampling: the K
 schedules of an episode take the levels of each axis in random order, each as often as any other, and the
 policy learns what every level costs in likelihood.  Actions then follow from the predictions and a price per
-axis (see `policy.choose`), so that the same network serves any budget.
+axis (see `loss_head`), so that the same network serves any budget.
 
 Not the paper's.  Source: docs/method.md, "Learning from counterfactuals".
 """

@@ -1,4 +1,4 @@
-"""The learning half of an update: from rewards to advantages, and one pass of the optimizer over minibatches.
+"""The learning half of an update: from rewards to advantages, and the optimizer over minibatches.
 
 Source: docs/method.md, "Learning"; arXiv 2605.10875 section 3.3.  `J` counts minibatches, `R` the schedules
 of a minibatch.
@@ -150,7 +150,7 @@ def descend(
     weight_JxR: jax.Array,
     cfg: OptimConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One pass over the minibatches; `experience` has one leading axis, the schedules of the batch."""
+    """An optimizer's way through the minibatches; `experience` leads with the schedules of the batch."""
     tx = optimizer(cfg)
 
     def minibatch(carry: tuple, picked: tuple) -> tuple[tuple, dict[str, jax.Array]]:

@@ -133,6 +133,7 @@ class RunConfig(Options):
     def check(self) -> None:
         if self.learner == "counterfactual" and not self.policy.predict_losses:
             raise self.policy.wrong("predict_losses", "true where config.learner is counterfactual")
+        self._check_unread()
         axes = self.axes.build(self.axis_context)
         if not self.eval.budgets:
             raise self.eval.wrong("budgets", "a list of at least one budget")
@@ -142,6 +143,16 @@ class RunConfig(Options):
             for axis, cost in zip(axes, budget, strict=False):
                 if len(axis.levels) > 1:  # a single-level axis is at its level, whatever is asked
                     check_budgets(axis, (cost,), "config.eval.budgets")
+
+    def _check_unread(self) -> None:
+        """Raises `UserError` for a changed field that the chosen learner does not look at."""
+        shared = {"batch_size", "num_schedules", *(["price_memory"] if self.policy.predict_losses else [])}
+        other = self.grpo if self.learner == "counterfactual" else self.counterfactual
+        for field in dataclasses.fields(other):
+            if field.name not in shared and getattr(other, field.name) != field.default:
+                raise other.wrong(
+                    field.name, f"{field.default}, for the learner {self.learner} has no use for it"
+                )
 
     def check_here(self) -> None:
         """Raises `UserError` for what this machine lacks: named kernels, or the file of a cost model.

@@ -110,6 +110,12 @@ def test_the_policy_reads_its_matrices():
     by_axis = dataclasses.replace(spec.config, factored_head=True)
     factored = dataclasses.replace(spec, config=by_axis, level_costs=((0.1, 0.5, 1.0), (0.4, 1.0)))
     assert policy_step(factored) == Work(4 * (numbers - 4 - 5), 2 * (numbers - 4 - 5))
+    # Two steps between three levels, one between two, and a rest; no direct head.
+    by_loss = dataclasses.replace(spec.config, predict_losses=True)
+    costs = ((0.1, 0.5, 1.0), (0.4, 1.0), (1.0,))
+    predicting = dataclasses.replace(spec, config=by_loss, level_costs=costs)
+    fewer = numbers - 4 * 6 - 3 * 5 - 5 * 6 + 4 * 4
+    assert policy_step(predicting) == Work(4 * fewer, 2 * fewer)
     assert step_cost(TOP, 10, MODEL, AXES, spec).policy == policy_step(spec)
 
 

@@ -159,6 +159,21 @@ def test_time_needs_prices(prices, tmp_path):
     assert "config.axes.prices" in told(mistake)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"learner": "counterfactual", "grpo.gamma": 0.5}, "grpo.gamma is 0.5; it must be 0.85"),
+        ({"learner": "counterfactual", "grpo.reward": "acceptance"}, "grpo.reward is 'acceptance'"),
+        ({"counterfactual.target": "label"}, "counterfactual.target is 'label'; it must be divergence"),
+    ],
+)
+def test_what_a_learner_does_not_look_at_is_refused(fields, named, tmp_path):
+    with pytest.raises(UserError) as mistake:
+        tiny.config_for(tmp_path, **{"policy.predict_losses": True}, **fields)
+    assert f"config.{named}" in told(mistake)
+    assert "has no use for it" in told(mistake)
+
+
 def test_decay_must_end_after_the_warmup(tmp_path):
     with pytest.raises(UserError) as mistake:
         tiny.config_for(tmp_path, **{"optim.warmup": 20, "optim.decay_steps": 10})
