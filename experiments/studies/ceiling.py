@@ -24,6 +24,7 @@ them: CSVs of `sol_jax.evaluate` of policies for one axis.  Batches in the folde
 import argparse
 import csv
 import functools
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -94,7 +95,11 @@ def score(
 
 
 def scored(session: Session, batches: Iterator[Any], total: int, folder: pathlib.Path, label: str) -> Scored:
-    """All batches, from the files in `folder` where they are there; `UserError` for those of other text."""
+    """All batches, from the files in `folder` where they are there.
+
+    Raises `UserError` for files of another text, or of another model or other rules of its steps.
+    """
+    rules = json.dumps(session.setup.rules.identity() | session.identity, sort_keys=True, default=str)
     folder.mkdir(parents=True, exist_ok=True)
     axes = session.setup.space.axes
     K = next((len(axis.levels) for axis in axes if not axis.idle), 1)
@@ -111,11 +116,15 @@ def scored(session: Session, batches: Iterator[Any], total: int, folder: pathlib
             document = np.repeat(batch.document_B, W * T)
             kept: Any = {name: np.asarray(x).reshape(-1, *x.shape[3:]) for name, x in arrays.items()}
             unfinished = file.with_suffix(".tmp.npz")
-            np.savez(unfinished, document_N=document, tokens_BxN=batch.tokens_BxN, **kept)
+            np.savez(unfinished, rules=rules, document_N=document, tokens_BxN=batch.tokens_BxN, **kept)
             unfinished.replace(file)
         with np.load(file) as found:
             if not np.array_equal(found["tokens_BxN"], batch.tokens_BxN):
                 raise UserError(f"{file} is of another text; give another --folder, or remove it")
+            if str(found["rules"]) != rules:
+                raise UserError(
+                    f"{file} is of another model or other rules; give another --folder, or remove it"
+                )
             parts.append(Scored(*(found[name] for name in Scored._fields)))
         bar.update(i + 1, "")
     bar.close()

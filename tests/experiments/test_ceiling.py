@@ -101,6 +101,12 @@ def test_other_text_in_the_folder_is_refused(arguments, tmp_path):
         ceiling.main.__wrapped__([*told, "--source", str(other)])
 
 
+def test_other_rules_in_the_folder_are_refused(arguments):
+    _, told = arguments
+    with pytest.raises(UserError, match="is of another model or other rules; give another --folder"):
+        ceiling.main.__wrapped__([*told, "--axes", "joint", "--variants", "quest"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
