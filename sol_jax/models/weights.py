@@ -10,7 +10,6 @@ Sources: safetensors' and GGUF's format descriptions; names and layouts of `tran
 import functools
 import importlib.util
 import itertools
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -166,8 +165,7 @@ def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str
     """The tensors of one leaf, each turned into `shape`, on a new first axis."""
     # Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
     keep = leaf == "embed" or len(shape) == 1
-    inputs = 2 if leaf == "o" else 1
-    in_file = shape if keep else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    in_file = shape if keep else shape[::-1]
     for tensor in tensors:
         if tensor.shape != in_file:
             raise UserError(
@@ -178,7 +176,7 @@ def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str
     for row, tensor in zip(stacked, tensors, strict=True):
         value = tensor.read()
         with np.errstate(over="ignore"):  # told below
-            row[...] = value if keep else value.T.reshape(shape)
+            row[...] = value if keep else value.T
         if not _all_finite(row):
             raise UserError(
                 f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {dtype}; nothing can be "
