@@ -51,6 +51,9 @@ class EvaluateOptions(Options):
     stale_prefill: bool = option(False, "put in the authors' fault: prefill under left-over budgets")
     batch_size: int | None = option(None, "blocks at a time; default: as the run", at_least=1)
     parallel: int | None = option(None, "schedules of an episode at a time; default: as the run", at_least=1)
+    mesh_model: int = option(
+        1, "devices that share one copy of the weights; all others share the work", at_least=1
+    )
     seed: int | None = option(None, "of the random schedules; default: as the run", at_least=0)
 
     def check(self) -> None:

@@ -23,17 +23,21 @@ def open_text(
     document_start: str = "",
     protect: bool | None = None,
     kernels: str | None = None,
+    mesh_model: int = 1,
     restate: bool | None = None,
     prefix_len: int | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
+    The weights go to all devices, `mesh_model` of which share a copy.
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
     `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
         "kernels": kernels,
+        "mesh.data": -1,  # whatever the run had: the devices of now
+        "mesh.model": mesh_model,
         "policy.restate": restate,
         "episode.prefix_len": prefix_len,
     }

@@ -45,6 +45,9 @@ class GenerateOptions(Options):
     refresh_every: int = option(1, "do so after so many episodes, for all of them at once", at_least=1)
     lossless: bool = option(False, "keep only tokens that the dense model accepts")
     show_compute: bool = option(False, "shade each token by what was spent on it")
+    mesh_model: int = option(
+        1, "devices that share one copy of the weights; all others share the work", at_least=1
+    )
     html: str | None = option(
         None, "a page to write: the text shaded by compute, beside the dense one", path=True
     )
