@@ -18,6 +18,7 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
+from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.files import local_path, parse_json
 from sol_jax.models.llama import LlamaConfig
@@ -175,6 +176,12 @@ class RunConfig(Options):
             return cost_model.load(local_path(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
+
+    def identity(self) -> dict[str, str]:
+        """What a file that the config names holds, beside model and text: the `prices` of budgets in time."""
+        if self.axes.budget_unit != "time":
+            return {}
+        return {"prices": digest(dataclasses.asdict(self.prices()))}
 
     def space(self, model: LlamaConfig) -> ActionSpace:
         """The joint actions, with costs in `axes.budget_unit` at the middle of an episode."""

@@ -44,13 +44,12 @@ def attempt(number: int, folder: pathlib.Path, seed: int) -> str:
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(list(SUBJECTS))
     subject = SUBJECTS[name]
-    good = folder / "good" / name.replace(" ", "-")
+    good, work = folder / "good" / name.replace(" ", "-"), folder / "work"
     if not good.exists():
         good.mkdir(parents=True)
         subject.make(good)
-    work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(good, work)
+        subject.read(copied(good, work))  # else what is wrong already would hide what mutations do
+    copied(good, work)
     content = mutated((work / subject.file).read_bytes(), rng)
     (work / subject.file).write_bytes(content)
     if name == "digests":
@@ -69,6 +68,12 @@ def attempt(number: int, folder: pathlib.Path, seed: int) -> str:
     if taken > 2 * len(content) + GIGABYTE:
         wrong += f" {taken >> 20} MB for {len(content)} bytes"
     return f"{name}: {wrong}" if wrong else ""
+
+
+def copied(good: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
+    """`work` with what `good` has, and nothing else."""
+    shutil.rmtree(work, ignore_errors=True)
+    return shutil.copytree(good, work)
 
 
 def judged(fault: BaseException) -> str:

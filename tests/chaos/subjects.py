@@ -42,7 +42,7 @@ def make_shards(folder: pathlib.Path) -> None:
 def make_gguf(folder: pathlib.Path) -> None:
     from tokenizers import pre_tokenizers
 
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab", "12", "x"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab", "12", "yz"]
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
     sizes = {"block_count": 1, "context_length": 32, "embedding_length": 8, "feed_forward_length": 32}
     for name, value in {**sizes, "attention.head_count": 2, "attention.head_count_kv": 1}.items():

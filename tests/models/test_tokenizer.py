@@ -290,6 +290,10 @@ def test_unknown_id(tmp_path: Path) -> None:
         ({"normalizer": "nfc"}, "unknown field 'tokenizer.ggml.normalizer'"),
         ({"token_type": [1, 1]}, "token_type has 2 entries for 260 tokens"),
         *(
+            ({"token_type": [1] * 259 + [n]}, f"token_type has {n}, and types go from 0 to 6")
+            for n in (7, -1)
+        ),
+        *(
             (
                 {f"{name}_token_id": index, **more},
                 f"{name}_token_id is {index}, but the vocabulary ends at 259",
