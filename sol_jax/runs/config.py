@@ -22,7 +22,7 @@ from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.files import local_path, parse_json
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.options import Options, option, section
+from sol_jax.options import MOST_SEED, Options, option, section
 from sol_jax.rl.config import (
     CounterfactualConfig,
     EpisodeConfig,
@@ -97,7 +97,7 @@ class RunConfig(Options):
     """Everything that a training run is told.  Defaults are the paper's for two levels per axis."""
 
     where = "config."
-    seed: int = option(0, "of everything that is drawn", at_least=0)
+    seed: int = option(0, "of everything that is drawn", at_least=0, at_most=MOST_SEED)
     learner: Literal["grpo", "counterfactual"] = option(
         "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
     )
