@@ -46,13 +46,16 @@ def texts(record: Mapping[str, Any]) -> dict[str, str]:
 def read(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a CSV that `write` wrote; `UserError` if it is none."""
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # some programs put a mark before it
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or "no CSV"
         raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
     if not rows or "nats" not in rows[0]:
         raise UserError(f"{path} is not a CSV of sol_jax.evaluate")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} has two columns {twice[0]!r}; take one of them away")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():  # as DictReader has cells without a name, and missing ones
             raise UserError(f"{path}, line {number} has not as many cells as the head; mend or delete it")
@@ -65,7 +68,7 @@ def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "w", newline="") as file:
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             writer.writerows(rows)

@@ -191,6 +191,20 @@ def test_a_csv_from_before_bytes_and_flops(tmp_path):
     assert plots.points(plots.read(path), "policy", "nats")[0].y == 2.0
 
 
+def test_a_csv_that_a_spreadsheet_saved_is_the_same(tmp_path):
+    """Some put a mark of their encoding before the first name, which then would be another name."""
+    rows = [{"config": "é", "controller": "policy", "nats": "1"}]
+    results.write(tmp_path / "a.csv", rows)
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    assert results.read(tmp_path / "b.csv") == results.read(tmp_path / "a.csv") == rows
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("controller,nats,nats\npolicy,1,2\n")
+    with pytest.raises(UserError, match=r"a\.csv has two columns 'nats'; take one of them away"):
+        results.read(tmp_path / "a.csv")
+
+
 def test_the_table_shows_shares():
     (head, _, _, shown) = results.table([row_of()], AXES).splitlines()
     assert head.split()[3:7] == ["net", "bytes", "flops", "ppl"]
