@@ -10,6 +10,7 @@ python -m chaos --folder /tmp/chaos --minutes 4    # again and again, until it h
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -21,10 +22,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # As in the tests: most of the time would be LLVM's.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 
 from chaos import inputs, runs
 from chaos.lab import Lab
+
+from sol_jax.runs.session import commit
 
 PORTION = 250  # inputs that one process reads
 
@@ -81,6 +88,7 @@ def carry_out(name: str, stage: Stage, record: pathlib.Path, until: float) -> tu
         began, count = time.monotonic(), min(stage.portion, stage.count - done)
         wrong = stage.wrong(done, count)
         portions += [{"first": done, "count": count, "wrong": wrong, "seconds": time.monotonic() - began}]
+        portions[-1] |= {"commit": commit()}
         with open(record, "a") as file:
             file.write(json.dumps(portions[-1]) + "\n")
         done += count

@@ -46,7 +46,7 @@ class Lab:
         if not (self.folder / "corpus.jsonl").exists():
             tiny.save_model(self.folder / "model")
             tiny.save_corpus(self.folder / "corpus.jsonl")
-        for name in ("whole", "again"):
+        for name in ("whole", "again")[(self.folder / "compiled").exists() :]:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             began = time.monotonic()
             code, self.final = self.run(self.folder / name)
