@@ -1,10 +1,11 @@
 """Rows of a comparison as CSV and as a table."""
 
+import contextlib
 import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
@@ -64,6 +65,11 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Writes a CSV, all or nothing; a field that only some rows have is empty in the others."""
+    with _alone(path):
+        _write(path, rows)
+
+
+def _write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
@@ -96,7 +102,9 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Adds rows to the CSV at `path`; one for the same controller and budget is replaced.
 
     So are those that stand beside another checkpoint at that budget, or are of more or less text: what the
-    policy gains over them is not what it gains now.
+    policy gains over them is not what it gains now.  Another program may do the same at the same time.
+
+    Raises `UserError` if it has put rows there meanwhile that may not be compared with these.
     """
 
     def budget(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -109,10 +117,32 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     def subject(row: Mapping[str, str]) -> tuple[str, ...]:
         return row.get("updates") or "", row.get("blocks") or ""
 
-    old = read(path) if os.path.exists(path) else []
     new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
-    kept = [row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)]
-    write(path, [*kept, *rows])
+    with _alone(path):
+        if rows and {*IDENTITY, *CONTENT} <= rows[0].keys():
+            check_same(path, rows[0])
+        old = read(path) if os.path.exists(path) else []
+        kept = [
+            row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)
+        ]
+        _write(path, [*kept, *rows])
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs from a CSV, so that no rows are lost.
+
+    What is locked is its folder, so that nothing is left there; a system without such locks goes without.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
 
 
 def table(rows: Sequence[ComparisonRow], axis_names: Sequence[str]) -> str:
