@@ -35,6 +35,8 @@ def local_path(given: str | os.PathLike, name: str) -> pathlib.Path:
     if not text.startswith("~"):
         return pathlib.Path(text)
     opened = os.path.expanduser(text)
+    if opened == text and os.path.lexists(text):  # "~draft.txt", the name of a file
+        return pathlib.Path(text)
     if opened.startswith("~") or os.environ.get("HOME") == "":
         raise UserError(f"{name} is {text!r}, but there is no home folder; set HOME, or give a whole path")
     return pathlib.Path(opened)
