@@ -54,7 +54,7 @@ def attempt(number: int, folder: pathlib.Path, seed: int) -> str:
     (work / subject.file).write_bytes(content)
     if name == "digests":
         content = content.replace(bytes(good), bytes(work))
-    wrong, before = "", peak(reset=True)
+    wrong, before, began = "", peak(reset=True), time.monotonic()
     signal.alarm(SECONDS)
     try:
         subject.read(work)
@@ -64,6 +64,8 @@ def attempt(number: int, folder: pathlib.Path, seed: int) -> str:
         wrong = judged(fault)
     finally:
         signal.alarm(0)
+    if not wrong and time.monotonic() - began > SECONDS:  # somebody took the alarm for an error of a file
+        wrong = f"more than {SECONDS} s"
     taken = peak() - before
     if taken > 2 * len(content) + GIGABYTE:
         wrong += f" {taken >> 20} MB for {len(content)} bytes"
