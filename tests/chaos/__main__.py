@@ -33,6 +33,7 @@ from chaos.lab import Lab
 
 from sol_jax.runs.session import commit
 
+COMMIT = commit()  # of what was imported; it may change meanwhile
 PORTION = 250  # inputs that one process reads
 
 
@@ -88,7 +89,7 @@ def carry_out(name: str, stage: Stage, record: pathlib.Path, until: float) -> tu
         began, count = time.monotonic(), min(stage.portion, stage.count - done)
         wrong = stage.wrong(done, count)
         portions += [{"first": done, "count": count, "wrong": wrong, "seconds": time.monotonic() - began}]
-        portions[-1] |= {"commit": commit()}
+        portions[-1] |= {"commit": COMMIT}
         with open(record, "a") as file:
             file.write(json.dumps(portions[-1]) + "\n")
         done += count
