@@ -1,5 +1,6 @@
 """A place for runs: each is a process, forked from one that has imported everything and computed nothing."""
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -88,13 +89,15 @@ class Lab:
         except Interrupted:
             code = 0
         except UserError as error:
-            print(f"error: {error}", flush=True)
             code = 2
+            with contextlib.suppress(OSError):  # on a full disk the log has no room either
+                print(f"error: {error}", flush=True)
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(code)
 
     def wait(self, number: int) -> tuple[int, str]:
