@@ -95,6 +95,8 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         for name, value in flat.items()
         if not name.startswith(FREE_FIELDS) and value != usual.get(name)
     }
+    if priced := session.config.identity():  # by what the file holds, wherever it is
+        trained = trained | priced | {"axes.prices": ""}
     return {
         "run": policy.name,
         "updates": policy.updates,

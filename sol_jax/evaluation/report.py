@@ -182,7 +182,7 @@ def _opened(
         return policy, session, about["documents"], {}
     config, checkpoints = open_run(workdir)  # before anything heavy
     session = open_text(config, *text, options.restate, options.prefix_len)
-    checkpoints.bind(session.identity)
+    checkpoints.bind(session.identity | config.identity())
     policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
     # The best policy may be an earlier one.
     return policy, session, training_documents(config, session), {"run_updates": checkpoints.latest_step()}

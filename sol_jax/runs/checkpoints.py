@@ -31,7 +31,7 @@ from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds,
 # What changes how a run goes, but not what it learns (beyond rounding).
 FREE_FIELDS = ("train.", "eval.", "memory.", "mesh.", "data.cache_dir", "kernels")
 # Where files are matters only as long as it is not known what they hold (`Checkpoints.bind`).
-PATHS = {"weights": "model.path", "documents": "data.source"}
+PATHS = {"weights": "model.path", "documents": "data.source", "prices": "axes.prices"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -85,7 +85,7 @@ class Checkpoints:
     def bind(self, identity: Mapping[str, str]) -> None:
         """Says which model the run is of (see `models.identity`): saved, and compared when restoring.
 
-        `documents` may be one of its parts: the fingerprint of the text.
+        `documents` may be one of its parts, the fingerprint of the text, and `prices`, that of a cost model.
         """
         self._identity = dict(identity)
 
@@ -207,9 +207,13 @@ class Checkpoints:
 
     def _check_identity(self, step: int, saved: Mapping[str, str]) -> None:
         if told := differences(saved, self._identity):
+            other = {name for name in saved if saved[name] != self._identity.get(name, saved[name])}
+            what, files = "model", "model files"
+            if other == {"prices"}:
+                what, files = "cost model", "config.axes.prices"
             raise UserError(
-                f"{self._directory}: the checkpoint of step {step} is of another model: {told}; "
-                "use another workdir, or the model files that the run began with"
+                f"{self._directory}: the checkpoint of step {step} is of another {what}: {told}; "
+                f"use another workdir, or the {files} that the run began with"
             )
 
     def _write_config(self) -> None:

@@ -18,10 +18,11 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
+from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.files import local_path, parse_json
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.options import Options, option, section
+from sol_jax.options import MOST_SEED, Options, option, section
 from sol_jax.rl.config import (
     CounterfactualConfig,
     EpisodeConfig,
@@ -121,7 +122,7 @@ class RunConfig(Options):
     """Everything that a training run is told.  Defaults are the paper's for two levels per axis."""
 
     where = "config."
-    seed: int = option(0, "of everything that is drawn", at_least=0)
+    seed: int = option(0, "of everything that is drawn", at_least=0, at_most=MOST_SEED)
     learner: Literal["grpo", "counterfactual"] = option(
         "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
     )
@@ -207,6 +208,12 @@ class RunConfig(Options):
             return cost_model.load(local_path(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
+
+    def identity(self) -> dict[str, str]:
+        """What a file that the config names holds, beside model and text: the `prices` of budgets in time."""
+        if self.axes.budget_unit != "time":
+            return {}
+        return {"prices": digest(dataclasses.asdict(self.prices()))}
 
     def space(self, model: LlamaConfig) -> ActionSpace:
         """The joint actions, with costs in `axes.budget_unit` at the middle of an episode."""

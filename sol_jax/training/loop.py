@@ -116,7 +116,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, commit=commit())
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
-    checkpoints.bind(session.identity | {"documents": blocks.fingerprint})
+    checkpoints.bind(session.identity | config.identity() | {"documents": blocks.fingerprint})
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
         session.split(split)  # before the training, not after it
     batches = BlockIterator(blocks, batch_size=config.grpo.batch_size, seed=config.seed)
