@@ -7,7 +7,7 @@ from sol_jax.axes.base import ActionSpace
 from sol_jax.errors import UserError
 from sol_jax.evaluation import budget_grid
 from sol_jax.evaluation.comparison import BASELINES, ComparisonPlan
-from sol_jax.options import Options, option
+from sol_jax.options import MOST_SEED, Options, option
 from sol_jax.runs.config import RunConfig
 
 
@@ -51,7 +51,12 @@ class EvaluateOptions(Options):
     stale_prefill: bool = option(False, "put in the authors' fault: prefill under left-over budgets")
     batch_size: int | None = option(None, "blocks at a time; default: as the run", at_least=1)
     parallel: int | None = option(None, "schedules of an episode at a time; default: as the run", at_least=1)
-    seed: int | None = option(None, "of the random schedules; default: as the run", at_least=0)
+    mesh_model: int = option(
+        1, "devices that share one copy of the weights; all others share the work", at_least=1
+    )
+    seed: int | None = option(
+        None, "of the random schedules; default: as the run", at_least=0, at_most=MOST_SEED
+    )
 
     def check(self) -> None:
         for name in self.controllers:

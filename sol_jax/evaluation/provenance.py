@@ -23,17 +23,21 @@ def open_text(
     document_start: str = "",
     protect: bool | None = None,
     kernels: str | None = None,
+    mesh_model: int = 1,
     restate: bool | None = None,
     prefix_len: int | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
+    The weights go to all devices, `mesh_model` of which share a copy.
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
     `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
         "kernels": kernels,
+        "mesh.data": -1,  # whatever the run had: the devices of now
+        "mesh.model": mesh_model,
         "policy.restate": restate,
         "episode.prefix_len": prefix_len,
     }
@@ -91,6 +95,8 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         for name, value in flat.items()
         if not name.startswith(FREE_FIELDS) and value != usual.get(name)
     }
+    if priced := session.config.identity():  # by what the file holds, wherever it is
+        trained = trained | priced | {"axes.prices": ""}
     return {
         "run": policy.name,
         "updates": policy.updates,

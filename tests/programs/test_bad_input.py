@@ -49,7 +49,7 @@ def told(mistake: pytest.ExceptionInfo) -> str:
 # --- values, in the process ------------------------------------------------------------------------
 
 IMPOSSIBLE = {
-    "seed": (-1,),
+    "seed": (-1, 2**32, 10**400),
     "model.dtype": ("float16", ""),
     "data.validation_fraction": (-0.1, 1.5, NAN),
     "data.test_fraction": (-0.1, 1.5, NAN),
