@@ -20,7 +20,8 @@ from sol_jax.files import local_path
 from sol_jax.generation import html_page
 from sol_jax.generation.load_engine import engine_for
 from sol_jax.generation.options import GenerateOptions
-from sol_jax.generation.terminal import facts, write_out, write_page
+from sol_jax.generation.shaded_page import write_page
+from sol_jax.generation.terminal import facts, write_out
 
 
 @exits_on_user_error
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     told = facts(engine, output, rate)
     print("\n".join(f"{name:18} {value}" for name, value in told), file=sys.stderr)
     if page:
-        write_page(page, options.model, engine, output, told)
+        write_page(page, options.model, engine, output, told, options.prompt or "" if options.chat else "")
 
 
 if __name__ == "__main__":
