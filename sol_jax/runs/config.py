@@ -33,6 +33,7 @@ from sol_jax.rl.config import (
 from sol_jax.rl.policy import PolicySpec
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
+from sol_jax.runs.wandb_writer import check_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TrainConfig(Options):
     log_every: int = option(1, "updates", at_least=1)
     checkpoint_every: int = option(50, "updates", at_least=1)
     keep: int = option(3, "latest checkpoints that are kept, besides the best one", at_least=1)
+    wandb: str = option("", "project of Weights & Biases that gets the metrics too; empty: none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +157,11 @@ class RunConfig(Options):
                 )
 
     def check_here(self) -> None:
-        """Raises `UserError` for what this machine lacks: named kernels, or the file of a cost model.
+        """Raises `UserError` for what this machine lacks: named kernels, wandb, or the file of a cost model.
 
         Apart from `check`, for a run or a policy of another machine can be read here and told otherwise.
         """
+        check_installed(self.train.wandb)
         if self.axes.budget_unit == "time":
             self.prices()
         if self.kernels not in ("auto", "xla"):  # which need no device to be looked for yet

@@ -31,6 +31,7 @@ from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.runs.trained_policy import find_policy
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
+from sol_jax.training.sample import sample_episode
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
 
 
@@ -114,7 +115,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     with StopRequest() as stop:
         with (
             contextlib.closing(checkpoints),
-            metrics.Writer(workdir, start) as writer,
+            metrics.Writer(workdir, start, config.train.wandb, config.flat()) as writer,
             contextlib.closing(bar),
         ):
             hooks = metrics.periodic_actions(writer, num_updates)
@@ -132,6 +133,9 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                     scalars |= rate.since_last(step)
                 if due:
                     scalars |= validate(session, state)
+                    if writer.others:  # of which somebody looks at pictures
+                        sample = sample_episode(session, state)
+                        writer.sample(step, sample.text, sample.image())
                     rate.restart(step)
                     bar.say(f"update {step}: {in_words(scalars, validated=True)}")
                 if log:
