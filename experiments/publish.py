@@ -1,4 +1,5 @@
-"""Exports the best checkpoint of a run as a named policy, with a model card, and uploads it if that is asked for.
+"""Exports the best checkpoint of a run as a named policy, with a model card, and uploads it if that is
+asked for.
 
     python -m experiments.publish --workdir runs/fl --name smollm2-135m/sol-j-fl \\
         --command 'python -m sol_jax.train --config configs/sol_j_fl.py:cpu,fast --workdir runs/fl' \\
@@ -80,7 +81,7 @@ def publish(
         "updates": policy.updates,
         "seed": config.seed,
         "commit": checkpoints.commit_of(policy.updates) or trained_by,
-        "documents": training_documents(config, session),
+        "documents": training_documents(config, session, workdir),
         "results": [line for path in evaluations for line in card_rows(path)],
         **(metadata or {}),
     }
@@ -101,9 +102,15 @@ def add_picture(folder: pathlib.Path, prompt: str) -> None:
 
 
 def push(
-    folder: pathlib.Path, name: str, private: bool = False, metadata: Mapping[str, Any] | None = None, sample: str = ""
+    folder: pathlib.Path,
+    name: str,
+    private: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    sample: str = "",
 ) -> str:
-    """Uploads a policy to the hub's repository OWNER/NAME, under which its card names it; returns the address.
+    """Uploads a policy to the hub's repository OWNER/NAME, under which its card names it.
+
+    Returns the address.
 
     The policy's own folder stays as it is; a picture of `sample`, a prompt, is made where it has none.
 
@@ -128,7 +135,9 @@ def main() -> None:
         "--workdir", type=path_argument, help="folder of the training run; with --push alone: none"
     )
     parser.add_argument(
-        "--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl; of --push alone, also a folder",
+        "--name",
+        required=True,
+        help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl; of --push alone, also a folder",
     )
     parser.add_argument("--command", help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
@@ -146,7 +155,9 @@ def main() -> None:
     if args.workdir and not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")
     if not args.workdir and not args.push:
-        raise UserError("give --workdir RUN to export a policy, or --push OWNER/NAME to upload one that is there")
+        raise UserError(
+            "give --workdir RUN to export a policy, or --push OWNER/NAME to upload one that is there"
+        )
     if args.workdir and not args.command:
         raise UserError("give --command, the command that trained the policy, for its card")
     if args.push and not hub.is_id(args.push):

@@ -1,4 +1,5 @@
-"""A Hugging Face hub on 127.0.0.1 that keeps what is pushed: the part of its interface that huggingface_hub uses.
+"""A Hugging Face hub on 127.0.0.1 that keeps what is pushed: the part of its interface that
+huggingface_hub uses.
 
 Files come and go as regular ones; the real hub takes large ones through storage of its own.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-TOKEN = "hf_of_the_tests"  # noqa: S105 (of this server alone)
+TOKEN = "hf_of_the_tests"
 
 
 class Hub:
@@ -26,7 +27,9 @@ class Hub:
         self.gated: set[str] = set()
         self.down = False  # every request is answered with 503
         self.requests: list[str] = []
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
+        self._server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self})
+        )
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "Hub":
@@ -98,7 +101,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._answer(404)
 
-    do_HEAD = do_GET  # noqa: N815 (a name of the base)
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         path = urllib.parse.urlparse(self.path).path

@@ -1,7 +1,8 @@
 """A self-contained HTML page of texts, each token shaded by what was spent on it.  No scripts, no resources.
 
 The texts come from a model and may hold anything.  Everything is escaped, control characters are shown as
-pictures, direction overrides by name, and a policy in the page forbids it to run or to load anything.  What can
+pictures, direction overrides by name, and a policy in the page forbids it to run or to load anything.  What
+can
 be switched, the axis that shades and the text that is shown, are radio buttons which the style sheet asks.
 """
 
@@ -63,12 +64,14 @@ def render(title: str, prompt: str, axes: Mapping[str, str], sides: Sequence[Sid
       lead: a sentence under the title.
     """
     long = len(prompt) > _SHORT_PROMPT
-    folded = f'<details><summary>The prompt, {len(prompt)} characters</summary>{_box(prompt)}</details>'
+    folded = f"<details><summary>The prompt, {len(prompt)} characters</summary>{_box(prompt)}</details>"
     sections = "\n".join(
         _section(n, side, list(axes), "" if long else prompt) for n, side in enumerate(sides)
     )
     names = "".join(
-        f"<dt>{_text(name)}</dt><dd>The share of {_text(kept)} that the step used.</dd>" for name, kept in axes.items() if kept
+        f"<dt>{_text(name)}</dt><dd>The share of {_text(kept)} that the step used.</dd>"
+        for name, kept in axes.items()
+        if kept
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -90,13 +93,17 @@ def render(title: str, prompt: str, axes: Mapping[str, str], sides: Sequence[Sid
 {_choices(axes, sides)}
 <footer>
 <h2>How to read this page</h2>
-<p>The prompt is in bold. The stronger the blue of a token, the more compute went into the step that wrote it. The
-buttons choose which kind of compute the blue stands for; &#x201c;all&#x201d; is their mean, the net keep rate. Point at a token, or tap it, for
+<p>The prompt is in bold. The stronger the blue of a token, the more compute went into the step that wrote
+it. The
+buttons choose which kind of compute the blue stands for; &#x201c;all&#x201d; is their mean, the net keep
+rate. Point at a token, or tap it, for
 its numbers; they are also in the table under the text. The prompt and the first token are
 always dense: nothing is left out.</p>
 <dl>{names}</dl>
-<p class="small">Charts run from 0 to 1, token by token, with the mean at the right; it counts the dense steps at the
-start of a text too, at which nothing may be left out. &#x21b5; is a line's end, &#xb7; a token that only begins a
+<p class="small">Charts run from 0 to 1, token by token, with the mean at the right; it counts the dense
+steps at the
+start of a text too, at which nothing may be left out. &#x21b5; is a line's end, &#xb7; a token that only
+begins a
 character, &#x25a0; one that ends the text and is not of it: an end token, or cut off by a stop string.
 This page is one file: it has no scripts and loads nothing.</p>
 </footer>
@@ -162,7 +169,8 @@ def _choices(axes: Iterable[str], sides: Sequence[Side]) -> str:
     groups = _group("Shade by", "by", by) + (_group("Show", "show", shown) if len(sides) > 1 else "")
     return f"""<form class="choices" aria-label="What the page shows">
 {groups}
-<div class="scale" role="img" aria-label="The scale of the shades, from no compute to all of it">0 <span>{scale}</span> 1</div>
+<div class="scale" role="img" aria-label="The scale of the shades, from no compute to all of it">
+0 <span>{scale}</span> 1</div>
 </form>"""
 
 
@@ -182,7 +190,7 @@ def _section(number: int, side: Side, names: Sequence[str], prompt: str) -> str:
         _token(piece, cost_X, names, n >= written)
         for n, (piece, cost_X) in enumerate(zip(side.pieces, side.cost_NxX, strict=True))
     )
-    numbers = f'<details><summary>All numbers</summary><table>{facts}</table></details>' if facts else ""
+    numbers = f"<details><summary>All numbers</summary><table>{facts}</table></details>" if facts else ""
     bold = f"<b>{_text(prompt)}</b>" if prompt else ""
     return f"""<section class="side-{number}" aria-labelledby="side-{number}">
 <h2 id="side-{number}">{_text(side.heading or side.title)}</h2>
@@ -211,7 +219,10 @@ def _told(cost_X: np.ndarray, names: Iterable[str]) -> str:
 
 
 def _table(side: Side, names: Sequence[str]) -> str:
-    """The costs token by token, for those who cannot point, or see no shades.  Optional end tags are left out."""
+    """The costs token by token, for those who cannot point, or see no shades.
+
+    Optional end tags are left out.
+    """
     head = "".join(f'<th scope="col">{_text(name)}' for name in ("token", *names, "all"))
     rows = "".join(
         f'<tr><td class="t">{_text(piece).strip()}'

@@ -21,9 +21,9 @@ _HEADINGS = {
     "dense": "Dense: nothing left out",
 }
 _LEADS = {
-    "policy": "Before each token a small network, the policy, chose how much compute the step was given: the stronger "
-    "the blue, the more.",
-    "fixed": "How much compute each token was given follows a fixed schedule, which does not look at the text.",
+    "policy": "Before each token a small network, the policy, chose how much compute the step was given: "
+    "the stronger the blue, the more.",
+    "fixed": "The compute of each token follows a fixed schedule, which does not look at the text.",
     "random": "How much compute each token was given was drawn at random, to meet a budget.",
     "dense": "Every token was given all of the compute.",
 }
@@ -39,7 +39,8 @@ def write_page(
 ) -> None:
     """Writes a page with the text, and beside it what the dense model writes to the same prompt.
 
-    A `message` that a chat template has made the prompt of stands in its place.  Of the model's name only the last part is told: a page is sent to others, and folders are nobody's business.
+    A `message` that a chat template has made the prompt of stands in its place.  Of the model's name only the
+    last part is told: a page is sent to others, and folders are nobody's business.
     """
     space = engine.cfg.space
     dense_output = None
@@ -74,13 +75,16 @@ def in_words(engine: Engine, output: Output, dense: Output | None) -> list[str]:
     spent, full = text_cost(output, cfg).total, dense_text_cost(output, cfg.model).total
     counted = [("policy's network", cfg.policy is not None), ("dense passes between episodes", cfg.refresh)]
     beside = _listed([f"the {name}" for name, there in counted if there])
+    bytes_, operations = _beside_all(spent.bytes / full.bytes), _beside_all(spent.flops / full.flops)
     said.append(
-        f"{f'With {beside} counted in, it' if beside else 'It'} read {_beside_all(spent.bytes / full.bytes)} bytes and took "
-        f"{_beside_all(spent.flops / full.flops)} operations than dense decoding would for these tokens. That is counted, "
-        "not timed: what it is worth in seconds depends on the machine."
+        f"{f'With {beside} counted in, it' if beside else 'It'} read {bytes_} bytes and took {operations} "
+        "operations, compared with dense decoding of the same tokens. That is counted, not timed: what it is "
+        "worth in seconds depends on the machine."
     )
     if cfg.lossless:
-        said.append("The dense model has checked every token: none stands here that it would not have written.")
+        said.append(
+            "The dense model has checked every token: none stands here that it would not have written."
+        )
     elif dense is not None:
         said.append(_shared(output.transcript.ids, dense.transcript.ids))
     return said
@@ -100,7 +104,7 @@ def _plain(cfg: Decoder, x: int) -> str:
 
 
 def _beside_all(share: float) -> str:
-    """A share of the dense cost, as what precedes "bytes than dense decoding"."""
+    """A share of the dense cost in words, to stand before its unit."""
     if abs(share - 1) < 0.005:
         return "as many"
     return f"{abs(1 - share):.0%} {'fewer' if share < 1 else 'more'}"
@@ -113,8 +117,10 @@ def _shared(ours: Sequence[int], theirs: Sequence[int]) -> str:
         min(len(ours), len(theirs)),
     )
     if same == len(ours):
-        return f"All {same} tokens are those that the dense model writes{'' if same == len(theirs) else ' first'}."
-    return f"The first {same} of {len(ours)} tokens are those that the dense model writes; from there on the texts part."
+        first = "" if same == len(theirs) else " first"
+        return f"All {same} tokens are those that the dense model writes{first}."
+    told = f"The first {same} of {len(ours)} tokens are those that the dense model writes"
+    return f"{told}; from there on the texts part."
 
 
 def _listed(parts: Sequence[str]) -> str:

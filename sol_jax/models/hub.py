@@ -19,7 +19,8 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # that they live in, change from one version to the next.  The first that fits is told.
 _ADVICE = (
     ("GatedRepoError", f"it is gated: ask for access on its page, then {_LOG_IN}"),
-    ("RepositoryNotFoundError", f"there is no such repository, or it is private: check the name, or {_LOG_IN}"),
+    ("RepositoryNotFoundError", "there is no such repository, or it is private: check the name, or "
+     f"{_LOG_IN}"),
     ("DisabledRepoError", "the hub has disabled it; take another one"),
     ("LocalTokenNotFoundError", f"the hub must know who you are: {_LOG_IN}"),
     ("LocalEntryNotFoundError", "it is not in the cache and the hub cannot be reached: check the network, or "

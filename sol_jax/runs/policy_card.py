@@ -1,4 +1,7 @@
-"""The card of a policy, in Markdown: what it is, how it was trained, what was measured; and metadata for the hub."""
+"""The card of a policy, in Markdown: what it is, how it was trained, what was measured.
+
+And metadata for the hub.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,21 +16,24 @@ _HOW = {"grpo": "GRPO", "counterfactual": "counterfactuals: every level of a ste
 
 
 def card(config: RunConfig, about: Mapping[str, Any], size: int, picture: bool) -> str:
-    """The whole card; `size` is the weights' in bytes, and `picture` says whether `sample.png` is beside it."""
+    """The whole card; `size` is the weights' in bytes, `picture` whether `sample.png` is beside it."""
     levels = {name: axis.levels for name, axis in config.axes.each().items()}
     name = about.get("hub") or about["title"]
     given = f"hub:{name}" if about.get("hub") else name
+    model = config.model.path if hub_id(config.model.path) else "FOLDER"
+    budget = ",".join(f"{cost:g}" for cost in middle_budget(config))
     lines = [
         *front_matter(metadata(config, about)),
         f"# {name}",
         "",
-        f"A policy that picks the compute of each decode step of {about['model']}, frozen: `--policy {given}`.",
+        f"A policy that picks the compute of each decode step of {about['model']}, frozen: "
+        f"`--policy {given}`.",
         "",
-        *(["![A text written under the policy, each token shaded by the compute it was given](sample.png)", ""]
+        *(["![A text written under the policy, each token shaded by its compute](sample.png)", ""]
           if picture else []),
         "```",
-        f"python -m sol_jax.generate --model {config.model.path} --policy {given} --prompt 'The sea' "
-        f"--budget {','.join(f'{cost:g}' for cost in middle_budget(config))} --html sea.html",
+        f"python -m sol_jax.generate --model {model} --policy {given} --prompt 'The sea' --budget {budget} "
+        "--html sea.html",
         "```",
         "",
         "| | |",

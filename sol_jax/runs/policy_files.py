@@ -101,13 +101,16 @@ def known_policies() -> list[str]:
 
 
 def folder_of(name: str | pathlib.Path) -> pathlib.Path:
-    """Where the files of a policy are, fetched from the hub if need be.  Raises `UserError` if there is none."""
+    """Where the files of a policy are, fetched from the hub if need be.
+
+    Raises `UserError` if there is none.
+    """
     if str(name).startswith(hub.PREFIX):
         folder = hub.fetch(str(name).removeprefix(hub.PREFIX), FILES)
         if not (folder / "policy.safetensors").is_file():
             raise UserError(
-                f"{name} is no policy: it has no policy.safetensors; if it is a model, give it as the model, and "
-                "a policy that was trained for it"
+                f"{name} is no policy: it has no policy.safetensors; if it is a model, give it as the model, "
+                "and a policy that was trained for it"
             )
         return folder
     for folder in (POLICIES / name, local_path(name, "the policy")):
@@ -116,7 +119,8 @@ def folder_of(name: str | pathlib.Path) -> pathlib.Path:
     names = ", ".join(known_policies()) or "none yet"
     to_fetch = f"; write hub:{name} to fetch it from the Hugging Face hub" if hub.is_id(str(name)) else ""
     raise UserError(
-        f"there is no policy {str(name)!r}; give a folder that has one, hub:OWNER/NAME, or one of: {names}{to_fetch}"
+        f"there is no policy {str(name)!r}; give a folder that has one, hub:OWNER/NAME, or one of: "
+        f"{names}{to_fetch}"
     )
 
 

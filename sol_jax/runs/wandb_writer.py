@@ -20,8 +20,8 @@ def check_installed(project: str) -> None:
     """Raises `UserError` if metrics cannot go to a project, for its package is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"config.train.wandb is {project!r}, but the package wandb is not here: pip install wandb, or leave "
-            "the field empty"
+            f"config.train.wandb is {project!r}, but the package wandb is not here: pip install wandb, or "
+            "leave the field empty"
         )
 
 
@@ -50,8 +50,8 @@ class WandbWriter:
             )  # fmt: skip
         except Exception as fault:  # its own errors have no base in common with those of the network
             raise UserError(
-                f"config.train.wandb: wandb cannot start a run ({reason(fault)}); log in with `wandb login`, or set "
-                "WANDB_MODE=offline"
+                f"config.train.wandb: wandb cannot start a run ({reason(fault)}); log in with `wandb login`, "
+                "or set WANDB_MODE=offline"
             ) from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -72,7 +72,8 @@ class WandbWriter:
     ) -> None:
         buckets = num_buckets or {}
         shown = {
-            name: self._wandb.Histogram(array, num_bins=buckets.get(name, 30)) for name, array in arrays.items()
+            name: self._wandb.Histogram(array, num_bins=buckets.get(name, 30))
+            for name, array in arrays.items()
         }
         self._run.log(shown, step=int(step))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
+from sol_jax.evaluation.provenance import remember_documents
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
 from sol_jax.files import local_path
 from sol_jax.rl.learn import TrainState
@@ -31,8 +32,8 @@ from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.runs.trained_policy import find_policy
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
-from sol_jax.training.sample import sample_episode
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
+from sol_jax.training.sample import sample_episode
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
@@ -90,6 +91,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
     checkpoints.bind(session.identity | {"documents": blocks.fingerprint})
+    remember_documents(workdir, blocks.documents)
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
         session.split(split)  # before the training, not after it
     batches = BlockIterator(

@@ -1,4 +1,6 @@
-"""A sample episode of the policy on held-out text, for people who watch a run: its text, shaded by compute."""
+"""A sample episode of the policy on held-out text, for people who watch a run: its text, shaded by
+compute.
+"""
 
 import warnings
 from typing import NamedTuple
@@ -41,7 +43,8 @@ class Sample(NamedTuple):
 
 
 def sample_episode(session: Session, state: TrainState) -> Sample:
-    """The first episode of the first validation block, under the policy at the middle budget of the evaluations.
+    """The first episode of the first validation block, under the policy at the middle budget of the
+    evaluations.
 
     Played with all of them, as the validation does, so that nothing new is compiled.
     """

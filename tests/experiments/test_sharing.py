@@ -1,4 +1,6 @@
-"""Policies pushed to a hub and used from it, against a hub of our own on 127.0.0.1, and from its cache without one."""
+"""Policies pushed to a hub and used from it, against a hub of our own on 127.0.0.1, and from its cache
+without one.
+"""
 
 import re
 import shutil
@@ -55,7 +57,7 @@ def test_what_is_pushed_can_be_used_by_its_name(server, policy, tiny_folder, tmp
     assert address == f"{server.address}/me/mine"
     assert set(server.repos["me/mine"]) == set(policy_files.FILES)
     assert {file.name: file.read_bytes() for file in policy.folder.iterdir()} == before
-    params, config, about = policy_files.load_policy("hub:me/mine")
+    params, _, about = policy_files.load_policy("hub:me/mine")
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(policy.params), strict=True):
         np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
     assert about["documents"] == ["ab", "cd"]
@@ -73,7 +75,9 @@ def test_what_is_pushed_can_be_used_by_its_name(server, policy, tiny_folder, tmp
 
 def test_the_card_has_what_the_hub_reads(server, policy):
     """Metadata in YAML, the picture beside it, and commands with the name that it has there."""
-    publish.push(policy.folder, "me/mine", metadata={"base_model": "you/base", "datasets": ["you/text"]}, sample="a")
+    publish.push(
+        policy.folder, "me/mine", metadata={"base_model": "you/base", "datasets": ["you/text"]}, sample="a"
+    )
     files = server.repos["me/mine"]
     _, front, text = files["README.md"].decode().split("---\n", 2)
     fields = yaml.safe_load(front)
@@ -107,11 +111,27 @@ def test_what_is_unknown_is_left_out_of_the_metadata(policy):
 def mistakes(server):
     """What one asks for -> how the hub is then, and what is told."""
     return {
-        "no such repository": ("me/none", {}, "there is no such repository, or it is private: check the name, or log"),
-        "no policy": ("me/model", {}, "hub:me/model is no policy: it has no policy.safetensors; if it is a model"),
-        "gated": ("me/gated", {"token": ""}, "it is gated: ask for access on its page, then log in with `hf auth"),
+        "no such repository": (
+            "me/none",
+            {},
+            "there is no such repository, or it is private: check the name, or log",
+        ),
+        "no policy": (
+            "me/model",
+            {},
+            "hub:me/model is no policy: it has no policy.safetensors; if it is a model",
+        ),
+        "gated": (
+            "me/gated",
+            {"token": ""},
+            "it is gated: ask for access on its page, then log in with `hf auth",
+        ),
         "private": ("me/private", {"token": ""}, "there is no such repository, or it is private"),
-        "down": ("me/model", {"down": True}, "it is not in the cache and the hub cannot be reached: check the network"),
+        "down": (
+            "me/model",
+            {"down": True},
+            "it is not in the cache and the hub cannot be reached: check the network",
+        ),
         "odd name": ("me", {}, "hub:me is no repository of the hub; write hub:OWNER/NAME"),
         "path": ("../../etc/passwd", {}, "is no repository of the hub; write hub:OWNER/NAME"),
     }
@@ -138,7 +158,9 @@ def test_without_a_network(server, monkeypatch):
     closed = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", closed)
     monkeypatch.setattr(hf_api.api, "endpoint", closed)
-    with pytest.raises(UserError, match="not in the cache and the hub cannot be reached: check the network, or give"):
+    with pytest.raises(
+        UserError, match=r"not in the cache and the hub cannot be reached: check the network, or give"
+    ):
         policy_files.load_policy("hub:me/mine")
     with pytest.raises(UserError, match="could not be written: the hub cannot be reached: check the network"):
         hub.push(policy_files.POLICIES, ["config.json"], "me/mine", private=False)
@@ -148,7 +170,9 @@ def test_pushing_needs_a_token_and_the_right(server, policy, monkeypatch):
     with pytest.raises(UserError, match="could not be written: your token may not do that"):
         publish.push(policy.folder, "others/mine")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="could not be written: the hub (does not|must) know who you are: log in"):
+    with pytest.raises(
+        UserError, match=r"could not be written: the hub (does not|must) know who you are: log in"
+    ):
         publish.push(policy.folder, "me/mine")
 
 
@@ -174,13 +198,16 @@ def test_a_policy_of_another_model(server, policy, tmp_path):
 def test_a_strangers_files_are_refused_not_run_into(server, policy, broken):
     publish.push(policy.folder, "me/mine")
     server.repos["me/mine"]["config.json"] = broken
-    with pytest.raises(UserError, match="the policy in .* cannot be read"):
+    with pytest.raises(UserError, match=r"the policy in .* cannot be read"):
         policy_files.load_policy("hub:me/mine")
 
 
 def test_slips_on_the_command_line():
     for args, sentence in (
-        (("--name=a/b",), "give --workdir RUN to export a policy, or --push OWNER/NAME to upload one that is there"),
+        (
+            ("--name=a/b",),
+            "give --workdir RUN to export a policy, or --push OWNER/NAME to upload one that is there",
+        ),
         (("--name=a/b", "--push=b"), "--push 'b' must be OWNER/NAME, a repository of the hub"),
         (("--name=a/b", "--workdir=runs/x"), "give --command, the command that trained the policy"),
         (("--name=no/such", "--push=me/mine"), "there is no policy 'no/such'"),

@@ -115,8 +115,8 @@ def test_an_unknown_name_lists_the_known_ones(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError) as mistake:
         policy_files.load_policy("tiny/sol-j-3l")
     assert told(mistake) == (
-        "there is no policy 'tiny/sol-j-3l'; give a folder that has one, hub:OWNER/NAME, or one of: tiny/sol-j-2l; "
-        "write hub:tiny/sol-j-3l to fetch it from the Hugging Face hub"
+        "there is no policy 'tiny/sol-j-3l'; give a folder that has one, hub:OWNER/NAME, or one of: "
+        "tiny/sol-j-2l; write hub:tiny/sol-j-3l to fetch it from the Hugging Face hub"
     )
     monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "empty")
     with pytest.raises(UserError, match="one of: none yet"):

@@ -1,9 +1,13 @@
-"""Metrics in Weights & Biases: offline, so that nothing leaves the machine; skipped where wandb is not installed."""
+"""Metrics in Weights & Biases: offline, so that nothing leaves the machine.
+
+Skipped where wandb is not installed.
+"""
 
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -25,7 +29,9 @@ def test_a_missing_package_is_named_before_anything_is_opened(tiny_folder, tmp_p
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
     config = tiny.config_for(tiny_folder, **{"train.wandb": "sol", "model.path": "/no/such"})
-    with pytest.raises(UserError, match=r"config\.train\.wandb is 'sol', but the package wandb is not here: pip") as told:
+    with pytest.raises(
+        UserError, match=r"config\.train\.wandb is 'sol', but the package wandb is not here: pip"
+    ) as told:
         train(config, tmp_path / "run")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
@@ -34,7 +40,9 @@ def test_a_missing_package_is_named_before_anything_is_opened(tiny_folder, tmp_p
 def test_wandb_is_not_imported_before_it_is_needed():
     code = "import sys, sol_jax.training.loop; print('wandb' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 
@@ -50,7 +58,10 @@ def test_it_has_the_interface_of_clus_writers():
 
 @with_wandb
 def test_offline_everything_is_in_the_workdir(tmp_path, monkeypatch):
-    """What wandb was given, read from its own file; hostile text is escaped; a second start goes on in the same run."""
+    """What wandb was given, read from its own file; hostile text is escaped.
+
+    A second start goes on in the same run.
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     for _ in range(2):
         writer = wandb_writer.WandbWriter(tmp_path, "sol", {"grpo.gamma": 0.5})
@@ -78,9 +89,13 @@ def test_a_training_tells_wandb_what_it_tells_the_file(tiny_folder, tmp_path, mo
     """The same numbers step by step, and a sample of the policy at work."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     told = []
-    monkeypatch.setattr(wandb_writer.WandbWriter, "write_scalars", lambda self, step, scalars: told.append((step, scalars)))
+    monkeypatch.setattr(
+        wandb_writer.WandbWriter, "write_scalars", lambda self, step, scalars: told.append((step, scalars))
+    )
     pictures = []
-    monkeypatch.setattr(wandb_writer.WandbWriter, "write_images", lambda self, step, images: pictures.append((step, images)))
+    monkeypatch.setattr(
+        wandb_writer.WandbWriter, "write_images", lambda self, step, images: pictures.append((step, images))
+    )
     fields = {"train.wandb": "sol", "train.num_updates": 2, "eval.every": 2, "eval.num_test_blocks": 0}
     train(tiny.config_for(tiny_folder, **fields), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -92,12 +107,25 @@ def test_a_training_tells_wandb_what_it_tells_the_file(tiny_folder, tmp_path, mo
 
 
 @with_wandb
-def test_without_a_login_it_is_told_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no login of this machine is meant for that
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UserError, match="wandb cannot start a run .*; log in with `wandb login`, or set WANDB_MODE") as told:
-        wandb_writer.WandbWriter(tmp_path, "sol", {})
-    assert "\n" not in str(told.value)
+def test_without_a_login_it_is_told_what_to_do(tmp_path):
+    """In a process of its own, for wandb remembers how it was started before."""
+    code = "import pathlib, sys; from sol_jax.runs.wandb_writer import WandbWriter; "
+    code += "WandbWriter(pathlib.Path(sys.argv[1]), 'sol', {})"
+    # An address that no login of this machine is meant for.
+    own = {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | own
+    environment["NETRC"] = str(tmp_path / "netrc")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.search(
+        r"UserError: config\.train\.wandb: wandb cannot start a run \(.*\); log in with `wandb login`, or "
+        r"set WANDB_MODE=",
+        done.stderr,
+    )

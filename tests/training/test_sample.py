@@ -6,17 +6,16 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
-import tiny
 
-import jax
+from sol_jax.evaluation import scoring
 from sol_jax.generation.html_page import SHADES, shade
 from sol_jax.rl.train_step import init_state
+from sol_jax.text.blocks import evaluation_batches
 from sol_jax.training import sample
 from sol_jax.training.loop import validate
-from sol_jax.text.blocks import evaluation_batches
-from sol_jax.evaluation import scoring
 
 ROOT = pathlib.Path(__file__).parents[2]
 with_tensorflow = pytest.mark.skipif(
@@ -34,7 +33,9 @@ def taken(tiny_session):
 
 
 def test_it_is_the_text_of_the_block(taken, tiny_session):
-    """The steps predict the tokens after the prefix's last and its next: T of them, read from the block itself."""
+    """The steps predict the tokens after the prefix's last and its next: T of them, read from the block
+    itself.
+    """
     found, _ = taken
     setup, cfg = tiny_session.setup, tiny_session.config.eval
     batch = next(iter(evaluation_batches(tiny_session.split("validation"), cfg.batch_size, cfg.num_blocks)))
