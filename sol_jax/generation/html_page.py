@@ -156,7 +156,7 @@ def _text(text: str) -> str:
 
 
 def _box(inner: str) -> str:
-    return f'<div class="text" dir="auto">{_text(inner)}</div>'
+    return f'<div class="text" dir="auto" lang="">{_text(inner)}</div>'
 
 
 def _choices(axes: Iterable[str], sides: Sequence[Side]) -> str:
@@ -194,7 +194,7 @@ def _section(number: int, side: Side, names: Sequence[str], prompt: str) -> str:
     bold = f"<b>{_text(prompt)}</b>" if prompt else ""
     return f"""<section class="side-{number}" aria-labelledby="side-{number}">
 <h2 id="side-{number}">{_text(side.heading or side.title)}</h2>
-<div class="text" dir="auto">{bold}{tokens}</div>
+<div class="text" dir="auto" lang="">{bold}{tokens}</div>
 {"".join(f"<p>{_text(line)}</p>" for line in side.told)}
 <div class="strips">{"".join(_strip(name, cost_N) for name, cost_N in strips)}</div>
 {numbers}

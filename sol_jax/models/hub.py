@@ -23,8 +23,8 @@ _ADVICE = (
      f"{_LOG_IN}"),
     ("DisabledRepoError", "the hub has disabled it; take another one"),
     ("LocalTokenNotFoundError", f"the hub must know who you are: {_LOG_IN}"),
-    ("LocalEntryNotFoundError", "it is not in the cache and the hub cannot be reached: check the network, or "
-     "give a local folder"),
+    ("LocalEntryNotFoundError", "it is not in the cache and the hub cannot be reached: check the network "
+     "(and HF_HUB_OFFLINE), or give a local folder"),
     ("ProxyError", "the proxy cannot be used: check HTTPS_PROXY"),
     ("ConnectError", "the hub cannot be reached: check the network"),
     ("TimeoutException", "the hub does not answer in time: try again"),

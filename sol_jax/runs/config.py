@@ -33,7 +33,6 @@ from sol_jax.rl.config import (
 from sol_jax.rl.policy import PolicySpec
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
-from sol_jax.runs.wandb_writer import check_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +158,10 @@ class RunConfig(Options):
                 )
 
     def check_here(self) -> None:
-        """Raises `UserError` for what this machine lacks: named kernels, wandb, or the file of a cost model.
+        """Raises `UserError` for what this machine lacks: named kernels, or the file of a cost model.
 
         Apart from `check`, for a run or a policy of another machine can be read here and told otherwise.
         """
-        check_installed(self.train.wandb)
         if self.axes.budget_unit == "time":
             self.prices()
         if self.kernels not in ("auto", "xla"):  # which need no device to be looked for yet

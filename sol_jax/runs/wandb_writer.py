@@ -28,8 +28,6 @@ def check_installed(project: str) -> None:
 class WandbWriter:
     """Has the methods of `clu.metric_writers.MetricWriter`, whose package needs TensorFlow to be imported.
 
-    A step that is written again after a resume is kept as it was first written.
-
     Args:
       workdir: of the run; wandb's own files go to a folder `wandb` in it.
       project: of the runs to stand beside.

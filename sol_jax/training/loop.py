@@ -30,6 +30,7 @@ from sol_jax.runs.config import RunConfig
 from sol_jax.runs.policy_files import check_fits
 from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.runs.trained_policy import find_policy
+from sol_jax.runs.wandb_writer import check_installed
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
@@ -81,6 +82,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
             f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
         )
     config.check_here()
+    check_installed(config.train.wandb)  # here alone: an evaluation elsewhere needs no wandb
     workdir = local_path(workdir, "--workdir")
     with only_run(workdir):
         return _train(config, workdir)
@@ -91,7 +93,6 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
     checkpoints.bind(session.identity | {"documents": blocks.fingerprint})
-    remember_documents(workdir, blocks.documents)
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
         session.split(split)  # before the training, not after it
     batches = BlockIterator(
@@ -109,6 +110,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
+    remember_documents(workdir, blocks.documents)  # once it is clear that the run is of this text
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")

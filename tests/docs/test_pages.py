@@ -20,7 +20,7 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 def commands(page: pathlib.Path) -> list[str]:
     """The lines of all blocks without a language."""
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.S | re.M)
+    blocks = re.findall(r"^ *```\n(.*?)^ *```", page.read_text(), re.S | re.M)
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 

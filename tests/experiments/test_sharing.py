@@ -159,7 +159,7 @@ def test_without_a_network(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", closed)
     monkeypatch.setattr(hf_api.api, "endpoint", closed)
     with pytest.raises(
-        UserError, match=r"not in the cache and the hub cannot be reached: check the network, or give"
+        UserError, match=r"not in the cache and the hub cannot be reached: check the network \(and"
     ):
         policy_files.load_policy("hub:me/mine")
     with pytest.raises(UserError, match="could not be written: the hub cannot be reached: check the network"):

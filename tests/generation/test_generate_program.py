@@ -241,7 +241,7 @@ def test_the_program(tiny_folder, policy, tmp_path):
     text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout).removesuffix("\n")
     assert text != done.stdout
     document = out.read_text("utf-8")
-    sections = re.findall(r'<div class="text" dir="auto">(.*?)</div>', document, re.DOTALL)
+    sections = re.findall(r'<div class="text" dir="auto" lang="">(.*?)</div>', document, re.DOTALL)
     plain = [re.sub("<.*?>", "", section) for section in sections]
     assert len(plain) == 2
     assert plain[0] == "the cat" + page._text(text)

@@ -3,6 +3,8 @@ from, resumed.
 """
 
 import csv
+import importlib.util
+import json
 import shutil
 
 import jax
@@ -110,3 +112,24 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"training-documents\.txt: cannot be written"):
         provenance.remember_documents(tmp_path / "file", ["a" * 64])
+
+
+def test_a_refused_text_leaves_the_list_of_documents_alone(moved, tmp_path):
+    """Resuming on another corpus is refused, and the run still knows what it learned from."""
+    copy = shutil.copytree(moved / "run", tmp_path / "run")
+    before = provenance.recall_documents(copy)
+    other = tiny.save_corpus(tmp_path / "other.jsonl", documents=40)
+    with pytest.raises(UserError, match="is of another"):
+        train(tiny.config_for(moved, **FIELDS | {"train.num_updates": 4, "data.source": str(other)}), copy)
+    assert provenance.recall_documents(copy) == before
+
+
+def test_a_run_that_told_wandb_is_evaluated_without_it(moved, tmp_path, monkeypatch):
+    copy = shutil.copytree(moved / "run", tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"train.wandb": "sol"}))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    args = ("--workdir", copy, *places(moved), "--controllers", "fixed", "--num_blocks", 1)
+    done = run_program("sol_jax.evaluate", *args, "--output", tmp_path / "x.csv")
+    assert done.returncode == 0, done.stderr
