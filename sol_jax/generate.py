@@ -3,7 +3,8 @@
     python -m sol_jax.generate --model smollm2-135m --policy NAME --prompt "Once upon a time" \\
         --budget 0.5,0.7,0.5 --show-compute --html story.html
 
-`--policy` is a published policy's name, a folder that holds one, or the workdir of a training run.
+`--policy` is a published policy's name, a folder that holds one, `hub:OWNER/NAME`, or the workdir of a
+training run.
 `--controller fixed` (or random) replays a schedule at the same budget, over the policy's levels or, without
 one, all those of SOL-J-FL; `dense` compresses nothing.  The text goes to standard output; what was spent
 on it, and how likely the dense model finds it, to standard error.

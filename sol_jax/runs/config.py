@@ -69,6 +69,10 @@ class TrainConfig(Options):
     keep: int = option(3, "latest checkpoints that are kept, besides the best one", at_least=1)
     wandb: str = option("", "project of Weights & Biases that gets the metrics too; empty: none")
 
+    def check(self) -> None:
+        if set(self.wandb) & set("/\\#?%:") or len(self.wandb) > 128:  # as wandb has it
+            raise self.wrong("wandb", "a project's name: at most 128 characters, and none of / \\ # ? % :")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Options):

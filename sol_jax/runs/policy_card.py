@@ -11,7 +11,7 @@ from sol_jax.models.weights import EMBEDDED, EMBEDDED_HUB_ID
 from sol_jax.runs.config import RunConfig
 
 LICENSE = "apache-2.0"  # of this project, and of a policy unless its trainer says otherwise
-TAGS = ("sol_jax", "jax", "flax", "adaptive-computation", "efficient-inference", "grpo", "arxiv:2605.10875")
+TAGS = ("sol_jax", "jax", "flax", "adaptive-computation", "efficient-inference", "arxiv:2605.10875")
 _HOW = {"grpo": "GRPO", "counterfactual": "counterfactuals: every level of a step tried"}
 
 
@@ -77,7 +77,7 @@ def metadata(config: RunConfig, about: Mapping[str, Any]) -> dict[str, Any]:
         "library_name": "sol_jax",
         "base_model": base,
         "base_model_relation": "adapter" if base else "",
-        "tags": list(TAGS),
+        "tags": [*TAGS, config.learner],
         "datasets": given,
         "metrics": ["perplexity"],
     }
