@@ -1,5 +1,4 @@
-"""Exports the best checkpoint of a run as a named policy, with a model card, and uploads it if that is
-asked for.
+"""Exports the best checkpoint of a run as a named policy with a card, and uploads it to a hub if asked.
 
     python -m experiments.publish --workdir runs/fl --name smollm2-135m/sol-j-fl \\
         --command 'python -m sol_jax.train --config configs/sol_j_fl.py:cpu,fast --workdir runs/fl' \\

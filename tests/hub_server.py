@@ -1,5 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1 that keeps what is pushed: the part of its interface that
-huggingface_hub uses.
+"""The part of the Hugging Face hub's interface that huggingface_hub uses, on 127.0.0.1; it keeps what is pushed.
 
 Files come and go as regular ones; the real hub takes large ones through storage of its own.
 """

@@ -2,8 +2,7 @@
 
 The texts come from a model and may hold anything.  Everything is escaped, control characters are shown as
 pictures, direction overrides by name, and a policy in the page forbids it to run or to load anything.  What
-can
-be switched, the axis that shades and the text that is shown, are radio buttons which the style sheet asks.
+can be switched, the axis that shades and the text that is shown, are radio buttons that the style sheet asks.
 """
 
 import dataclasses
@@ -93,19 +92,15 @@ def render(title: str, prompt: str, axes: Mapping[str, str], sides: Sequence[Sid
 {_choices(axes, sides)}
 <footer>
 <h2>How to read this page</h2>
-<p>The prompt is in bold. The stronger the blue of a token, the more compute went into the step that wrote
-it. The
-buttons choose which kind of compute the blue stands for; &#x201c;all&#x201d; is their mean, the net keep
-rate. Point at a token, or tap it, for
-its numbers; they are also in the table under the text. The prompt and the first token are
-always dense: nothing is left out.</p>
+<p>The prompt is in bold. The stronger the blue of a token, the more compute went into the step that
+wrote it. The buttons choose which kind of compute the blue stands for; &#x201c;all&#x201d; is their mean,
+the net keep rate. Point at a token, or tap it, for its numbers; they are also in the table under the text.
+The prompt and the first token are always dense: nothing is left out.</p>
 <dl>{names}</dl>
 <p class="small">Charts run from 0 to 1, token by token, with the mean at the right; it counts the dense
-steps at the
-start of a text too, at which nothing may be left out. &#x21b5; is a line's end, &#xb7; a token that only
-begins a
-character, &#x25a0; one that ends the text and is not of it: an end token, or cut off by a stop string.
-This page is one file: it has no scripts and loads nothing.</p>
+steps at the start of a text too, at which nothing may be left out. &#x21b5; is a line's end,
+&#xb7; a token that only begins a character, &#x25a0; one that ends the text and is not of it: an end token,
+or cut off by a stop string. This page is one file: it has no scripts and loads nothing.</p>
 </footer>
 </body>
 </html>

@@ -1,6 +1,4 @@
-"""Scalars of a run as `metrics.jsonl`, for TensorBoard where tensorflow is installed, and for Weights &
-Biases
-where that is asked for; console progress.
+"""Scalars of a run as `metrics.jsonl`, for TensorBoard and for Weights & Biases; console progress.
 
 A line of `metrics.jsonl` is `{"step": 7, "time": 1767225600.0, "reward": 0.25, ...}`.  JSON has no number for
 NaN and the infinities, and leaving them out would hide them: they are the strings "nan", "inf" and "-inf",

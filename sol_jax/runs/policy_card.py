@@ -1,7 +1,4 @@
-"""The card of a policy, in Markdown: what it is, how it was trained, what was measured.
-
-And metadata for the hub.
-"""
+"""The card of a policy, in Markdown, with metadata for the hub."""
 
 import json
 from collections.abc import Mapping

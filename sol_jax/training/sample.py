@@ -1,6 +1,4 @@
-"""A sample episode of the policy on held-out text, for people who watch a run: its text, shaded by
-compute.
-"""
+"""A sample episode of the policy on held-out text, shaded by compute, for people who watch a run."""
 
 import warnings
 from typing import NamedTuple

@@ -1,6 +1,4 @@
-"""Policies pushed to a hub and used from it, against a hub of our own on 127.0.0.1, and from its cache
-without one.
-"""
+"""Policies pushed to a hub of our own on 127.0.0.1, and used from it and from its cache."""
 
 import re
 import shutil

@@ -1,6 +1,4 @@
-"""A run's folder that was moved to another place, or another machine, still opens: evaluated, generated
-from, resumed.
-"""
+"""A run's folder that was moved still opens: it is evaluated, generated from and resumed."""
 
 import csv
 import importlib.util
