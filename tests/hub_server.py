@@ -1,4 +1,4 @@
-"""The part of the Hugging Face hub's interface that huggingface_hub uses, on 127.0.0.1; it keeps what is pushed.
+"""The part of the Hugging Face hub's interface that is used here, on 127.0.0.1; it keeps what is pushed.
 
 Files come and go as regular ones; the real hub takes large ones through storage of its own.
 """

@@ -18,6 +18,7 @@ from sol_jax.errors import UserError
 from sol_jax.generation.page_style import AXIS_CLASSES, SHADES, style
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_TABLE_ROWS = 2000  # at most: browsers take seconds for more
 _SHORT_PROMPT = 600  # characters that stand before each text; a longer prompt is folded away above them
 
 
@@ -216,17 +217,22 @@ def _told(cost_X: np.ndarray, names: Iterable[str]) -> str:
 def _table(side: Side, names: Sequence[str]) -> str:
     """The costs token by token, for those who cannot point, or see no shades.
 
-    Optional end tags are left out.
+    Of long texts a row has the means of several tokens.  End tags that HTML does not ask for are left out.
     """
-    head = "".join(f'<th scope="col">{_text(name)}' for name in ("token", *names, "all"))
-    rows = "".join(
-        f'<tr><td class="t">{_text(piece).strip()}'
-        + "".join(f"<td>{cost:.2f}" for cost in (*cost_X, float(np.mean(cost_X))))
-        for piece, cost_X in zip(side.pieces, side.cost_NxX, strict=True)
+    each = -(-len(side.pieces) // _TABLE_ROWS)
+    head = "".join(
+        f'<th scope="col">{_text(name)}' for name in ("token" if each < 2 else "text", *names, "all")
     )
-    return f"""<details><summary>Token by token, as a table</summary>
-<div class="scroll" tabindex="0" role="region" aria-label="Token by token, {_text(side.title)}"><table>
-<thead><tr>{head}</thead><tbody>{rows}</tbody></table></div></details>"""
+    rows = []
+    for start in range(0, len(side.pieces), max(each, 1)):
+        text = _text("".join(side.pieces[start : start + each]))
+        cost_X = np.mean(side.cost_NxX[start : start + each], 0)
+        costs = "".join(f"<td>{cost:.2f}" for cost in (*cost_X, float(np.mean(cost_X))))
+        rows.append(f'<tr><td class="t">{text.strip()}{costs}')
+    by = "Token by token" if each < 2 else f"By {each} tokens"
+    return f"""<details><summary>{by}, as a table</summary>
+<div class="scroll" tabindex="0" role="region" aria-label="{by}, {_text(side.title)}"><table>
+<thead><tr>{head}</thead><tbody>{"".join(rows)}</tbody></table></div></details>"""
 
 
 def _strip(name: str, cost_N: np.ndarray) -> str:

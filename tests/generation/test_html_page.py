@@ -244,6 +244,8 @@ def test_a_browser_takes_fifty_thousand_tokens(tmp_path):
     read = Reader(browse(path, "--dump-dom"))
     assert read.texts[0] == "p" + "".join(pieces)
     assert len(read.tokens) == 50_000
+    assert len(read.cells) == 2000  # of 25 tokens each
+    assert read.cells[0] == "".join(pieces[:25]).strip()
     browse(path, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1200,900")
     assert (tmp_path / "shot.png").stat().st_size > 20_000
 
