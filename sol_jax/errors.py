@@ -11,6 +11,10 @@ from typing import Any
 from pallas_kernels.errors import UnavailableError
 
 LONGEST = 600  # characters of a message
+OUT_OF_MEMORY = (
+    "memory has run out; take bfloat16, fewer schedules or blocks at a time (config.grpo.batch_size, "
+    "config.grpo.num_schedules, config.eval.batch_size, --parallel), a shorter prefix or a smaller model"
+)
 
 
 class UserError(ValueError):
@@ -44,6 +48,11 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         except (UserError, UnavailableError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            print(f"error: {OUT_OF_MEMORY} ({UserError(reason(error))})", file=sys.stderr, flush=True)
+            sys.exit(2)
         except BrokenPipeError:
             # Python flushes stdout once more when it ends; there is nobody to read that either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +62,14 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left: JAX has no type of its own for it."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 def reason(error: Exception) -> str:
     """The last line of an error's message, which after a quoted traceback is the one that tells."""
-    return re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1].strip())
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(r"^\w+Error: ", "", last.strip())

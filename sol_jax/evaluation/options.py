@@ -18,11 +18,13 @@ class EvaluateOptions(Options):
     where = "--"
     workdir: str | None = option(None, "folder of the training run to evaluate", path=True)
     policy: str | None = option(
-        None, "name of a published policy, or its folder, instead of a checkpoint", path=True
+        None, "name of a published policy, its folder or hub:OWNER/NAME, instead of a checkpoint", path=True
     )
     step: int | None = option(
         None, "update whose checkpoint of --workdir is taken; default: the best", at_least=0
     )
+    model: str | None = option(None, "where the run's model is now; default: where it was", path=True)
+    run_text: str | None = option(None, "where the run's own text is now; default: where it was", path=True)
     source: str = option("", "another text than the run's own: as config.data.source", path=True)
     document_start: str = option("", "of --source: as config.data.document_start")
     split: str = option("test", "of the run's own text")

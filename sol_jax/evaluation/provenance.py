@@ -1,7 +1,8 @@
 """What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
 
 import pathlib
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sol_jax.digests import array_digest, digest
@@ -15,6 +16,8 @@ from sol_jax.runs.trained_policy import TrainedPolicy
 from sol_jax.text import blocks as data
 from sol_jax.text.blocks import Batch
 from sol_jax.text.documents import document_hashes, read_documents
+
+TRAINING_DOCUMENTS = "training-documents.txt"  # in a workdir
 
 
 def open_text(
@@ -47,8 +50,15 @@ def open_text(
     return open_session(config.with_fields({name: x for name, x in fields.items() if x is not None}))
 
 
-def training_documents(config: RunConfig, session: Session) -> Collection[str]:
-    """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
+def training_documents(
+    config: RunConfig, session: Session, workdir: pathlib.Path | None = None
+) -> Collection[str]:
+    """Shortened hashes of the training documents of the run of `config`.
+
+    As its workdir remembers them, or from its text: a run that was copied elsewhere need not have that.
+    """
+    if workdir is not None and (known := recall_documents(workdir)):
+        return known
     block_length = config.episode.block_length
     same_blocks = session.setup.episode.block_length == block_length and "train" in session.blocks
     if session.config.data.source == config.data.source and same_blocks:
@@ -64,6 +74,29 @@ def training_documents(config: RunConfig, session: Session) -> Collection[str]:
             cache_dir=config.data.cache_dir or None,
         )
     return policy_files.document_names(blocks["train"].documents)
+
+
+def remember_documents(workdir: pathlib.Path, hashes: Iterable[str]) -> None:
+    """Writes down which documents a run learns from, for evaluations where its text is not at hand.
+
+    Raises `UserError` if the workdir cannot be written.
+    """
+    file = workdir / TRAINING_DOCUMENTS
+    try:
+        names = policy_files.document_names(hashes)
+        file.write_text(f"{len(names)} documents: {' '.join(names)}\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def recall_documents(workdir: pathlib.Path) -> list[str]:
+    """What `remember_documents` wrote; nothing for a run from before it, or for a damaged file."""
+    try:
+        count, _, *names = (workdir / TRAINING_DOCUMENTS).read_text().split()
+    except (OSError, ValueError):  # the latter of bytes that are no text, and of too few words
+        return []
+    whole = all(re.fullmatch(f"[0-9a-f]{{{HASH_LENGTH}}}", name) for name in names)
+    return names if whole and count == str(len(names)) else []
 
 
 def refuse_training_text(session: Session, split: str, trained_on: Collection[str]) -> None:

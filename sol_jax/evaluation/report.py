@@ -172,17 +172,25 @@ def _opened(
 ) -> tuple[TrainedPolicy, Session, Collection[str], dict[str, Any]]:
     """The policy, its model on the text, its training documents, and what rows say of its run."""
     text = options.source, options.document_start, options.protect, options.kernels, options.mesh_model
+    moved = {"model.path": options.model, "data.source": options.run_text}
+    moved = {name: place for name, place in moved.items() if place}
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
-        config = read_config(workdir) if options.workdir else own
+        config = (read_config(workdir) if options.workdir else own).with_fields(moved)
         restate = own.policy.restate if options.restate is None else options.restate
         session = open_text(config, *text, restate, options.prefix_len)
         policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
         policy = TrainedPolicy(params, own, options.policy, about["updates"])
         return policy, session, about["documents"], {}
     config, checkpoints = open_run(workdir)  # before anything heavy
+    config = config.with_fields(moved)
     session = open_text(config, *text, options.restate, options.prefix_len)
     checkpoints.bind(session.identity | config.identity())
     policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
     # The best policy may be an earlier one.
-    return policy, session, training_documents(config, session), {"run_updates": checkpoints.latest_step()}
+    return (
+        policy,
+        session,
+        training_documents(config, session, workdir),
+        {"run_updates": checkpoints.latest_step()},
+    )

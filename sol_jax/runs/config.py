@@ -68,6 +68,11 @@ class TrainConfig(Options):
     log_every: int = option(1, "updates", at_least=1)
     checkpoint_every: int = option(50, "updates", at_least=1)
     keep: int = option(3, "latest checkpoints that are kept, besides the best one", at_least=1)
+    wandb: str = option("", "project of Weights & Biases that gets the metrics too; empty: none")
+
+    def check(self) -> None:
+        if set(self.wandb) & set("/\\#?%:") or len(self.wandb) > 128:  # as wandb has it
+            raise self.wrong("wandb", "a project's name: at most 128 characters, and none of / \\ # ? % :")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,9 @@ class RunConfig(Options):
     learner: Literal["grpo", "counterfactual"] = option(
         "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
     )
-    start_from: str = option("", "a policy: the folder of a run, or a published name; empty: a fresh one")
+    start_from: str = option(
+        "", "a policy: the folder of a run, a published name or hub:OWNER/NAME; empty: a fresh one"
+    )
     kernels: str = option(
         "auto",
         "how decode steps run: by platform and shape, or a named implementation, or why not",

@@ -21,6 +21,7 @@ from sol_jax import hosts
 from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
+from sol_jax.evaluation.provenance import remember_documents
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
 from sol_jax.files import local_path
 from sol_jax.hosts import AgreedError
@@ -34,9 +35,11 @@ from sol_jax.runs.config import RunConfig, read_config
 from sol_jax.runs.policy_files import check_fits
 from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.runs.trained_policy import find_policy
+from sol_jax.runs.wandb_writer import check_installed
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
+from sol_jax.training.sample import sample_episode
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
@@ -84,6 +87,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     hosts.together(config.check_here)
+    hosts.together(lambda: check_installed(config.train.wandb))  # here alone: an evaluation elsewhere needs no wandb
     workdir = local_path(workdir, "--workdir")
     processes = jax.process_count()
     if processes > config.grpo.batch_size:
@@ -128,6 +132,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
+    remember_documents(workdir, blocks.documents)  # once it is clear that the run is of this text
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
@@ -136,7 +141,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     with StopRequest() as stop:
         with (
             contextlib.closing(checkpoints),
-            metrics.Writer(workdir, start) as writer,
+            metrics.Writer(workdir, start, config.train.wandb, config.flat()) as writer,
             contextlib.closing(bar),
         ):
             hooks = metrics.periodic_actions(writer, num_updates)
@@ -160,6 +165,9 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                     scalars |= rate.since_last(step)
                 if due:
                     scalars |= validate(session, state)
+                    if hosts.any_of(bool(writer.others)):  # of which somebody looks at pictures
+                        sample = sample_episode(session, state)
+                        writer.sample(step, sample.text, sample.image())
                     rate.restart(step)
                     bar.say(f"update {step}: {in_words(scalars, validated=True)}")
                 if log:

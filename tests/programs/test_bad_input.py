@@ -114,6 +114,7 @@ IMPOSSIBLE = {
     "train.log_every": (0,),
     "train.checkpoint_every": (0,),
     "train.keep": (0,),
+    "train.wandb": ("me/sol", "sol:1", "s" * 129),
     "eval.every": (-1,),
     "eval.num_blocks": (0,),
     "eval.num_test_blocks": (-1,),
