@@ -28,7 +28,7 @@ from sol_jax.models import llama
 from sol_jax.models.llama import KVCache
 from sol_jax.planning.known_models import architecture
 from sol_jax.planning.plan import shares_of
-from sol_jax.planning.programs import learn_program, mesh_on, play_program
+from sol_jax.planning.programs import learn_program, play_program, row_on
 from sol_jax.planning.sizes import Shares, cache_bytes, played_bytes, weight_bytes
 from sol_jax.planning.topology import Topology, parse_topology
 from sol_jax.rl.config import EpisodeConfig
@@ -246,20 +246,18 @@ def updates() -> list[Check]:
             return shares_of(config, topology, architecture(config.model.path, config.model.dtype))
 
         def playing(topology: Topology, shares: Any = shares) -> Program:
-            return *play_program(shares(topology), mesh_on(topology, shares(topology))), ()
+            return *play_program(shares(topology), row_on(topology, shares(topology))), ()
 
         def learning(topology: Topology, shares: Any = shares) -> Program:
-            return *learn_program(shares(topology), mesh_on(topology, shares(topology))), (0,)
+            return *learn_program(shares(topology), row_on(topology, shares(topology))), (0,)
 
         setup = shares(parse_topology("v5e:2x2")).setup
         label = f"{name} bfloat16, model {model}"
         caches, weights = int(cache_bytes(setup) / model), int(weight_bytes(setup, model))
         found.append(Check(f"play {label}", on=playing, once=caches, never=weights, quick=model == 2))
-        # Put together it is there once more; besides, a minibatch in the policy, and gradients.
+        # Besides what was played: a minibatch in the policy, and gradients.
         played = int(played_bytes(setup))
-        found.append(
-            Check(f"learn {label}", on=learning, once=2 * played + LITTLE, never=played, quick=model == 2)
-        )
+        found.append(Check(f"learn {label}", on=learning, once=LITTLE, never=played, quick=model == 2))
     return found
 
 

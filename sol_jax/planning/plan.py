@@ -15,7 +15,7 @@ from sol_jax.planning.compiled import Compiled
 from sol_jax.planning.known_models import architecture
 from sol_jax.planning.programs import compile_update
 from sol_jax.planning.seconds import Seconds, row_traffic, seconds
-from sol_jax.planning.sizes import Shares, Sizes, sizes
+from sol_jax.planning.sizes import Shares, Sizes, played_bytes, sizes
 from sol_jax.planning.topology import Topology
 from sol_jax.runs.config import RunConfig
 
@@ -110,7 +110,8 @@ def measured(by_arithmetic: Sizes, shares: Shares, play: Compiled, learn: Compil
     return dataclasses.replace(
         by_arithmetic,
         play_temporaries=max(play.temporaries - by_arithmetic.caches, 0.0),
-        learn_temporaries=float(learn.temporaries + learn.outputs - learn.aliased),
+        # What was played lies there in parts, and put together.
+        learn_temporaries=learn.temporaries + learn.outputs - learn.aliased + played_bytes(shares.setup),
     )
 
 

@@ -1,8 +1,8 @@
 """Memory of an update by arithmetic: what each part holds on the device that holds most, in bytes.
 
-An update is two programs (`sol_jax.rl.sharded_update`): rows of the mesh play chunks of blocks, and the first
-device of each process learns from what all rows played.  Shapes of caches and of what is played are those of
-the functions themselves.  Temporaries are estimated, by the largest arrays that each stage has at once.
+An update is two programs (`sol_jax.rl.sharded_update`): each row of the mesh plays chunks of blocks, and the
+first device of each process learns from what all rows played.  Shapes of caches and of what is played are
+those of the functions themselves.  Temporaries are estimated, by the largest arrays of each stage.
 """
 
 import dataclasses
@@ -139,7 +139,8 @@ def _played(setup: Setup, blocks: int) -> Any:
 
     def of_blocks(weights: Any, tokens_BxN: jax.Array) -> Any:
         state = init_state(jax.random.key(0), setup)
-        return play(state.params, weights, tokens_BxN, draw(state, blocks, setup), setup)
+        drawn = draw(state.key, state.step, blocks, setup)
+        return play(state.params, weights, tokens_BxN, drawn, setup)
 
     tokens = jax.ShapeDtypeStruct((blocks, setup.episode.block_length), jnp.int32)
     return jax.eval_shape(of_blocks, abstract_weights(setup.model), tokens)
