@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sol_jax.models.llama import ParamSpec, abstract_weights, weight_specs
 from sol_jax.models.sharding import MODEL, RULES
 from sol_jax.rl.collect import prefill_blocks
+from sol_jax.rl.config import MemoryConfig, OptimConfig
 from sol_jax.rl.learn import TrainState
 from sol_jax.rl.rollout import PrefilledBlock
 from sol_jax.rl.setup import Setup
@@ -97,9 +98,22 @@ def sizes(shares: Shares, platform: str) -> Sizes:
     )
 
 
-@functools.cache
 def abstract_state(setup: Setup) -> TrainState:
     """Policy and optimizer of a run, without arrays."""
+    return _state(_as_traced(setup, setup.optim, setup.model.dtype))
+
+
+# Tracing takes seconds, and most of what plans vary does not change what it gives: one setup stands for many.
+
+
+def _as_traced(setup: Setup, optim: OptimConfig, dtype: str) -> Setup:
+    grpo = dataclasses.replace(setup.grpo, batch_size=1)
+    model = dataclasses.replace(setup.model, dtype=dtype, kernels="xla")
+    return dataclasses.replace(setup, grpo=grpo, optim=optim, memory=MemoryConfig()).with_rules(model=model)
+
+
+@functools.cache
+def _state(setup: Setup) -> TrainState:
     return jax.eval_shape(lambda: init_state(jax.random.key(0), setup))
 
 
@@ -112,6 +126,11 @@ def weight_bytes(setup: Setup, model: int) -> float:
         return model if any(RULES.get(name or "") == MODEL for name in spec.axes) else 1
 
     return float(sum(item * math.prod(spec.shape) / cut(spec) for spec in specs))
+
+
+def prefilled(setup: Setup) -> PrefilledBlock:
+    """A block after its prefill, without arrays."""
+    return _prefilled(_as_traced(setup, OptimConfig(), setup.model.dtype))
 
 
 @functools.cache
@@ -130,25 +149,26 @@ def cache_bytes(setup: Setup) -> float:
     item = jnp.dtype(cfg.dtype).itemsize
     entries = shape.episodes_per_prefix * setup.grpo.num_schedules * shape.horizon
     own = 2.0 * cfg.num_layers * cfg.num_kv_heads * cfg.head_size * item * entries
-    return size_of(_prefilled(setup).cache) + own
+    return size_of(prefilled(setup).cache) + own
 
 
 @functools.cache
-def _played(setup: Setup, blocks: int) -> Any:
-    """What so many blocks give, abstract."""
+def _played(setup: Setup) -> Any:
+    """What a block gives, without arrays."""
 
-    def of_blocks(weights: Any, tokens_BxN: jax.Array) -> Any:
+    def of_block(weights: Any, tokens_BxN: jax.Array) -> Any:
         state = init_state(jax.random.key(0), setup)
-        drawn = draw(state.key, state.step, blocks, setup)
+        drawn = draw(state.key, state.step, 1, setup)
         return play(state.params, weights, tokens_BxN, drawn, setup)
 
-    tokens = jax.ShapeDtypeStruct((blocks, setup.episode.block_length), jnp.int32)
-    return jax.eval_shape(of_blocks, abstract_weights(setup.model), tokens)
+    tokens = jax.ShapeDtypeStruct((1, setup.episode.block_length), jnp.int32)
+    return jax.eval_shape(of_block, abstract_weights(setup.model), tokens)
 
 
 def played_bytes(setup: Setup) -> float:
     """Of all that is learned from in an update."""
-    return setup.grpo.batch_size * size_of(_played(setup, 1))
+    # Whatever the model computes in, observations are float32.
+    return setup.grpo.batch_size * size_of(_played(_as_traced(setup, OptimConfig(), "float32")))
 
 
 def prefilled_tokens(setup: Setup) -> int:
@@ -173,13 +193,13 @@ def _play_temporaries(shares: Shares, platform: str) -> float:
     scores = 0.0 if platform == "cpu" else H * N * N * (4 + 4 + item)
     prefill = at_once * (scores + N * (2 * F * 4 + 3 * D * 4))
     # The cache of the blocks prefilled so far, and that of those at hand.
-    prefill += at_once * size_of(_prefilled(setup).cache) / m
+    prefill += at_once * size_of(prefilled(setup).cache) / m
     R, T = rows_of_chunk(shares), setup.episode.horizon
     decode = R * (H * (N + T) * (4 + 4 + item) + 3 * F * 4)
     hidden = R * T * D * 4.0  # of every step, which the head reads when all are done
     rows = min(memory.head_rows, R * T)
     head = rows * V * 4 * 3
-    observed = size_of(_played(setup, 1)) * shares.chunk
+    observed = played_bytes(setup) / setup.grpo.batch_size * shares.chunk
     return max(prefill, decode + hidden + observed, 2 * hidden + head + observed)
 
 

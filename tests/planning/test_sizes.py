@@ -1,5 +1,6 @@
 """Memory of an update: by hand, and beside what a CPU really takes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -49,11 +50,23 @@ def test_what_was_played_is_the_batch_filled_up():
     assert sizes(two, "gpu").total == max(sizes(two, "gpu").playing, sizes(two, "gpu").learning)
 
 
-@pytest.mark.parametrize("field", ["memory.prefill_batch", "memory.head_rows"])
-def test_less_at_once_takes_less(field):
+@pytest.mark.parametrize(
+    ("field", "wide"),
+    [("memory.prefill_batch", {"max_position": 256}), ("memory.head_rows", {"vocab_size": 5000})],
+)
+def test_less_at_once_takes_less(field, wide):
+    """Long prompts, whose scores count, or a large vocabulary."""
+    length = 200 if "max_position" in wide else 8
     few, many = (
-        sizes(shares_of(chunk=8, **{"episode.prefix_len": length, field: count}), "gpu").play_temporaries
-        for count, length in ((1, 8 if "head" in field else 40), (64, 8 if "head" in field else 40))
+        sizes(
+            shares_of(
+                chunk=8,
+                llama=dataclasses.replace(COUNTED, **wide),
+                **{"episode.prefix_len": length, field: count},
+            ),
+            "gpu",
+        ).play_temporaries
+        for count in (1, 64)
     )
     assert few < many
 
