@@ -87,7 +87,8 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     hosts.together(config.check_here)
-    hosts.together(lambda: check_installed(config.train.wandb))  # here alone: an evaluation elsewhere needs no wandb
+    # Here alone: an evaluation elsewhere needs no wandb.
+    hosts.together(lambda: check_installed(config.train.wandb))
     workdir = local_path(workdir, "--workdir")
     processes = jax.process_count()
     if processes > config.grpo.batch_size:
