@@ -125,6 +125,9 @@ IMPOSSIBLE = {
     ),
     "memory.prefill_batch": (0,),
     "memory.head_rows": (0,),
+    "mesh.data": (0, -2),
+    "mesh.model": (0,),
+    "mesh.chunk": (-1, 1000),
 }  # fmt: skip
 CASES = [(field, value) for field, values in IMPOSSIBLE.items() for value in values]
 
