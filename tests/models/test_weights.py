@@ -138,8 +138,8 @@ def test_layouts_by_hand(tmp_path: Path) -> None:
     d = cfg.head_size
     for head in range(cfg.num_heads):
         rows = slice(head * d, (head + 1) * d)
-        np.testing.assert_array_equal(weights["layers"]["q"][1, :, head], q[rows].T)
-        np.testing.assert_array_equal(weights["layers"]["o"][1, head], o[:, rows].T)
+        np.testing.assert_array_equal(weights["layers"]["q"][1, :, rows], q[rows].T)
+        np.testing.assert_array_equal(weights["layers"]["o"][1, rows], o[:, rows].T)
     np.testing.assert_array_equal(weights["lm_head"], tensors["lm_head.weight"].T)
     np.testing.assert_array_equal(weights["embed"], tensors["model.embed_tokens.weight"])
 
