@@ -1,11 +1,12 @@
 """The one exception for mistakes a user can mend, and how entry points end on it."""
 
+import contextlib
 import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pallas_kernels.errors import UnavailableError
@@ -23,6 +24,10 @@ class UserError(ValueError):
         line = " ".join(message.split("\n"))
         half = LONGEST // 2
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback; IPython asks for it by this name."""
+        return [f"error: {self}"]
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +56,19 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapped
+
+
+@contextlib.contextmanager
+def telling_of_memory(what: str, instead: str) -> Iterator[None]:
+    """Turns a device's lack of memory into a `UserError`: `what` needs more, and `instead` needs less."""
+    try:
+        yield
+    except RuntimeError as error:  # JAX's own is one
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        raise UserError(
+            f"{what} needs more memory than this device has; {instead} ({reason(error)[:200]})"
+        ) from error
 
 
 def reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from sol_jax.errors import UserError
+from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.evaluation import results_csv
 from sol_jax.evaluation.budget_grid import Budgets
 from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, Progress, run
@@ -138,10 +138,11 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     about = decides(session, batches, options.stale_prefill)
     store = ScoreCache(output.with_suffix(".scores"), about, found_at(session))
     parallel = options.parallel or config.grpo.num_schedules
-    sweep = Sweep(
-        session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
-    )
-    return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
+    with telling_of_memory("the evaluation", "lower --parallel or --batch_size"):
+        sweep = Sweep(
+            session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
+        )
+        return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 
 def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[ComparisonRow]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sol_jax.errors import UserError
+from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.files import local_path
 from sol_jax.generation import html_page
 from sol_jax.generation.engine import Engine, Output, Request, check_request
@@ -49,6 +49,16 @@ class GeneratedText:
     def costs(self) -> np.ndarray:
         """What each token was given on each axis, [N, X]; the first comes of the dense prefill."""
         return token_costs(self.output, self.engine.cfg)
+
+    @property
+    def realised(self) -> np.ndarray:
+        """Mean cost of each axis, [X], over the steps that the controller could control."""
+        return self.output.mean_cost(self.engine.cfg.space.costs_AxX)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Which step of its episode wrote each token, [N], from 0; -1: the dense prefill."""
+        return np.concatenate([[-1], *(np.arange(episode.tokens) for episode in self.output.episodes)])
 
     @functools.cached_property
     def facts(self) -> dict[str, str]:
@@ -104,6 +114,7 @@ def generate_text(
         sampling = Sampling(temperature, top_k, top_p)
     except ValueError as error:
         raise UserError(str(error)) from None
-    engine = open_engine(model, policy, controller, check=check, sampling=sampling, **options)
-    output, rate = write_out(engine, asked[0], show=False, shaded=False)
+    with telling_of_memory("the text", "lower max_tokens, or open the model with dtype bfloat16"):
+        engine = open_engine(model, policy, controller, check=check, sampling=sampling, **options)
+        output, rate = write_out(engine, asked[0], show=False, shaded=False)
     return GeneratedText(engine, output, rate)

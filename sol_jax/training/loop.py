@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sol_jax.costs.update import matmul_rate, update_flops
-from sol_jax.errors import UserError
+from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.evaluation.comparison import summary
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
 from sol_jax.files import local_path
@@ -71,7 +71,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
 
     Raises:
       UserError: anything wrong with config, model, text or workdir; a second run in one workdir; a NaN or
-        Inf; a full disk.
+        Inf; a full disk; too little memory.
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     if jax.process_count() > 1:  # the text is shared out below, but gradients are not summed over processes
@@ -80,7 +80,8 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         )
     config.check_here()
     workdir = local_path(workdir, "--workdir")
-    with only_run(workdir):
+    less = "lower config.grpo.num_schedules, config.grpo.batch_size or config.memory.prefill_batch"
+    with only_run(workdir), telling_of_memory("the training", less):
         return _train(config, workdir)
 
 
