@@ -3,8 +3,8 @@
     python -m experiments.colab.form
     python -m experiments.colab.form --address https://github.com/OWNER/sol_jax
 
-Says what is wrong with which.  The address of the repository is the field `url` of `setup.cfg`; badges and first
-cells repeat it, since whoever opens a notebook has nothing else; `--address` writes another wherever it stands.
+Says what is wrong with which.  The address of the repository is the field `url` of `setup.cfg`; badges and
+first cells repeat it, since whoever opens a notebook has nothing else; `--address` writes another there.
 """
 
 import argparse

@@ -42,7 +42,13 @@ def with_parameters(notebook: form.Notebook, values: Mapping[str, Any]) -> form.
     return changed
 
 
-def execute(notebook: form.Notebook, folder: pathlib.Path, install: bool = False, timeout: int = 3600) -> Any:
+def execute(
+    notebook: form.Notebook,
+    folder: pathlib.Path,
+    install: bool = False,
+    timeout: int = 3600,
+    kernel: str = "python3",
+) -> Any:
     """Runs all cells in `folder`, in a kernel of its own; returns the notebook with outputs and times.
 
     Raises `nbclient.exceptions.CellExecutionError` at the first cell that fails.
@@ -53,7 +59,7 @@ def execute(notebook: form.Notebook, folder: pathlib.Path, install: bool = False
             cell["source"] = "pass"
     node = nbformat.reads(json.dumps(ready), as_version=4)
     client = NotebookClient(
-        node, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        node, timeout=timeout, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}
     )
     return client.execute()
 
@@ -109,13 +115,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], type=given, metavar="NAME=VALUE", dest="values")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("build/notebooks"))
     parser.add_argument("--install", action="store_true", help="runs the cell that installs, too")
+    parser.add_argument("--kernel", default="python3", help="Jupyter's name of the environment it runs in")
     parser.add_argument("--picture", action="store_true", help="commits the picture")
     args = parser.parse_args()
     path = form.FOLDER / f"{args.name}.ipynb"
     committed = form.read(path)
     begin = time.monotonic()
     folder = form.FOLDER if args.install else form.ROOT
-    done = execute(with_parameters(committed, dict(args.values)), folder, args.install)
+    done = execute(with_parameters(committed, dict(args.values)), folder, args.install, kernel=args.kernel)
     for cell in done["cells"]:
         if cell["cell_type"] == "code":
             print(f"{seconds(cell):7.1f} s  {form.source(cell).splitlines()[0][:70]}")

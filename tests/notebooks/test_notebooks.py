@@ -14,6 +14,7 @@ from nbclient.exceptions import CellExecutionError
 
 from experiments.colab import form, run
 from sol_jax.errors import UserError
+from sol_jax.training.from_config import train_policy
 
 HOSTILE = "<script>alert('a')</script>\n<script>alert('b')</script>\n<script>"
 
@@ -61,15 +62,32 @@ def small(tiny_folder) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory) -> pathlib.Path:
+    """A tiny `model` with room for prefixes of 256 tokens, and a `corpus.jsonl` with many of them."""
+    folder = tmp_path_factory.mktemp("roomy")
+    tiny.save_model(folder / "model", max_position_embeddings=1024)
+    tiny.save_corpus(folder / "corpus.jsonl", documents=200, words=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(roomy, tiny_folder) -> pathlib.Path:
+    """A run for that model, on other text."""
+    fields = {"model.path": str(roomy / "model"), "train.num_updates": 1, "eval.num_test_blocks": 0}
+    return train_policy(tiny.config_for(tiny_folder, **fields), roomy / "policy")
+
+
 def rows(path: pathlib.Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_quickstart(small, tmp_path):
+    """With the published policy, on a prompt that makes the model write what a page would run."""
     found = shown(
         "quickstart",
-        PROMPT="Once upon a time",
+        PROMPT=HOSTILE,
         MAX_TOKENS=20,
         BUDGET=(0.7, 0.8, 0.8),
         CONFIG="default:smoke",
@@ -80,6 +98,8 @@ def test_quickstart(small, tmp_path):
     published, own = (html for html in found.html if "net keep rate up to" in html)
     assert published.count("<span") >= 20 + 10
     assert published != own
+    assert "&lt;" in published
+    assert "<script" not in published
     assert re.search(r"requested +kappa 0.700, rho 0.800, eta 0.800", found.printed)
     assert "ended by" in found.printed
     table = rows(tmp_path / "run" / "results.csv")
@@ -89,29 +109,29 @@ def test_quickstart(small, tmp_path):
     assert found.widgets  # the bar of the training
 
 
-def test_where_does_compute_go(tmp_path):
-    """On a prompt that makes the model write what a page would run."""
-    budgets = [(0.3, 0.5, 0.4), (0.5, 0.7, 0.6), (1.0, 1.0, 1.0)]
+def test_where_does_compute_go(roomy, policy, tmp_path):
+    budgets = [(0.3, 0.65, 0.4), (0.5, 0.7, 0.6), (1.0, 1.0, 1.0)]
     found = shown(
         "where_does_compute_go",
-        PROMPT=HOSTILE,
+        MODEL=str(roomy / "model"),
+        POLICY=str(policy),
+        PROMPT="the cat sat",
         MAX_TOKENS=24,
         BUDGETS=budgets,
+        SOURCE=str(roomy / "corpus.jsonl"),
         BLOCKS=2,
         CEILING_AXIS="eta",
         CEILING_BLOCKS=2,
         FOLDER=str(tmp_path),
     )
     (shaded,) = (html for html in found.html if "net keep rate up to" in html)
-    assert "&lt;" in shaded
-    assert "<script" not in shaded
+    assert shaded.count('title="net ') == 24
     assert "smollm2-135m/sol-j-fl" in found.printed
-    # Asked for all of it, the policy spends nearly all of it; asked for little, little.
-    spent = re.findall(r"^[\d., ]{24} ([\d., ]{24}) ", found.printed, re.M)
-    mean = [sum(map(float, line.split(","))) / 3 for line in spent]
-    assert len(mean) == 3
-    assert mean[0] < mean[1] < mean[2]
-    assert mean[2] > 0.9
+    spent = re.findall(r"^([\d., ]{24}) ([\d., ]{24}) (\d\.\d\d)  +[\d.]+ MB a token", found.printed, re.M)
+    assert [tuple(map(float, asked.split(","))) for asked, _, _ in spent] == budgets
+    for asked, took, missed in spent:
+        pairs = zip(asked.split(","), took.split(","), strict=True)
+        assert max(abs(float(a) - float(b)) for a, b in pairs) == pytest.approx(float(missed), abs=0.011)
     table = rows(tmp_path / "controllers.csv")
     assert {row["controller"] for row in table} == {"policy", "fixed", "clock", "swapped", "dense"}
     assert {row["requested_kappa"] for row in table if row["controller"] == "policy"} == {"0.5"}
@@ -122,15 +142,15 @@ def test_where_does_compute_go(tmp_path):
     assert len(found.png) == 2
 
 
-def test_your_own_axis(small, tiny_folder, tmp_path):
+def test_your_own_axis(small, roomy, tmp_path):
     omega = {"axes.omega.levels": (0.5, 1.0), "axes.omega.budget": (0.5, 1.0)}
     found = shown(
         "your_own_axis",
         PLACE=str(tmp_path / "own"),
         LEVELS=(0.2, 0.6, 1.0),
         CEILING_BLOCKS=2,
-        MODEL=str(tiny_folder / "model"),
-        SOURCE=str(tiny_folder / "corpus.jsonl"),
+        MODEL=str(roomy / "model"),
+        SOURCE=str(roomy / "corpus.jsonl"),
         CONFIG="default:smoke",
         FIELDS=small | omega | {"eval.budgets": ((0.6, 0.75, 0.7, 0.8),)},
         WORKDIR=str(tmp_path / "omega"),
@@ -198,8 +218,8 @@ def test_paper_figures(small, tmp_path):
     assert len(found.png) == 1
 
 
-def test_a_policy_of_another_model_is_refused_in_a_sentence(tiny_folder):
-    said = sentence("quickstart", MODEL=str(tiny_folder / "model"))
+def test_a_policy_of_another_model_is_refused_in_a_sentence(roomy):
+    said = sentence("quickstart", MODEL=str(roomy / "model"))
     assert "the policy smollm2-135m/sol-j-fl is for another model" in said
 
 

@@ -16,7 +16,7 @@ def test_a_program_runs_and_is_heard(tmp_path, capfd):
 
 def test_lists_have_commas():
     with pytest.raises(UserError, match="unrecognized arguments: --nothing=1,b"):
-        sol_jax.run_program("experiments.figures.front", nothing=(1, "b"))
+        sol_jax.run_program("experiments.figures.front", results="a", output="b", nothing=(1, "b"))
 
 
 def test_a_program_that_fails_is_told_by_its_own_sentence():
