@@ -36,7 +36,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # formulas need no network: MathJax comes with the site
 ]
-exclude_patterns = ["_build", "notebooks/*.md", "notebooks/*.py"]
+exclude_patterns = ["_build", "notebooks/*.md"]
 nb_execution_mode = "off"  # `make notebooks` runs them
 highlight_language = "none"
 html_theme = "furo"

@@ -65,11 +65,16 @@ class GeneratedText:
         """What there is to say about the text, by name: budgets, bytes, operations, likelihood, speed."""
         return dict(facts(self.engine, self.output, self.tokens_per_second))
 
+    def _repr_html_(self) -> str:
+        return self.html
+
     def save_html(self, path: str | pathlib.Path) -> None:
         """Writes a page with the text shaded by compute, beside what the dense model writes."""
         write_page(local_path(path, "the page"), "text", self.engine, self.output, list(self.facts.items()))
 
-    def _repr_html_(self) -> str:
+    @property
+    def html(self) -> str:
+        """The text shaded by compute, as a part of a page; whatever the text holds stays text."""
         return html_page.fragment(self.pieces, self.costs, self.axes, self.output.transcript.written())
 
 

@@ -174,7 +174,7 @@ def test_your_own_axis(small, roomy, tmp_path):
 
 def test_your_own_model(small, tiny_folder, tmp_path):
     """Stopped in the middle and started again."""
-    fields = small | {"train.num_updates": 400, "train.checkpoint_every": 5, "eval.every": 0}
+    fields = small | {"train.num_updates": 150, "train.checkpoint_every": 5, "eval.every": 0}
     del fields["model.path"]
     found = shown(
         "your_own_model",
@@ -189,11 +189,11 @@ def test_your_own_model(small, tiny_folder, tmp_path):
         MAX_TOKENS=8,
     )
     stopped = int(re.search(r"stopped by SIGTERM after update (\d+); start again", found.printed)[1])
-    assert 5 <= stopped < 400
-    assert f"goes on after update {stopped}; {400 - stopped} updates" in found.printed
+    assert 5 <= stopped < 150
+    assert f"goes on after update {stopped}; {150 - stopped} updates" in found.printed
     assert re.search(r"GB  of \d+\.\d GB that are free", found.printed)
     table = rows(tmp_path / "run" / "results.csv")
-    assert {row["run_updates"] for row in table} == {"400"}
+    assert {row["run_updates"] for row in table} == {"150"}
     assert len(found.png) == 1
     assert any("net keep rate up to" in html for html in found.html)
 
@@ -248,3 +248,28 @@ def test_a_training_that_fails_is_told_by_its_own_sentence(tiny_folder, tmp_path
 def test_a_parameter_that_is_not_there_is_named():
     with pytest.raises(UserError, match="has no parameter SEED; it has PROMPT, "):
         shown("quickstart", SEED=1)
+
+
+def test_a_repository_that_cannot_be_fetched_is_told_in_a_sentence(tmp_path):
+    """As without network: the first cell of code, in a folder that is no checkout."""
+    notebook = form.read(form.FOLDER / "quickstart.ipynb")
+    (cell,) = form.tagged(notebook, "install")
+    gone = f'REPOSITORY = "{tmp_path / "gone"}"'
+    cell["source"] = re.sub('REPOSITORY = ".*"', gone, form.source(cell))
+    with pytest.raises(CellExecutionError) as stopped:
+        run.execute(notebook | {"cells": [cell]}, tmp_path, install=True, timeout=60)
+    assert str(stopped.value).rstrip().endswith("check the runtime's network and the address above")
+    assert "Traceback (most recent call last)" not in str(stopped.value)
+
+
+def test_a_runtime_that_is_too_small_is_told_in_a_sentence(tmp_path):
+    """The same cell in a checkout, which asks for more memory than there is."""
+    notebook = form.read(form.FOLDER / "quickstart.ipynb")
+    (cell,) = form.tagged(notebook, "install")
+    cell["source"] = form.source(cell).replace('"--gigabytes", "4"', '"--gigabytes", "1e9"')
+    with pytest.raises(CellExecutionError) as stopped:
+        run.execute(notebook | {"cells": [cell]}, form.FOLDER, install=True, timeout=60)
+    assert re.search(
+        r"the runtime has [\d.]+ GB of free memory, and this notebook needs 1e\+09 GB; restart it",
+        str(stopped.value),
+    )
