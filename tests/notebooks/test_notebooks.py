@@ -201,7 +201,7 @@ def test_your_own_model(small, tiny_folder, tmp_path):
 def test_paper_figures(small, tmp_path):
     found = shown(
         "paper_figures",
-        CONFIG="sol_j_2l:smoke",
+        CONFIG="default:smoke",
         FIELDS=small | {"eval.every": 0, "eval.num_test_blocks": 0},
         BLOCKS=2,
         NUM_RANDOM=2,
