@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or 3.12 with pip; see README.md.
+# `make demo` and `make test` need nothing but Python 3.11, 3.12 or 3.13 with pip; see README.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

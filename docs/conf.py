@@ -36,13 +36,14 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # formulas need no network: MathJax comes with the site
 ]
-exclude_patterns = ["_build", "notebooks/*.md"]
+exclude_patterns = ["_build", "gallery", "notebooks/*.md"]
 nb_execution_mode = "off"  # `make notebooks` runs them
 highlight_language = "none"
 html_theme = "furo"
 html_title = "sol_jax"
 html_copy_source = False
 html_static_path: list[str] = []
+html_extra_path = ["gallery"]  # pages of shaded texts, as they are
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3

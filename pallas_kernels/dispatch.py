@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import native
+from pallas_kernels import native, pallas_triton
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.tuning import NO_END, TABLE, Kernel
 
@@ -124,6 +124,8 @@ def _problem_of_platform(op: str, implementation: str, platform: str) -> tuple[s
     if (op, implementation, runs_as) not in TABLE:
         others = [name for name in IMPLEMENTATIONS[1:] if (op, name, _runs_as(name, platform)) in TABLE]
         return f"it has no {runs_as} kernel", " or ".join(map(repr, [*others, "xla"]))
+    if (implementation, runs_as) == ("pallas", "gpu") and (problem := pallas_triton.problem()) is not None:
+        return problem, "'xla'"
     if platform == "gpu" and (problem := gpu_problem()) is not None:
         return problem, "'xla'"
     if implementation == "triton" and (problem := triton_problem()) is not None:

@@ -29,7 +29,10 @@ map.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from sol_jax.jax_version import installed, newer_jax
 
 if TYPE_CHECKING:
     from sol_jax.errors import UserError
@@ -68,6 +71,10 @@ __all__ = [
     "run_program",
     "train_policy",
 ]
+
+# Before anything of JAX is imported, which may be what fails.
+if _told := newer_jax(installed()):
+    warnings.warn(_told, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,11 @@ app.run(main, flags_parser=parse_flags)       # and in main: options = given(Eva
 """
 
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -19,7 +17,6 @@ from sol_jax.errors import UserError, exits_on_user_error, reason
 from sol_jax.options import Options, described
 from sol_jax.runs.config import RunConfig
 
-NEWEST_JAX = (0, 12)
 _OPTIONS = typing.TypeVar("_OPTIONS", bound=Options)
 _DEFINE: dict[Any, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
@@ -90,21 +87,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         # What a program has to say it prints; logs of libraries, and ours of what compiles, are for those who
         # ask for them (--verbosity=0, or 1 for more).
         logging.set_verbosity(logging.WARNING)
-    if told := newer_jax(jax.__version_info__):
-        print(told, file=sys.stderr)
     return rest
-
-
-def newer_jax(version: tuple[int, ...]) -> str:
-    """What is to be said where jax is newer than any that was tried; empty where it is not."""
-    if version[:2] <= NEWEST_JAX:
-        return ""
-    newest, next_one = ".".join(map(str, NEWEST_JAX)), f"{NEWEST_JAX[0]}.{NEWEST_JAX[1] + 1}"
-    here = ".".join(map(str, version))
-    return (
-        f"jax {here} is newer than any that this was tried with ({newest}): if something fails, "
-        f"pip install 'jax<{next_one}'"
-    )
 
 
 def _underscored(arg: str) -> str:

@@ -12,6 +12,10 @@ from typing import Any
 from pallas_kernels.errors import UnavailableError
 
 LONGEST = 600  # characters of a message
+OUT_OF_MEMORY = (
+    "memory has run out; take bfloat16, fewer schedules or blocks at a time (config.grpo.batch_size, "
+    "config.grpo.num_schedules, config.eval.batch_size, --parallel), a shorter prefix or a smaller model"
+)
 
 
 class UserError(ValueError):
@@ -44,7 +48,8 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
-            result = main(*args, **kwargs)
+            with telling_of_memory():
+                result = main(*args, **kwargs)
             sys.stdout.flush()
         except (UserError, UnavailableError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -58,19 +63,25 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left: JAX has no type of its own for it."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 @contextlib.contextmanager
-def telling_of_memory(what: str, instead: str) -> Iterator[None]:
-    """Turns a device's lack of memory into a `UserError`: `what` needs more, and `instead` needs less."""
+def telling_of_memory() -> Iterator[None]:
+    """Turns a lack of memory into a `UserError` that says what takes less; also decorates functions."""
     try:
         yield
-    except RuntimeError as error:  # JAX's own is one
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
-        raise UserError(
-            f"{what} needs more memory than this device has; {instead} ({reason(error)[:200]})"
-        ) from error
+        raise UserError(f"{OUT_OF_MEMORY} ({UserError(reason(error))})") from error
 
 
 def reason(error: Exception) -> str:
     """The last line of an error's message, which after a quoted traceback is the one that tells."""
-    return re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1].strip())
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(r"^\w+Error: ", "", last.strip())

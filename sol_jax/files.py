@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from sol_jax.errors import UserError
@@ -34,6 +35,8 @@ def local_path(given: str | os.PathLike, name: str) -> pathlib.Path:
     if not text.startswith("~"):
         return pathlib.Path(text)
     opened = os.path.expanduser(text)
+    if opened == text and os.path.lexists(text):  # "~draft.txt", the name of a file
+        return pathlib.Path(text)
     if opened.startswith("~") or os.environ.get("HOME") == "":
         raise UserError(f"{name} is {text!r}, but there is no home folder; set HOME, or give a whole path")
     return pathlib.Path(opened)
@@ -53,13 +56,21 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def parse_json(text: str | bytes) -> Any:
+class _TwiceError(ValueError):
+    """Of a JSON object with two values for one name."""
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """What a JSON text says.  Raises ValueError, in plain words, if it is none or cannot be held.
+
+    `pairs` makes objects, as `object_pairs_hook` of Python's `json`.
 
     Python refuses numbers of more than 4,300 digits and deep nesting in ways of their own.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
+    except _TwiceError:
+        raise
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as fault:
@@ -70,10 +81,22 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("a number in it has more than 4,300 digits") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError if it says one thing in two ways, of which JSON would take the last."""
+    fields = dict(pairs)
+    for name, value in pairs if len(fields) < len(pairs) else ():
+        if value != fields[name]:
+            raise _TwiceError(f"it has {shown(name)} as {shown(value)} and as {shown(fields[name])}")
+    return fields
+
+
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.  Raises `UserError` if it is missing, unreadable or not an object."""
+    """The object in a JSON file.
+
+    Raises `UserError` if it is missing, unreadable, not an object, or contradicts itself.
+    """
     try:
-        value = parse_json(file.read_bytes())
+        value = parse_json(file.read_bytes(), _once)
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no {file.name}; a model folder needs it") from None
     except (OSError, ValueError) as fault:

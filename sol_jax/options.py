@@ -19,7 +19,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 from sol_jax.errors import UserError
-from sol_jax.files import is_remote
+from sol_jax.files import is_remote, shown
+
+MOST = 2**63 - 1  # of whole numbers: what JAX, numpy and files can hold
+MOST_SEED = 2**32 - 1  # of seeds, of which JAX takes these bits alone: 2**32 would be the seed 0
 
 
 def option(
@@ -74,7 +77,7 @@ class Options:
 
     def wrong(self, name: str, right: str) -> UserError:
         """The error that names a field, its value and what would be right."""
-        return UserError(f"{self.where}{name} is {getattr(self, name)!r}; it must be {right}")
+        return UserError(f"{self.where}{name} is {shown(getattr(self, name))}; it must be {right}")
 
     def with_fields(self, fields: Mapping[str, Any]) -> Self:
         """A copy with some fields changed, by dotted path.  Raises `UserError` for one that there is not."""
@@ -198,21 +201,28 @@ def _described(kind: Any) -> str:
     return names.get(kind, f"a group of fields ({kind.__name__})")
 
 
+def _number(bound: float) -> str:
+    """A bound as people write it: a whole number in full."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 def _broken_bound(value: Any, rules: Mapping[str, Any]) -> str:
     """What would be right, if a value breaks a rule of its field; else empty.  NaN breaks every bound."""
     if rules.get("path") and is_remote(value):
         return "a path on this machine: copy or mount it here"
     if rules.get("choices") and value not in rules["choices"]:
         return f"one of {', '.join(map(str, rules['choices']))}"
+    if type(value) is int and abs(value) > MOST:
+        return f"at most {MOST}"
     low, above, high = (rules.get(name) for name in ("at_least", "above", "at_most"))
     if low is not None and high is not None and not low <= value <= high:
-        return f"between {low:g} and {high:g}"
+        return f"between {_number(low)} and {_number(high)}"
     if low is not None and not low <= value < math.inf:
         return f"at least {low:g}"
     if above is not None and not above < value < math.inf:
         return f"above {above:g}"
     if high is not None and not -math.inf < value <= high:
-        return f"at most {high:g}"
+        return f"at most {_number(high)}"
     return ""
 
 

@@ -82,6 +82,7 @@ OTHER = {
     "train.log_every": None,
     "train.checkpoint_every": None,
     "train.keep": None,
+    "train.wandb": None,
     "eval.every": None,
     "eval.num_blocks": None,
     "eval.num_test_blocks": None,

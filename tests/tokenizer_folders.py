@@ -41,6 +41,7 @@ CHAT_IDS = [A, CHAT, SPACE, B, END]
 PLAIN_IDS = [*byte_ids("a<|chat|> b"), END]
 GENERAL = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|end|>", "bos_token": "<|start|>"}
+NEOX = {**LLAMA, "tokenizer_class": "GPTNeoXTokenizerFast"}
 ADDED = {"added_tokens_decoder": {"258": token("<|chat|>")}}
 
 CASES = {
@@ -91,6 +92,15 @@ CASES = {
     "llama: begins unsaid": Case(LLAMA, PLAIN_IDS, [START, *PLAIN_IDS]),
     "llama: does not begin": Case({**LLAMA, "add_bos_token": False}, PLAIN_IDS, PLAIN_IDS),
     "llama: ends": Case({**LLAMA, "add_eos_token": True}, PLAIN_IDS, [START, *PLAIN_IDS, END]),
+    "gpt-neox: begins": Case({**NEOX, "add_bos_token": True}, PLAIN_IDS, [START, *PLAIN_IDS]),
+    "gpt-neox: does not begin, unsaid": Case(NEOX, PLAIN_IDS, PLAIN_IDS),
+    "gpt-neox: ends": Case({**NEOX, "add_eos_token": True}, PLAIN_IDS, [*PLAIN_IDS, END]),
+    "cohere: begins unsaid": Case(
+        {**LLAMA, "tokenizer_class": "CohereTokenizerFast"}, PLAIN_IDS, [START, *PLAIN_IDS]
+    ),
+    "cohere: does not begin": Case(
+        {**LLAMA, "tokenizer_class": "CohereTokenizerFast", "add_bos_token": False}, PLAIN_IDS, PLAIN_IDS
+    ),
     "a space before": Case(
         {**GENERAL, "add_prefix_space": True},
         [SPACE, A, END, SPACE, B],

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.pallas_triton import plgpu
 from pallas_kernels.products import dot_on_gpu
 
 # These sizes are untested on a GPU.  They follow byte counts and what Triton makes of them for sm_90

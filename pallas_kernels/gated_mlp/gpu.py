@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.pallas_triton import plgpu
 from pallas_kernels.prune.gpu import compact
 
 # These sizes are untested on a GPU.  They follow byte counts, and what Triton makes of them for sm_90: 128

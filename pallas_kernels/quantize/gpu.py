@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.pallas_triton import plgpu
 from pallas_kernels.rows_gpu import call_rows, lanes
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.pallas_triton import plgpu
 from pallas_kernels.products import dot_on_gpu
 from pallas_kernels.topk import is_nan, kth_largest, ordered_bits
 

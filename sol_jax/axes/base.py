@@ -67,6 +67,7 @@ class Axis:
     level_costs: tuple[float, ...] = ()  # in another unit than the paper's; empty: `nominal_cost`
     name: str = dataclasses.field(default="", init=False)
     full: ClassVar[float] = 1.0  # the level that changes nothing
+    kept: ClassVar[str] = ""  # what a step uses a share of, for people who do not know the name
     rule: ClassVar[str] = ""  # which of several ways to act by the same levels
     effects: ClassVar[frozenset[Effect]] = frozenset()  # where it acts; other parts of a step pass it by
 

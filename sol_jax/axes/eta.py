@@ -25,6 +25,7 @@ class OutputQuantization(Axis):
     full: ClassVar[float] = MAX_BITS
     name: str = dataclasses.field(default="eta", init=False)
     effects: ClassVar[frozenset[Effect]] = frozenset({"mlp_output"})
+    kept: ClassVar[str] = "the MLP's output bits"
 
     def nominal_cost(self, level: float) -> float:
         return level / MAX_BITS

@@ -56,6 +56,7 @@ class Quest(Axis):
     name: str = dataclasses.field(default="kappa", init=False)
     effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
     rule: ClassVar[str] = "quest"
+    kept: ClassVar[str] = "the earlier text"
 
     def index_prefix(self, k_HxSxd: jax.Array) -> jax.Array:
         """Bounds of the prefix' pages, [H, P, 2d]."""
@@ -184,6 +185,7 @@ class Recency(Axis):
     name: str = dataclasses.field(default="kappa", init=False)
     effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
     rule: ClassVar[str] = "recency"
+    kept: ClassVar[str] = "the earlier text"
 
     def select(
         self,
@@ -221,6 +223,7 @@ class Relevancy(Axis):
     name: str = dataclasses.field(default="kappa", init=False)
     effects: ClassVar[frozenset[Effect]] = frozenset({"keys"})
     rule: ClassVar[str] = "relevancy"
+    kept: ClassVar[str] = "the earlier text"
 
     def select(
         self,

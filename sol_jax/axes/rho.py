@@ -20,6 +20,7 @@ class ChannelPruning(Axis):
 
     name: str = dataclasses.field(default="rho", init=False)
     effects: ClassVar[frozenset[Effect]] = frozenset({"mlp_input"})
+    kept: ClassVar[str] = "the MLP's input channels"
 
     def nominal_cost(self, level: float) -> float:
         return level / max(self.levels)

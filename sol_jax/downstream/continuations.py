@@ -9,11 +9,11 @@ Continuations of one context share its prefill.  The protocol is in `teacher_for
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -25,6 +25,7 @@ from sol_jax.errors import UserError
 from sol_jax.generation.engine import Engine, batch_bucket, length_bucket
 from sol_jax.generation.episodes import Decoder
 from sol_jax.models.finite import finite
+from sol_jax.models.sharding import fetch, num_rows
 
 SHORTEST_EPISODE = 4  # steps that compile at the least
 CACHE_TOKENS = 16384  # cache entries of a batch at most
@@ -204,7 +205,7 @@ def _arrays(requests: Sequence[Continuation], shape: Shape) -> tuple[np.ndarray,
         index_B[b] = contexts.index(request.context)
         token_BxN[b, :n] = (request.context[-1], *request.tokens[:-1])
         label_BxN[b, :n] = request.tokens
-    return tokens_UxS, length_U, GivenTokens(*map(jnp.asarray, (index_B, token_BxN, label_BxN)))
+    return tokens_UxS, length_U, GivenTokens(index_B, token_BxN, label_BxN)
 
 
 def score(
@@ -229,29 +230,45 @@ def score(
     cfg, found = engine.cfg, [ContinuationScore(*(np.zeros(0),) * 4)] * len(requests)
     if plan_RxM is None:
         (plan_RxM,) = plans(cfg.space, engine.controller, requests, budget, cfg.rules.episode.uncontrolled)
-    for batch, shape in batches(requests, cfg.horizon, batch_size):
+    shares = num_rows(engine.weights)
+    for parts, shape in _in_parts(batches(requests, cfg.horizon, batch_size), shares):
         if (cfg, shape) not in engine.compiled:
             logging.info("bucket: %s", ", ".join(f"{name} {n}" for name, n in shape._asdict().items()))
             engine.compiled.add((cfg, shape))
-        mine = [requests[r] for r in batch]
-        tokens_UxS, length_U, given_B = _arrays(mine, shape)
+        # Of each part by itself: the contexts that its rows are counted among.  Of a mesh, each row has a
+        # part.
+        arrays = [_arrays([requests[r] for r in part], shape) for part in parts]
+        tokens_UxS, length_U, given_B = jax.tree.map(lambda *leaves: np.concatenate(leaves), *arrays)
         context_U = prefill_contexts(engine.weights, tokens_UxS, length_U, shape.prefix + shape.steps, cfg)
         if engine.controller == "dense":
-            logp, greedy = jax.device_get(score_densely(engine.weights, context_U, given_B, cfg))
+            logp, greedy = fetch(score_densely(engine.weights, context_U, given_B, cfg))
             action, controllable = np.full(logp.shape, cfg.space.dense), np.zeros(logp.shape, bool)
         else:
-            plan_BxN = np.full((shape.rows, shape.steps), cfg.space.dense, np.int32)
+            plan_BxN = np.full((len(parts) * shape.rows, shape.steps), cfg.space.dense, np.int32)
             width = min(shape.steps, plan_RxM.shape[1])
-            plan_BxN[: len(batch), :width] = plan_RxM[batch, :width]
-            budget_BxX = jnp.full((shape.rows, len(cfg.space.axes)), jnp.asarray(budget or 1.0, jnp.float32))
+            for p, part in enumerate(parts):
+                plan_BxN[p * shape.rows :][: len(part), :width] = plan_RxM[part, :width]
+            budget_BxX = np.full((len(plan_BxN), len(cfg.space.axes)), np.asarray(budget or 1.0, np.float32))
             played = score_controlled(
                 engine.weights, engine.params, context_U, given_B, budget_BxX, plan_BxN, cfg
             )
-            logp, greedy, action, controllable = jax.device_get(played)
-        for b, request in enumerate(mine):
-            finite("a continuation", logp[b, : len(request.tokens)])
-        for b, (r, request) in enumerate(zip(batch, mine, strict=True)):
-            n = len(request.tokens)
-            found[r] = ContinuationScore(*(x[b, :n] for x in (logp, greedy, action, controllable)))
-        progress(len(batch))
+            logp, greedy, action, controllable = fetch(played)
+        for p, part in enumerate(parts):
+            for b, r in enumerate(part, p * shape.rows):
+                n = len(requests[r].tokens)
+                finite("a continuation", logp[b, :n])
+                found[r] = ContinuationScore(*(x[b, :n] for x in (logp, greedy, action, controllable)))
+        progress(len({r for part in parts for r in part}))
     return found
+
+
+def _in_parts(
+    found: Iterable[tuple[list[int], Shape]], count: int
+) -> Iterator[tuple[list[list[int]], Shape]]:
+    """Batches `count` at a time, of one shape that holds each of them; the last are filled up by
+    repetition."""
+    coming = iter(found)
+    while group := list(itertools.islice(coming, count)):
+        parts = [batch for batch, _ in group]
+        shape = Shape(*(max(sizes) for sizes in zip(*(shape for _, shape in group), strict=True)))
+        yield parts + parts[:1] * (count - len(parts)), shape

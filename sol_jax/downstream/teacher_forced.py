@@ -10,7 +10,6 @@ Here `U` counts contexts and `N` the steps of a continuation, filled up to W who
 one that ends early).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jax import lax
 from sol_jax.generation.episodes import HEAD_ROWS, Decoder, prefill_prompt
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, Weights
+from sol_jax.models.sharding import jit_by_row
 from sol_jax.rl.policy import Policy
 from sol_jax.rl.rollout import Episode, label_logp, policy_controller, replay, rollout
 
@@ -37,12 +37,12 @@ class PrefilledContext(NamedTuple):
 class GivenTokens(NamedTuple):
     """A continuation; those of a batch lead with B."""
 
-    context: jax.Array  # which of the contexts
-    token: jax.Array  # [N], consumed: the last one of the context, then the continuation
-    label: jax.Array  # [N], predicted: the continuation
+    context: Any  # which of the contexts; like the rest an array of the host's before it is scored
+    token: Any  # [N], consumed: the last one of the context, then the continuation
+    label: Any  # [N], predicted: the continuation
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "cfg"))
+@jit_by_row(whole=1, static=("capacity", "cfg"))
 def prefill_contexts(
     weights: Weights, tokens_UxS: jax.Array, length_U: jax.Array, capacity: int, cfg: Decoder
 ) -> PrefilledContext:
@@ -82,14 +82,14 @@ def judge(weights: Weights, hidden: jax.Array, label: jax.Array) -> tuple[jax.Ar
     return jax.tree.map(lambda leaf: leaf.reshape(label.shape), found)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@jit_by_row(whole=1, static=("cfg",))
 def score_densely(weights: Weights, context_U: PrefilledContext, given_B: GivenTokens, cfg: Decoder) -> tuple:
     """`logp` and `greedy` of every label, without a controller."""
     hidden_BxNxD, _ = dense_pass(weights, context_U, given_B, cfg)
     return judge(weights, hidden_BxNxD, given_B.label)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@jit_by_row(whole=2, static=("cfg",))
 def score_controlled(
     weights: Weights,
     params: Any,

@@ -7,7 +7,7 @@ from sol_jax.axes.base import ActionSpace
 from sol_jax.errors import UserError
 from sol_jax.evaluation import budget_grid
 from sol_jax.evaluation.comparison import BASELINES, ComparisonPlan
-from sol_jax.options import Options, option
+from sol_jax.options import MOST_SEED, Options, option
 from sol_jax.runs.config import RunConfig
 
 
@@ -18,11 +18,13 @@ class EvaluateOptions(Options):
     where = "--"
     workdir: str | None = option(None, "folder of the training run to evaluate", path=True)
     policy: str | None = option(
-        None, "name of a published policy, or its folder, instead of a checkpoint", path=True
+        None, "name of a published policy, its folder or hub:OWNER/NAME, instead of a checkpoint", path=True
     )
     step: int | None = option(
         None, "update whose checkpoint of --workdir is taken; default: the best", at_least=0
     )
+    model: str | None = option(None, "where the run's model is now; default: where it was", path=True)
+    run_text: str | None = option(None, "where the run's own text is now; default: where it was", path=True)
     source: str = option("", "another text than the run's own: as config.data.source", path=True)
     document_start: str = option("", "of --source: as config.data.document_start")
     split: str = option("test", "of the run's own text")
@@ -51,7 +53,12 @@ class EvaluateOptions(Options):
     stale_prefill: bool = option(False, "put in the authors' fault: prefill under left-over budgets")
     batch_size: int | None = option(None, "blocks at a time; default: as the run", at_least=1)
     parallel: int | None = option(None, "schedules of an episode at a time; default: as the run", at_least=1)
-    seed: int | None = option(None, "of the random schedules; default: as the run", at_least=0)
+    mesh_model: int = option(
+        1, "devices that share one copy of the weights; all others share the work", at_least=1
+    )
+    seed: int | None = option(
+        None, "of the random schedules; default: as the run", at_least=0, at_most=MOST_SEED
+    )
 
     def check(self) -> None:
         for name in self.controllers:

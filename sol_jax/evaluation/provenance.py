@@ -1,7 +1,8 @@
 """What an evaluation is about: a policy, of a run or by name, and a text that it was not trained on."""
 
 import pathlib
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sol_jax.digests import array_digest, digest
@@ -16,6 +17,8 @@ from sol_jax.text import blocks as data
 from sol_jax.text.blocks import Batch
 from sol_jax.text.documents import document_hashes, read_documents
 
+TRAINING_DOCUMENTS = "training-documents.txt"  # in a workdir
+
 
 def open_text(
     config: RunConfig,
@@ -23,17 +26,21 @@ def open_text(
     document_start: str = "",
     protect: bool | None = None,
     kernels: str | None = None,
+    mesh_model: int = 1,
     restate: bool | None = None,
     prefix_len: int | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
+    The weights go to all devices, `mesh_model` of which share a copy.
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
     `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
         "kernels": kernels,
+        "mesh.data": -1,  # whatever the run had: the devices of now
+        "mesh.model": mesh_model,
         "policy.restate": restate,
         "episode.prefix_len": prefix_len,
     }
@@ -43,8 +50,15 @@ def open_text(
     return open_session(config.with_fields({name: x for name, x in fields.items() if x is not None}))
 
 
-def training_documents(config: RunConfig, session: Session) -> Collection[str]:
-    """Shortened hashes of the training documents of the run of `config`, from its prepared text."""
+def training_documents(
+    config: RunConfig, session: Session, workdir: pathlib.Path | None = None
+) -> Collection[str]:
+    """Shortened hashes of the training documents of the run of `config`.
+
+    As its workdir remembers them, or from its text: a run that was copied elsewhere need not have that.
+    """
+    if workdir is not None and (known := recall_documents(workdir)):
+        return known
     block_length = config.episode.block_length
     same_blocks = session.setup.episode.block_length == block_length and "train" in session.blocks
     if session.config.data.source == config.data.source and same_blocks:
@@ -60,6 +74,29 @@ def training_documents(config: RunConfig, session: Session) -> Collection[str]:
             cache_dir=config.data.cache_dir or None,
         )
     return policy_files.document_names(blocks["train"].documents)
+
+
+def remember_documents(workdir: pathlib.Path, hashes: Iterable[str]) -> None:
+    """Writes down which documents a run learns from, for evaluations where its text is not at hand.
+
+    Raises `UserError` if the workdir cannot be written.
+    """
+    file = workdir / TRAINING_DOCUMENTS
+    try:
+        names = policy_files.document_names(hashes)
+        file.write_text(f"{len(names)} documents: {' '.join(names)}\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def recall_documents(workdir: pathlib.Path) -> list[str]:
+    """What `remember_documents` wrote; nothing for a run from before it, or for a damaged file."""
+    try:
+        count, _, *names = (workdir / TRAINING_DOCUMENTS).read_text().split()
+    except (OSError, ValueError):  # the latter of bytes that are no text, and of too few words
+        return []
+    whole = all(re.fullmatch(f"[0-9a-f]{{{HASH_LENGTH}}}", name) for name in names)
+    return names if whole and count == str(len(names)) else []
 
 
 def refuse_training_text(session: Session, split: str, trained_on: Collection[str]) -> None:
@@ -91,6 +128,8 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         for name, value in flat.items()
         if not name.startswith(FREE_FIELDS) and value != usual.get(name)
     }
+    if priced := session.config.identity():  # by what the file holds, wherever it is
+        trained = trained | priced | {"axes.prices": ""}
     return {
         "run": policy.name,
         "updates": policy.updates,

@@ -1,9 +1,11 @@
 """Runs and writes comparisons: at the end of a training, and as `sol_jax.evaluate` asks for them."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from sol_jax import hosts
 from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.evaluation import results_csv
 from sol_jax.evaluation.budget_grid import Budgets
@@ -87,13 +89,15 @@ def run_and_write(
     about = about | {"stale_prefill": sweep.stale, "num_random": plan.num_random}
     beside = output.with_name(f"{output.stem}-draws.csv")
     for path in () if fresh else (output, beside):
-        results_csv.check_same(path, about)
+        hosts.together(functools.partial(results_csv.check_same, path, about))
     names = [axis.name for axis in sweep.setup.space.axes]
 
     def bar(total: int, done: int, label: str) -> Progress:
         return _bar(total, done, f"{label}, {about['text']}", pause)
 
     rows, draws = run(sweep, plan, bar)
+    if not hosts.first():
+        return rows
     put = results_csv.write if fresh else results_csv.merge
     if draws:
         put(beside, results_csv.records(draws, names, about))
@@ -126,7 +130,8 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     workdir = local_path(options.workdir or ".", "--workdir")
     policy, session, trained_on, of_run = _opened(options, workdir)
     refuse_training_text(session, options.split, trained_on)
-    print(f"evaluating the policy of update {policy.updates}")
+    if hosts.first():
+        print(f"evaluating the policy of update {policy.updates}")
     config = session.config
     plan = options.plan(config, session.setup.space)
     limit = options.num_blocks or config.eval.num_test_blocks or None
@@ -136,15 +141,16 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
         raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
     output = local_path(options.output, "--output") if options.output else workdir / RESULTS
     about = decides(session, batches, options.stale_prefill)
-    store = ScoreCache(output.with_suffix(".scores"), about, found_at(session))
+    kept = output.with_suffix(".scores") if hosts.first() else None
+    store = hosts.together(lambda: ScoreCache(kept, about, found_at(session)))
     parallel = options.parallel or config.grpo.num_schedules
-    with telling_of_memory("the evaluation", "lower --parallel or --batch_size"):
-        sweep = Sweep(
-            session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
-        )
-        return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
+    sweep = Sweep(
+        session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
+    )
+    return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 
+@telling_of_memory()
 def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[ComparisonRow]:
     """How good a policy is at requested budgets, beside schedules of the same cost.
 
@@ -166,18 +172,26 @@ def _opened(
     options: EvaluateOptions, workdir: pathlib.Path
 ) -> tuple[TrainedPolicy, Session, Collection[str], dict[str, Any]]:
     """The policy, its model on the text, its training documents, and what rows say of its run."""
-    text = options.source, options.document_start, options.protect, options.kernels
+    text = options.source, options.document_start, options.protect, options.kernels, options.mesh_model
+    moved = {"model.path": options.model, "data.source": options.run_text}
+    moved = {name: place for name, place in moved.items() if place}
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
-        config = read_config(workdir) if options.workdir else own
+        config = (read_config(workdir) if options.workdir else own).with_fields(moved)
         restate = own.policy.restate if options.restate is None else options.restate
         session = open_text(config, *text, restate, options.prefix_len)
         policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
         policy = TrainedPolicy(params, own, options.policy, about["updates"])
         return policy, session, about["documents"], {}
     config, checkpoints = open_run(workdir)  # before anything heavy
+    config = config.with_fields(moved)
     session = open_text(config, *text, options.restate, options.prefix_len)
-    checkpoints.bind(session.identity)
+    checkpoints.bind(session.identity | config.identity())
     policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
     # The best policy may be an earlier one.
-    return policy, session, training_documents(config, session), {"run_updates": checkpoints.latest_step()}
+    return (
+        policy,
+        session,
+        training_documents(config, session, workdir),
+        {"run_updates": checkpoints.latest_step()},
+    )

@@ -1,10 +1,11 @@
 """Rows of a comparison as CSV and as a table."""
 
+import contextlib
 import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
@@ -46,13 +47,16 @@ def texts(record: Mapping[str, Any]) -> dict[str, str]:
 def read(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a CSV that `write` wrote; `UserError` if it is none."""
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # some programs put a mark before it
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or "no CSV"
         raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
     if not rows or "nats" not in rows[0]:
         raise UserError(f"{path} is not a CSV of sol_jax.evaluate")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} has two columns {twice[0]!r}; take one of them away")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():  # as DictReader has cells without a name, and missing ones
             raise UserError(f"{path}, line {number} has not as many cells as the head; mend or delete it")
@@ -61,11 +65,16 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Writes a CSV, all or nothing; a field that only some rows have is empty in the others."""
+    with _alone(path):
+        _write(path, rows)
+
+
+def _write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "w", newline="") as file:
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             writer.writerows(rows)
@@ -93,7 +102,9 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Adds rows to the CSV at `path`; one for the same controller and budget is replaced.
 
     So are those that stand beside another checkpoint at that budget, or are of more or less text: what the
-    policy gains over them is not what it gains now.
+    policy gains over them is not what it gains now.  Another program may do the same at the same time.
+
+    Raises `UserError` if it has put rows there meanwhile that may not be compared with these.
     """
 
     def budget(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -106,10 +117,32 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     def subject(row: Mapping[str, str]) -> tuple[str, ...]:
         return row.get("updates") or "", row.get("blocks") or ""
 
-    old = read(path) if os.path.exists(path) else []
     new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
-    kept = [row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)]
-    write(path, [*kept, *rows])
+    with _alone(path):
+        if rows and {*IDENTITY, *CONTENT} <= rows[0].keys():
+            check_same(path, rows[0])
+        old = read(path) if os.path.exists(path) else []
+        kept = [
+            row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)
+        ]
+        _write(path, [*kept, *rows])
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs from a CSV, so that no rows are lost.
+
+    What is locked is its folder, so that nothing is left there; a system without such locks goes without.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
 
 
 def table(rows: Sequence[ComparisonRow], axis_names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from sol_jax.costs import decode_step as costs
 from sol_jax.models import llama
 from sol_jax.models.finite import finite
 from sol_jax.models.llama import Weights
+from sol_jax.models.sharding import fetch, jit_by_row, num_rows
 from sol_jax.rl.collect import prefill_blocks, run_schedules, score_labels
 from sol_jax.rl.rollout import Controller, PrefilledBlock, policy_controller, replay
 from sol_jax.rl.setup import Setup
@@ -87,7 +88,7 @@ class PrefilledBatch(NamedTuple):
     last_embed: jax.Array  # [B, W, D], of the last token before each episode
 
 
-@functools.partial(jax.jit, static_argnames="setup")
+@jit_by_row(whole=1, static=("setup",))
 def prefill_batch(weights: Weights, tokens_BxN: jax.Array, setup: Setup) -> PrefilledBatch:
     """Dense, always."""
     return with_embeddings(weights, tokens_BxN, prefill_blocks(weights, tokens_BxN, setup), setup)
@@ -102,7 +103,7 @@ def with_embeddings(
     return PrefilledBatch(blocks, llama.embed(weights, tokens_BxN[:, last_W]))
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "spec"))
+@jit_by_row(whole=2, static=("setup", "spec"))
 def _play(
     weights: Weights,
     params: Any,
@@ -177,7 +178,7 @@ class BatchScorer:
 
     Args:
       tokens_BxN: the blocks.
-      batch_size: rows that are run; at least B.
+      batch_size: blocks that are run, at least B; filled up so that all rows of a mesh have as many.
       num_parallel: entries run at a time; changes memory and speed, never results beyond rounding.
     """
 
@@ -192,7 +193,8 @@ class BatchScorer:
     ):
         self._weights, self._params, self._setup = weights, params, setup
         self._tokens_BxN, self._num_parallel = tokens_BxN, num_parallel
-        self.rows = np.arange(batch_size) % len(tokens_BxN)
+        shares = num_rows(weights)
+        self.rows = np.arange(-(-batch_size // shares) * shares) % len(tokens_BxN)
 
     @functools.cached_property
     def dense(self) -> PrefilledBatch:
@@ -228,7 +230,7 @@ class BatchScorer:
                 spec,
             )
             count = min(size, J - start)
-            logp, entropy, action = (np.asarray(x)[:B, :, :count] for x in scores)
+            logp, entropy, action = (x[:B, :, :count] for x in fetch(scores))
             finite("a batch of text", logp)
             parts.append(EntryScores(logp, finite("a batch of text", entropy), action))
             progress(count)

@@ -7,7 +7,6 @@ that number of tokens fills.  For comparison only; nothing else in this project 
 Source: docs/method.md, "What the authors' code does otherwise"; the authors' mask (vectors `causal_q5`).
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from sol_jax.axes.key_selection import float32_ceil
 from sol_jax.evaluation.scoring import PrefilledBatch, with_embeddings
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, Weights
+from sol_jax.models.sharding import jit_by_row
 from sol_jax.rl.rollout import Episode, PrefilledBlock
 from sol_jax.rl.setup import Setup
 
@@ -89,8 +89,8 @@ def sparse_prefill(
     return llama.prefill(weights, tokens_S, cfg, attend)
 
 
-@functools.partial(jax.jit, static_argnames="setup")
-def stale_prefill(weights: Weights, tokens_BxN: jax.Array, kappa: Any, setup: Setup) -> PrefilledBatch:
+@jit_by_row(whole=2, static=("setup",))
+def stale_prefill(weights: Weights, kappa: Any, tokens_BxN: jax.Array, setup: Setup) -> PrefilledBatch:
     """A batch of blocks (one episode each) prefilled under the budget that level `kappa` left at its end."""
     quest = next(axis for axis in setup.space.axes if isinstance(axis, Quest))
     S, T = setup.episode.prefix_len, setup.episode.horizon

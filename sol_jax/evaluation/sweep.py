@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sol_jax import hosts
 from sol_jax.axes.kappa import Quest
 from sol_jax.digests import array_digest, digest
 from sol_jax.errors import UserError
@@ -73,7 +74,7 @@ class Sweep:
             for b, batch in enumerate(self.batches):
                 for start in group.starts:
                     count = min(ENTRIES_PER_FILE, J - start)
-                    found = self.store.read(name, file_name(b, start), self._shape(batch, count))
+                    found = self._stored(name, file_name(b, start), self._shape(batch, count))
                     total, done = total + count, done + count * (found is not None)
         return total, done
 
@@ -114,7 +115,7 @@ class Sweep:
         for start in group.starts:
             picked = slice(start, start + ENTRIES_PER_FILE)
             piece = given[:, :, picked]
-            scores = self.store.read(name, file_name(b, start), self._shape(batch, piece.shape[2]))
+            scores = self._stored(name, file_name(b, start), self._shape(batch, piece.shape[2]))
             if scores is None:
                 if self.stale and before is not None:
                     ended = before.action_NxWxJxT[:, 0, picked, -1]
@@ -124,6 +125,11 @@ class Sweep:
                 self.store.write(name, file_name(b, start), scores)
             pieces.append(scores)
         return join(pieces, axis=2)
+
+    def _stored(self, name: str, file: str, shape: tuple[int, ...]) -> EntryScores | None:
+        """The scores of a file.  With several processes the first reads it, and tells the others."""
+        arrays = hosts.tell_arrays(self.store.read(name, file, shape))
+        return None if arrays is None else EntryScores(*arrays)
 
     def _play_stale(
         self,
@@ -149,7 +155,7 @@ class Sweep:
             most, chunk = int((level_BxJ == level).sum(1).max()), self.num_parallel
             count = min(J, -(-most // chunk) * chunk)
             mine_BxC = np.argsort(level_BxJ != level, 1, kind="stable")[:, :count]
-            prefilled = stale_prefill(self.weights, batch.tokens_BxN[scorer.rows], level, self.setup)
+            prefilled = stale_prefill(self.weights, level, batch.tokens_BxN[scorer.rows], self.setup)
             picked = np.take_along_axis(given, mine_BxC[:, None, :, None], 2)
             scores = scorer.play(picked, controller, prefilled)
             out = out or EntryScores(*(np.zeros((*x.shape[:2], J, x.shape[3]), x.dtype) for x in scores))

@@ -27,6 +27,7 @@ from sol_jax.generation.sampling import NO_TOKEN
 from sol_jax.generation.transcript import Transcript
 from sol_jax.models.finite import finite, no_numbers
 from sol_jax.models.llama import LlamaConfig, Weights
+from sol_jax.models.sharding import fetch, num_rows
 from sol_jax.models.tokenizer import Tokenizer
 
 CONTROLLERS = ("policy", "dense", "fixed", "random")
@@ -191,7 +192,8 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Output]
 
 def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     cfg, T = engine.cfg, engine.cfg.horizon
-    B = batch_bucket(len(outputs))
+    shares = num_rows(engine.weights)
+    B = -(-batch_bucket(len(outputs)) // shares) * shares
     requests = [outputs[b % len(outputs)].request for b in range(B)]  # filled up with repetitions
     lengths = [len(request.prompt) for request in requests]
     S = length_bucket(max(lengths))
@@ -212,7 +214,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
     budget_BxX = jnp.array(budget, jnp.float32)
     plan_BxE = [plan(engine, request) for request in requests]
     text_B = decoding.start(engine.weights, tokens_BxS, jnp.array(lengths, jnp.int32), key_B, capacity, cfg)
-    for output, token in zip(outputs, np.asarray(text_B.token), strict=False):
+    for output, token in zip(outputs, fetch(text_B.token), strict=False):
         _add(output, int(token))
     yield outputs
     stale: list[jax.Array] = []  # tokens [B, T] whose entries are still those of compressed steps
@@ -220,7 +222,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
         if all(output.transcript.finish for output in outputs):
             return
         plan_BxT = jnp.asarray(np.stack([plan[e % len(plan)] for plan in plan_BxE]))
-        begin_B = np.asarray(text_B.length)
+        begin_B = fetch(text_B.length)
         first_Bx1 = text_B.token[:, None]
         text_B, played = decoding.play(engine.weights, engine.params, text_B, budget_BxX, plan_BxT, cfg)
         if cfg.refresh and cfg.refresh_every > 1:
@@ -228,7 +230,7 @@ def _stream(engine: Engine, outputs: list[Output]) -> Iterator[list[Output]]:
             if len(stale) == cfg.refresh_every:
                 text_B = decoding.renew(engine.weights, text_B, jnp.concatenate(stale, 1), cfg)
                 stale = []
-        played = jax.device_get(played)
+        played = fetch(played)
         for b, output in enumerate(outputs):
             if not output.transcript.finish:
                 _take(output, int(begin_B[b]), jax.tree.map(lambda x, b=b: x[b], played), cfg)

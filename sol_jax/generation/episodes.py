@@ -29,6 +29,7 @@ from sol_jax.generation.lossless import accept
 from sol_jax.generation.sampling import GREEDY, NO_TOKEN, Sampling, draw, finite, token_logp
 from sol_jax.models import llama
 from sol_jax.models.llama import KVCache, LlamaConfig, Suffix, Weights
+from sol_jax.models.sharding import jit_by_row
 from sol_jax.rl.policy import Policy, PolicySpec
 from sol_jax.rl.rollout import (
     Carry,
@@ -158,7 +159,7 @@ def prefill_prompt(
     return hidden_D, KVCache(*(jnp.pad(part, room) for part in cache))
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "cfg"))
+@jit_by_row(whole=1, static=("capacity", "cfg"))
 def start(
     weights: Weights,
     tokens_BxS: jax.Array,
@@ -232,7 +233,7 @@ def _with_entries(text: TextState, entries: KVCache, start: jax.Array, cfg: Deco
     )
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
+@jit_by_row(whole=1, static=("cfg",), donate=(1,))
 def renew(weights: Weights, text_B: TextState, consumed_BxN: jax.Array, cfg: Decoder) -> TextState:
     """Texts with dense entries in place of those of the last N tokens that they consumed."""
 
@@ -274,7 +275,7 @@ def controller_of(cfg: Decoder, params: Any, plan_T: jax.Array) -> Controller:
     return by_kernels(policy, cfg.model.kernels)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="text_B")
+@jit_by_row(whole=2, static=("cfg",), donate=(2,))
 def play(
     weights: Weights, params: Any, text_B: TextState, budget_BxX: jax.Array, plan_BxT: jax.Array, cfg: Decoder
 ) -> tuple[TextState, Played]:

@@ -20,7 +20,8 @@ from sol_jax.generation import html_page
 from sol_jax.generation.engine import Engine, Output, Request, check_request
 from sol_jax.generation.load_engine import open_engine
 from sol_jax.generation.sampling import Sampling
-from sol_jax.generation.terminal import facts, token_costs, write_out, write_page
+from sol_jax.generation.shaded_page import write_page
+from sol_jax.generation.terminal import facts, token_costs, write_out
 from sol_jax.models.model import Model
 
 
@@ -31,6 +32,7 @@ class GeneratedText:
     engine: Engine
     output: Output
     tokens_per_second: float  # without the prefill and the first episode, which compile
+    model: str = ""  # its name, for titles
 
     def __str__(self) -> str:
         return self.output.transcript.text
@@ -70,7 +72,8 @@ class GeneratedText:
 
     def save_html(self, path: str | pathlib.Path) -> None:
         """Writes a page with the text shaded by compute, beside what the dense model writes."""
-        write_page(local_path(path, "the page"), "text", self.engine, self.output, list(self.facts.items()))
+        told = list(self.facts.items())
+        write_page(local_path(path, "the page"), self.model, self.engine, self.output, told)
 
     @property
     def html(self) -> str:
@@ -78,6 +81,7 @@ class GeneratedText:
         return html_page.fragment(self.pieces, self.costs, self.axes, self.output.transcript.written())
 
 
+@telling_of_memory()
 def generate_text(
     prompt: str,
     model: Model | str,
@@ -119,7 +123,6 @@ def generate_text(
         sampling = Sampling(temperature, top_k, top_p)
     except ValueError as error:
         raise UserError(str(error)) from None
-    with telling_of_memory("the text", "lower max_tokens, or open the model with dtype bfloat16"):
-        engine = open_engine(model, policy, controller, check=check, sampling=sampling, **options)
-        output, rate = write_out(engine, asked[0], show=False, shaded=False)
-    return GeneratedText(engine, output, rate)
+    engine = open_engine(model, policy, controller, check=check, sampling=sampling, **options)
+    output, rate = write_out(engine, asked[0], show=False, shaded=False)
+    return GeneratedText(engine, output, rate, model.name if isinstance(model, Model) else model)

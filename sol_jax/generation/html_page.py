@@ -1,7 +1,8 @@
 """A self-contained HTML page of texts, each token shaded by what was spent on it.  No scripts, no resources.
 
 The texts come from a model and may hold anything.  Everything is escaped, control characters are shown as
-pictures, direction overrides by name, and a policy in the page forbids it to run or to load anything.
+pictures, direction overrides by name, and a policy in the page forbids it to run or to load anything.  What
+can be switched, the axis that shades and the text that is shown, are radio buttons that the style sheet asks.
 """
 
 import dataclasses
@@ -9,49 +10,29 @@ import html
 import itertools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from sol_jax.errors import UserError
-
-# Background of a token by the tenth that its net keep rate reaches.  One hue, ever darker: it can be read in
-# grey, and by whom red and green are alike.  Black text on the darkest has a contrast of 6.
-SHADES = ("#ffffff", "#f0f6fc", "#e1edf8", "#d0e3f3", "#bfd9ee",
-          "#aecee9", "#9cc3e3", "#85b4da", "#68a3d0", "#4292c6")  # fmt: skip
+from sol_jax.generation.page_style import AXIS_CLASSES, SHADES, style
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-_STYLE = """
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #000; background: #fff; }
-body { max-width: 90rem; margin: 0 auto; padding: 1rem 1.5rem; }
-h1 { font-size: 1.4rem; margin: .3rem 0; } h2 { font-size: 1.1rem; margin: .3rem 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 1.5rem; }
-.sides > section { min-width: 0; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; line-height: 1.75;
-        border: 1px solid #767676; border-radius: .3rem; padding: .6rem .8rem; }
-.text span:hover { outline: 2px solid #000; }
-.text .n::before { content: "\\21b5"; } .text .e::before { content: "\\00b7"; }
-.text .x::before { content: "\\25a0"; }
-table { border-collapse: collapse; } td, th { padding: .1rem .8rem .1rem 0; text-align: left; }
-.strips { display: grid; grid-template-columns: max-content 1fr max-content; align-items: center;
-          gap: .25rem .6rem; margin: .6rem 0; font-size: .85rem; }
-.strips svg { width: 100%; height: 2.2rem; background: #f2f2f2; border-bottom: 1px solid #595959; }
-.strips path { fill: #2171b5; } .strips line { stroke: #fff; vector-effect: non-scaling-stroke; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem; align-items: center; margin: .5rem 0; }
-.legend span { padding: 0 .5rem; border: 1px solid #767676; } .small { color: #595959; font-size: .85rem; }
-"""
+_TABLE_ROWS = 2000  # at most: browsers take seconds for more
+_SHORT_PROMPT = 600  # characters that stand before each text; a longer prompt is folded away above them
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
     """One text of the page: token by token its characters and its costs."""
 
-    title: str
+    title: str  # one word, for the button that shows it alone
     pieces: Sequence[str]
     cost_NxX: np.ndarray
-    facts: Sequence[tuple[str, str]] = ()  # name and value, in a table above the text
+    facts: Sequence[tuple[str, str]] = ()  # name and value, in a table below the text
     written: int | None = None  # tokens that are of the text, if not all are: the others end it
+    heading: str = ""  # empty: the title
+    told: Sequence[str] = ()  # paragraphs below the text: what was saved, in words
 
 
 def visible(text: str) -> str:
@@ -69,37 +50,59 @@ def visible(text: str) -> str:
 
 
 def shade(net: float) -> int:
-    """The index in `SHADES` of a net keep rate: 0 up to a tenth, 9 above nine tenths."""
+    """The index in `SHADES` of a cost: 0 up to a tenth, 9 above nine tenths."""
     return int(np.clip(np.ceil(np.round(net * 10, 6)) - 1, 0, 9))
 
 
-def render(title: str, prompt: str, axis_names: Sequence[str], sides: Sequence[Side]) -> str:
-    """The whole page."""
-    shades = "".join(f".k{i} {{ background: {colour}; }}\n" for i, colour in enumerate(SHADES))
-    swatches = "".join(f'<span class="k{i}">{(i + 1) / 10:.1f}</span>' for i in range(10))
-    sections = "\n".join(_section(side, axis_names) for side in sides)
+def render(title: str, prompt: str, axes: Mapping[str, str], sides: Sequence[Side], lead: str = "") -> str:
+    """The whole page.
+
+    Args:
+      prompt: stands before each text, in bold.
+      axes: the name of each axis, and what its cost is a share of, in plain words.
+      sides: the texts; the first is what the page is about.
+      lead: a sentence under the title.
+    """
+    long = len(prompt) > _SHORT_PROMPT
+    folded = f"<details><summary>The prompt, {len(prompt)} characters</summary>{_box(prompt)}</details>"
+    sections = "\n".join(
+        _section(n, side, list(axes), "" if long else prompt) for n, side in enumerate(sides)
+    )
+    names = "".join(
+        f"<dt>{_text(name)}</dt><dd>The share of {_text(kept)} that the step used.</dd>"
+        for name, kept in axes.items()
+        if kept
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{_text(title)}</title>
-<style>{_STYLE}{shades}</style>
+<style>{style(len(axes), len(sides))}</style>
 </head>
 <body>
 <h1>{_text(title)}</h1>
-<div class="legend" role="img" aria-label="White is a net keep rate up to 0.1, the darkest blue above 0.9">
-<b>net keep rate up to</b> {swatches}</div>
-<p class="small">The share of the full compute that the step which wrote a token was given, the mean over
-{_text(", ".join(axis_names))}; hover over a token for each. The prompt and the first token are dense.
-The charts run from 0 to 1, token by token. &#x21b5; is a line's end, &#xb7; a token that only begins a
-character, &#x25a0; one that ends the text and is not of it: an end token, or cut off by a stop string.</p>
-<h2>Prompt</h2>
-<div class="text" dir="auto">{_text(prompt)}</div>
-<div class="sides">
+{f"<p>{_text(lead)}</p>" if lead else ""}
+{folded if long else ""}
+<main class="sides">
 {sections}
-</div>
+</main>
+{_choices(axes, sides)}
+<footer>
+<h2>How to read this page</h2>
+<p>The prompt is in bold. The stronger the blue of a token, the more compute went into the step that
+wrote it. The buttons choose which kind of compute the blue stands for; &#x201c;all&#x201d; is their mean,
+the net keep rate. Point at a token, or tap it, for its numbers; they are also in the table under the text.
+The prompt and the first token are always dense: nothing is left out.</p>
+<dl>{names}</dl>
+<p class="small">Charts run from 0 to 1, token by token, with the mean at the right; it counts the dense
+steps at the start of a text too, at which nothing may be left out. &#x21b5; is a line's end,
+&#xb7; a token that only begins a character, &#x25a0; one that ends the text and is not of it: an end token,
+or cut off by a stop string. This page is one file: it has no scripts and loads nothing.</p>
+</footer>
 </body>
 </html>
 """
@@ -148,34 +151,88 @@ def _text(text: str) -> str:
     return html.escape(visible(text))
 
 
-def _section(side: Side, axis_names: Sequence[str]) -> str:
+def _box(inner: str) -> str:
+    return f'<div class="text" dir="auto" lang="">{_text(inner)}</div>'
+
+
+def _choices(axes: Iterable[str], sides: Sequence[Side]) -> str:
+    """Which compute the blue stands for, and which text is shown; the first of each is in force."""
+    by = [("by-all", "all"), *((f"by-{x}", name) for x, name in enumerate(axes))]
+    shown = [("show-all", "all"), *((f"show-{n}", side.title) for n, side in enumerate(sides))]
+    if len(sides) == 2:
+        shown[0] = ("show-all", "both")
+    scale = "".join(f'<i class="k{i}"></i>' for i in range(len(SHADES)))
+    groups = _group("Shade by", "by", by) + (_group("Show", "show", shown) if len(sides) > 1 else "")
+    return f"""<form class="choices" aria-label="What the page shows">
+{groups}
+<div class="scale" role="img" aria-label="The scale of the shades, from no compute to all of it">
+0 <span>{scale}</span> 1</div>
+</form>"""
+
+
+def _group(legend: str, name: str, choices: Sequence[tuple[str, str]]) -> str:
+    buttons = "".join(
+        f'<label><input type="radio" name="{name}" id="{key}"{"" if n else " checked"}>{_text(label)}</label>'
+        for n, (key, label) in enumerate(choices)
+    )
+    return f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>"
+
+
+def _section(number: int, side: Side, names: Sequence[str], prompt: str) -> str:
     facts = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in side.facts)
-    strips = [*zip(axis_names, np.asarray(side.cost_NxX).T, strict=True)]
-    strips.append(("net", np.mean(side.cost_NxX, -1)))
+    strips = [*zip(names, np.asarray(side.cost_NxX).T, strict=True), ("all", np.mean(side.cost_NxX, -1))]
     written = len(side.pieces) if side.written is None else side.written
     tokens = "".join(
-        _token(piece, cost_X, axis_names, n >= written)
+        _token(piece, cost_X, names, n >= written)
         for n, (piece, cost_X) in enumerate(zip(side.pieces, side.cost_NxX, strict=True))
     )
-    return f"""<section>
-<h2>{_text(side.title)}</h2>
-<table>{facts}</table>
+    numbers = f"<details><summary>All numbers</summary><table>{facts}</table></details>" if facts else ""
+    bold = f"<b>{_text(prompt)}</b>" if prompt else ""
+    return f"""<section class="side-{number}" aria-labelledby="side-{number}">
+<h2 id="side-{number}">{_text(side.heading or side.title)}</h2>
+<div class="text" dir="auto" lang="">{bold}{tokens}</div>
+{"".join(f"<p>{_text(line)}</p>" for line in side.told)}
 <div class="strips">{"".join(_strip(name, cost_N) for name, cost_N in strips)}</div>
-<div class="text" dir="auto">{tokens}</div>
+{numbers}
+{_table(side, names)}
 </section>"""
 
 
-def _token(piece: str, cost_X: np.ndarray, axis_names: Sequence[str], ends: bool) -> str:
+def _token(piece: str, cost_X: np.ndarray, names: Sequence[str], ends: bool) -> str:
     # Nothing is seen of a token that is but a line's end, less than a character, or not of the text.
     mark = " x" if ends else " e" if not piece else " n" if "\n" in piece and piece.isspace() else ""
-    shaded = f"k{shade(float(np.mean(cost_X)))}{mark}"
-    return f'<span class="{shaded}" title="{_told(cost_X, axis_names)}">{_text(piece)}</span>'
+    each = "".join(
+        f" {letter}{shade(cost)}" for letter, cost in zip(AXIS_CLASSES, map(float, cost_X), strict=False)
+    )
+    shaded = f"k{shade(float(np.mean(cost_X)))}{each}{mark}"
+    return f'<span class="{shaded}" title="{_told(cost_X, names)}">{_text(piece)}</span>'
 
 
-def _told(cost_X: np.ndarray, axis_names: Sequence[str]) -> str:
+def _told(cost_X: np.ndarray, names: Iterable[str]) -> str:
     """What a token was given, for whoever points at it."""
-    values = ", ".join(f"{name} {cost:.2f}" for name, cost in zip(axis_names, cost_X, strict=True))
-    return f"net {float(np.mean(cost_X)):.2f}: {_text(values)}"
+    values = ", ".join(f"{name} {cost:.2f}" for name, cost in zip(names, cost_X, strict=True))
+    return f"all {float(np.mean(cost_X)):.2f}: {_text(values)}"
+
+
+def _table(side: Side, names: Sequence[str]) -> str:
+    """The costs token by token, for those who cannot point, or see no shades.
+
+    Of long texts a row has the means of several tokens.  End tags that HTML does not ask for are left out.
+    """
+    each = -(-len(side.pieces) // _TABLE_ROWS)
+    head = "".join(
+        f'<th scope="col">{_text(name)}' for name in ("token" if each < 2 else "text", *names, "all")
+    )
+    rows = []
+    for start in range(0, len(side.pieces), max(each, 1)):
+        text = _text("".join(side.pieces[start : start + each]))
+        cost_X = np.mean(side.cost_NxX[start : start + each], 0)
+        costs = "".join(f"<td>{cost:.2f}" for cost in (*cost_X, float(np.mean(cost_X))))
+        rows.append(f'<tr><td class="t">{text.strip()}{costs}')
+    by = "Token by token" if each < 2 else f"By {each} tokens"
+    return f"""<details><summary>{by}, as a table</summary>
+<div class="scroll" tabindex="0" role="region" aria-label="{by}, {_text(side.title)}"><table>
+<thead><tr>{head}</thead><tbody>{"".join(rows)}</tbody></table></div></details>"""
 
 
 def _strip(name: str, cost_N: np.ndarray) -> str:
@@ -190,5 +247,5 @@ def _strip(name: str, cost_N: np.ndarray) -> str:
     return (
         f'<span>{_text(name)}</span><svg viewBox="0 0 {start} 1" preserveAspectRatio="none" role="img" '
         f'aria-label="{_text(said)}"><title>{_text(said)}</title><path d="M0 1{"".join(steps)}V1Z"/>'
-        f'<line x1="0" x2="{start}" y1=".5" y2=".5"/></svg><span>{mean:.2f}</span>'
+        f"</svg><span>{mean:.2f}</span>"
     )

@@ -17,6 +17,7 @@ from sol_jax.generation.lean_policy import with_dtype
 from sol_jax.generation.options import GenerateOptions
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.models.model import Model, open_model
+from sol_jax.models.sharding import check_divides, make_mesh
 from sol_jax.rl.config import EpisodeConfig
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
@@ -55,6 +56,7 @@ def open_engine(
     check: Callable[[Engine], Any] = lambda engine: None,
     restate: bool | None = None,
     policy_dtype: str = "float32",
+    mesh_model: int = 1,
     **options: Any,
 ) -> Engine:
     """The engine of a model and a controller, over the levels of a policy or, without one, of SOL-J-FL.
@@ -66,6 +68,8 @@ def open_engine(
       check: called with the engine before its weights are loaded, to refuse what cannot be done with it.
       restate: whether the policy is asked for what is left of the budget; default: as it was trained.
       policy_dtype: of the policy's matrices; bfloat16 ones are read twice as fast, and rounded.
+      mesh_model: devices that share one copy of the weights; texts of a batch are shared out among all
+      others.
       options: fields of the decoder.
 
     Raises `UserError` for whatever is wrong with these.
@@ -77,7 +81,13 @@ def open_engine(
         raise UserError(
             f"--restate says how a policy is asked, and the controller is {controller}; leave it out"
         )
-    opened = model if isinstance(model, Model) else open_model(model, dtype)
+    mesh = make_mesh(-1, mesh_model)
+    opened = model if isinstance(model, Model) else open_model(model, dtype, mesh)
+    if mesh_model > 1:
+        check_divides(opened.config, mesh)
+        if kernels not in ("auto", "xla"):
+            raise UserError(f"--kernels is {kernels}; it must be auto or xla where --mesh_model is above 1")
+        kernels = "xla"  # XLA cannot cut kernels
     try:
         choose("attend", kernels)
     except UnavailableError as error:
@@ -128,6 +138,7 @@ def engine_for(options: GenerateOptions) -> tuple[Engine, Request]:
         check,
         options.restate,
         options.policy_dtype,
+        options.mesh_model,
         sampling=options.sampling,
         refresh=options.refresh,
         refresh_every=options.refresh_every,

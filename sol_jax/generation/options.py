@@ -10,7 +10,7 @@ from sol_jax.generation.sampling import Sampling
 from sol_jax.models.chat_template import chat_prompt
 from sol_jax.models.tokenizer import Tokenizer
 from sol_jax.models.weights import EMBEDDED
-from sol_jax.options import Options, option
+from sol_jax.options import MOST_SEED, Options, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class GenerateOptions(Options):
     dtype: Literal["float32", "bfloat16"] = option("float32", "of weights, caches and matmul operands")
     kernels: str = option("auto", "how decode steps run", choices=("auto", *IMPLEMENTATIONS))
     policy: str | None = option(
-        None, "a policy's name or folder, or the workdir of a training run", path=True
+        None, "a policy's name or folder, hub:OWNER/NAME, or the workdir of a training run", path=True
     )
     controller: str | None = option(
         None, "who picks the actions; default: the policy, if there is one, else dense", choices=CONTROLLERS
@@ -36,7 +36,7 @@ class GenerateOptions(Options):
     temperature: float = option(0.0, "0: always the most likely token", at_least=0)
     top_k: int = option(0, "draw from the k most likely tokens; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the most likely tokens that have this much probability")
-    seed: int = option(0, "of what is drawn")
+    seed: int = option(0, "of what is drawn", at_least=0, at_most=MOST_SEED)
     restate: bool | None = option(
         None, "ask the policy for what is left of the budget; default: as it was trained"
     )
@@ -45,6 +45,9 @@ class GenerateOptions(Options):
     refresh_every: int = option(1, "do so after so many episodes, for all of them at once", at_least=1)
     lossless: bool = option(False, "keep only tokens that the dense model accepts")
     show_compute: bool = option(False, "shade each token by what was spent on it")
+    mesh_model: int = option(
+        1, "devices that share one copy of the weights; all others share the work", at_least=1
+    )
     html: str | None = option(
         None, "a page to write: the text shaded by compute, beside the dense one", path=True
     )

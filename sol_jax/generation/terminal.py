@@ -1,13 +1,10 @@
 """A text on a terminal as it grows, shaded by compute, and what there is to say about it afterwards."""
 
-import dataclasses
-import pathlib
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from sol_jax.axes.base import ActionSpace, held_full
 from sol_jax.generation import html_page
 from sol_jax.generation.engine import Engine, Output, Request, dense_logp, stream
 from sol_jax.generation.episodes import Decoder
@@ -81,27 +78,5 @@ def facts(engine: Engine, output: Output, rate: float) -> list[tuple[str, str]]:
     return told
 
 
-def side(name: str, output: Output, cfg: Decoder, told: Sequence[tuple[str, str]]) -> html_page.Side:
-    """A text for the page."""
-    text = output.transcript
-    return html_page.Side(name, text.pieces, token_costs(output, cfg), told, text.written())
-
-
 def _by_axis(names: Sequence[str], values: Sequence[float] | np.ndarray) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
-
-
-def write_page(
-    path: pathlib.Path, model: str, engine: Engine, output: Output, told: Sequence[tuple[str, str]]
-) -> None:
-    """Writes a page with the text, and beside it what the dense model writes to the same prompt."""
-    sides = [side(engine.controller, output, engine.cfg, told)]
-    if engine.controller != "dense":
-        full = engine.cfg.with_rules(space=ActionSpace(held_full(engine.cfg.space.axes)))
-        cfg = dataclasses.replace(full, policy=None, refresh=False, lossless=False)
-        dense = Engine(engine.weights, engine.tokenizer, cfg)
-        other, rate = write_out(dense, output.request, show=False, shaded=False)
-        sides.append(side("dense", other, cfg, facts(dense, other, rate)))
-    names = [axis.name for axis in engine.cfg.space.axes]
-    prompt = engine.tokenizer.decode(list(output.request.prompt))
-    html_page.write(path, html_page.render(f"{model}: compute per token", prompt, names, sides))

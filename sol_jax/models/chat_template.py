@@ -116,7 +116,8 @@ def render(
     end = text.rfind(CUT.rstrip())
     if end < 0:
         raise UserError("the model's chat template leaves out the beginning of the answer")
-    return text[:end] if text.startswith(CUT, end) else text[:end].rstrip()
+    before = text[:end] if text.startswith(CUT, end) else text[:end].rstrip()
+    return re.sub(rf"\s*{CUT.rstrip()}", "", before.replace(CUT, ""))  # of a template that says it twice
 
 
 def conversation(
@@ -129,13 +130,32 @@ def conversation(
     if tokenizer.chat_template is None:
         raise UserError(f"this model has no chat template; leave {flag} away to continue the prompt as text")
     text = render(tokenizer.chat_template, messages, tokenizer.special, begun)
-    for message in messages:
-        if message["role"] in ("user", "system") and not _holds(text, message["content"]):
-            raise UserError(
-                f"the model's chat template leaves out the {message['role']}'s message, so the model "
-                f"would answer something else; leave {flag} away to continue the prompt as text"
-            )
+    said = [n for n, message in enumerate(messages) if message["role"] in ("user", "system")]
+    left_out = [n for n in said if not _holds(text, messages[n]["content"])]
+    left_out = left_out or _left_out_by_name(tokenizer, messages, said, begun)
+    if left_out:
+        role = messages[left_out[0]]["role"]
+        raise UserError(
+            f"the model's chat template leaves out the {role}'s message, so the model "
+            f"would answer something else; leave {flag} away to continue the prompt as text"
+        )
     return text
+
+
+def _left_out_by_name(
+    tokenizer: Tokenizer, messages: Sequence[Message], said: Sequence[int], begun: bool
+) -> list[int]:
+    """Which messages a template leaves out, of those whose words may stand there for another reason.
+
+    "a" is in most texts, and of two equal messages one may be missing: so each says something of its own.
+    """
+    words = {n: f"message{n}said" for n in said if messages[n]["content"].strip()}
+    own = [{**message, "content": words.get(n, message["content"])} for n, message in enumerate(messages)]
+    try:
+        text = render(str(tokenizer.chat_template), own, tokenizer.special, begun)
+    except UserError:  # it minds what is said
+        return []
+    return [n for n, word in words.items() if word not in text]
 
 
 def _holds(text: str, said: str) -> bool:

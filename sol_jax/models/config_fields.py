@@ -7,17 +7,21 @@ nobody took is refused by name.
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from sol_jax.errors import UserError
 from sol_jax.files import shown
 from sol_jax.models.llama import LlamaConfig
 
 _REQUIRED: Any = object()
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _KINDS = {
     int: "a positive integer",
-    float: "a positive number",
+    float: "a positive number that float32 holds",
     bool: "true or false",
     str: "a string",
     dict: "an object",
+    list: "a list",
 }
 
 
@@ -39,9 +43,11 @@ class Fields:
                 raise UserError(f"{self.where} has no field {name!r}")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if value < _MOST else float("inf")
+        # A model computes in float32, in which 1e300 is an infinity and 1e-60 is nothing.
+        low, high = (_LEAST, _MOST) if kind is float else (0, float("inf"))
         # `type` and not isinstance: true is no number of layers.
-        positive = not isinstance(value, int | float) or 0 < value < float("inf")
+        positive = not isinstance(value, int | float) or (value > 0 and low <= value <= high)
         if type(value) is not kind or (kind in (int, float) and not positive):
             raise UserError(f"{self.where}: {name} is {shown(value)}, not {_KINDS[kind]}")
         return value
@@ -52,6 +58,12 @@ class Fields:
         if value is not None and not any(_equal(value, right) for right in allowed):
             names = " or ".join(map(repr, allowed))
             raise UserError(f"{self.where}: {name} is {shown(value)}, but only {names} is supported")
+
+    def each(self, name: str, allowed: str) -> None:
+        """Take a list, absent or null, of which every value must be one."""
+        values = self.take(name, list, [])
+        if any(value != allowed for value in values):
+            raise UserError(f"{self.where}: {name} is {shown(values)}, but only {allowed!r} is supported")
 
     def close(self, harmless: Collection[str] = ()) -> None:
         """Refuse what is left, except `harmless` names and nulls, which say nothing."""

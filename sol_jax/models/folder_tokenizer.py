@@ -25,6 +25,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 _MORE = ("additional_special_tokens", "extra_special_tokens")
 # Classes that set the tokens around a text from add_bos_token and add_eos_token, and what they assume unsaid.
 _LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_BEGINS = {**dict.fromkeys((*_LLAMA, "CohereTokenizer"), True), "GPTNeoXTokenizer": False}
 _LLAMA_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SPARE_IDS = 100_000  # that a vocabulary may leave out
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -55,8 +56,8 @@ def read_folder_tokenizer(folder: Path) -> FolderTokenizer:
     special = _special(config, backend, settings)
     _add_tokens(config, backend, _declared(folder, config, settings), special)
     backend.encode_special_tokens = _flag(config, settings, "split_special_tokens", False)
-    llama = _is_llama(settings)
-    if llama or ("tokenizer_class" not in settings and {"add_bos_token", "add_eos_token"} & settings.keys()):
+    llama, named = _is_llama(settings), settings.get("tokenizer_class") is not None
+    if _class(settings) in _BEGINS or (not named and {"add_bos_token", "add_eos_token"} & settings.keys()):
         _frame(config, backend, settings, special)
     _prefix_space(config, backend, described, settings, llama)
     return FolderTokenizer(backend, _spelled(special), settings, earlier)
@@ -98,8 +99,12 @@ def _settings(folder: Path, config: Path) -> dict[str, Any]:
     return settings
 
 
+def _class(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("tokenizer_class")).removesuffix("Fast")
+
+
 def _is_llama(settings: Mapping[str, Any]) -> bool:
-    return str(settings.get("tokenizer_class")).removesuffix("Fast") in _LLAMA
+    return _class(settings) in _LLAMA
 
 
 def _special(
@@ -225,7 +230,7 @@ def _frame(
     special: Mapping[str, AddedToken | list[AddedToken]],
 ) -> None:
     """The special tokens around a text, as Llama's class sets them whatever tokenizer.json says."""
-    asked = {"bos": _flag(config, settings, "add_bos_token", True)}
+    asked = {"bos": _flag(config, settings, "add_bos_token", _BEGINS.get(_class(settings), True))}
     asked["eos"] = _flag(config, settings, "add_eos_token", False)
     pieces = {}
     for name in (name for name, wanted in asked.items() if wanted):
@@ -257,7 +262,7 @@ def _prefix_space(
     asked = settings.get("add_prefix_space")
     if asked is not None:
         asked = _flag(config, settings, "add_prefix_space", False)
-    if llama or "tokenizer_class" not in settings:
+    if llama or settings.get("tokenizer_class") is None:
         if asked is not None and asked != _has_prefix_space(described):
             raise UserError(
                 f"{config}: add_prefix_space is {asked}, and tokenizer.json does otherwise; let transformers "

@@ -30,8 +30,10 @@ def gguf_config(path: Path, dtype: str) -> LlamaConfig:
     )
     fields.only("llama.attention.value_length", head_size)
     fields.only("llama.rope.dimension_count", head_size)
-    fields.only("llama.rope.scaling.type", "none")
-    fields.only("llama.rope.scaling.factor", 1)
+    # By a factor of 1, for which llama.cpp also takes 0, nothing is scaled, whatever else is said of it.
+    fields.only("llama.rope.scaling.type", "none", "linear")
+    fields.only("llama.rope.scaling.factor", 0, 1)
+    fields.only("llama.tensor_data_layout", "Meta AI original pth")  # the order that GGUF has anyway
     cfg = LlamaConfig(
         vocab_size=fields.take("llama.vocab_size", int, None) or _vocab_size(path, metadata),
         hidden_size=hidden,
@@ -46,7 +48,7 @@ def gguf_config(path: Path, dtype: str) -> LlamaConfig:
         tie_embeddings="output.weight" not in tensors,
         dtype=dtype,
     )
-    fields.close()
+    fields.close(("llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length"))
     cfg = checked(fields.where, cfg)
     if "rope_freqs.weight" in tensors:
         scaling = _gguf_rope_scaling(path, cfg, tensors["rope_freqs.weight"])

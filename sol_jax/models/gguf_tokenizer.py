@@ -27,6 +27,7 @@ _DEFAULT_WORDS = (
 )
 # GGUF's types of the tokens that a text spells as they are: control and user-defined.
 _WHOLE = (3, 4)
+_TYPES = range(7)
 _GGML = "tokenizer.ggml."  # GGUF's prefix of all that decides how text is split
 # fmt: off
 _GGML_READ = frozenset(_GGML + name for name in (
@@ -134,6 +135,8 @@ def gguf_backend(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
         raise UserError(
             f"{path}: tokenizer.ggml.token_type has {len(token_types)} entries for {len(tokens)} tokens"
         )
+    if unknown := sorted({kind for kind in token_types if kind not in _TYPES}):
+        raise UserError(f"{path}: tokenizer.ggml.token_type has {unknown[0]}, and types go from 0 to 6")
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise UserError(f"{path}: tokenizer.ggml.tokens has {len(tokens) - len(ids)} tokens twice")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from absl import logging
+
 from sol_jax.errors import UserError
 from sol_jax.files import read_json
 from sol_jax.models.config_fields import Fields, checked, head_size_of
@@ -11,24 +13,26 @@ from sol_jax.models.llama import LlamaConfig, RopeScaling
 # tokenizer's and the generation's own files name, lengths that are advice, and how to draw or to train.
 # fmt: off
 _HARMLESS = frozenset((
-    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-    "_flash_attn_2_enabled", "_name_or_path", "attn_implementation", "bad_words_ids",
-    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
-    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "hidden_dropout", "id2label", "initializer_range", "label2id", "length_penalty",
-    "max_length", "max_seq_len", "max_seq_length", "max_sequence_length", "min_length", "model_max_length",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
-    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_commit_hash", "_flash_attn_2_enabled", "_from_model_config", "_name_or_path", "attention_dropout",
+    "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "label2id",
+    "length_penalty", "max_length", "max_seq_len", "max_seq_length", "max_sequence_length", "min_length",
+    "model_max_length", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
+    "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
+    "resid_pdrop", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 ))
 # Parts of other architectures: honoured where they are switched off.
 _OFF = (
-    "add_cross_attention", "attention_bias", "is_decoder", "is_encoder_decoder", "mlp_bias",
-    "rope_interleaved", "tie_encoder_decoder", "use_sliding_window",
+    "add_cross_attention", "attention_bias", "is_encoder_decoder", "mlp_bias", "rope_interleaved",
+    "tie_encoder_decoder", "use_sliding_window",
 )
 # fmt: on
 
@@ -40,21 +44,23 @@ def folder_config(folder: Path, dtype: str) -> LlamaConfig:
     if fields.take("model_type", str) != "llama":
         raise UserError(f"{fields.where}: model_type is {values['model_type']!r}, not 'llama'")
     fields.only("architectures", ["LlamaForCausalLM"])
-    fields.only("hidden_act", "silu")
-    fields.only("attention_dropout", 0)
+    fields.only("hidden_act", "silu", "swish")  # two names of one function
     fields.only("is_llama_config", True)
     fields.only("partial_rotary_factor", 1)
     fields.only("pruned_heads", {})
     for name in _OFF:
         fields.only(name, False)
-    heads = fields.take("num_attention_heads", int)
+    if fields.take("auto_map", dict, None):
+        logging.warning("%s: auto_map names a program, which is not run; the model is Llama's", fields.where)
+    heads, layers = fields.take("num_attention_heads", int), fields.take("num_hidden_layers", int)
+    fields.each("layer_types", "full_attention")
     hidden = fields.take("hidden_size", int)
     rope_theta, rope_scaling = _folder_rope(fields)
     cfg = LlamaConfig(
         vocab_size=fields.take("vocab_size", int),
         hidden_size=hidden,
         ffn_size=fields.take("intermediate_size", int),
-        num_layers=fields.take("num_hidden_layers", int),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.take("num_key_value_heads", int, heads),
         head_size=fields.take("head_dim", int, None) or head_size_of(fields.where, hidden, heads),

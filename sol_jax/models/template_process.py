@@ -36,6 +36,11 @@ def refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+def strftime_now(format: str) -> str:
+    """The local time, for today's date; the argument has the name that transformers gives it."""
+    return datetime.datetime.now().strftime(format)
+
+
 def to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -58,7 +63,7 @@ def compiled(template: str) -> Template:
     sandbox.filters["tojson"] = to_json
     sandbox.globals |= {
         "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "strftime_now": strftime_now,
     }
     return sandbox.from_string(template)
 

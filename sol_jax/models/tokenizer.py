@@ -5,11 +5,12 @@ A byte-level vocabulary need not have all 256 bytes (SmolLM2 lacks six control c
 Unicode that nobody assigned); the library drops what it cannot spell, and so do we.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,14 @@ class Tokenizer:
         except UnicodeEncodeError as fault:
             wrong = ascii(text[fault.start])
             raise UserError(f"the text is not UTF-8: its character {fault.start + 1} is {wrong}") from None
-        if len(text) > PIECE:
-            ids = encode_long(lambda part: self._backend.encode(part, add_special_tokens=False), text)
-            if add_special_tokens:
-                before, after = self._frame
-                ids = [*before, *ids, *after]
-        else:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _told("encode this text"):
+            if len(text) > PIECE:
+                ids = encode_long(lambda part: self._backend.encode(part, add_special_tokens=False), text)
+                if add_special_tokens:
+                    before, after = self._frame
+                    ids = [*before, *ids, *after]
+            else:
+                ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         if self._size > self.vocab_size and (beyond := max(ids, default=0)) >= self.vocab_size:
             raise UserError(
                 f"the text spells {self.token(beyond)!r}, which has id {beyond}, but the model embeds "
@@ -126,13 +128,14 @@ class Tokenizer:
         The library makes every byte of a run of byte tokens U+FFFD if one of them is broken; here whole
         characters among them stay.
         """
-        if not self._has_bytes:
-            return self._backend.decode(ids, skip_special_tokens=False)
-        tokens = [token for token in map(self._backend.id_to_token, ids) if token is not None]
-        runs = itertools.groupby(tokens, key=lambda token: bool(_BYTE.fullmatch(token)))
-        return self._backend.decoder.decode(
-            [token for of_bytes, run in runs for token in (_mended(run) if of_bytes else run)]
-        )
+        with _told("decode these tokens"):
+            if not self._has_bytes:
+                return self._backend.decode(ids, skip_special_tokens=False)
+            tokens = [token for token in map(self._backend.id_to_token, ids) if token is not None]
+            runs = itertools.groupby(tokens, key=lambda token: bool(_BYTE.fullmatch(token)))
+            return self._backend.decoder.decode(
+                [token for of_bytes, run in runs for token in (_mended(run) if of_bytes else run)]
+            )
 
     def token(self, index: int) -> str:
         """The vocabulary's spelling of one id.  Raises UserError if there is no such id."""
@@ -140,6 +143,20 @@ class Tokenizer:
         if token is None:
             raise UserError(f"the tokenizer has no id {index}; its vocabulary ends at {self._size - 1}")
         return token
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Of what the library cannot do with the rules of a file: it raises bare exceptions, and panics."""
+    try:
+        yield
+    except BaseException as fault:
+        if type(fault) is not Exception and type(fault).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer's own rules cannot {what} ({fault}); its tokenizer.json is damaged, or new to "
+            "this version of tokenizers"
+        ) from None
 
 
 def _mended(run: Iterable[str]) -> list[str]:

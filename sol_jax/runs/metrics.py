@@ -1,4 +1,4 @@
-"""Scalars of a run as `metrics.jsonl`, and for TensorBoard where tensorflow is installed; console progress.
+"""Scalars of a run as `metrics.jsonl`, for TensorBoard and for Weights & Biases; console progress.
 
 A line of `metrics.jsonl` is `{"step": 7, "time": 1767225600.0, "reward": 0.25, ...}`.  JSON has no number for
 NaN and the infinities, and leaving them out would hide them: they are the strings "nan", "inf" and "-inf",
@@ -18,11 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from sol_jax.errors import UserError
 from sol_jax.files import parse_json
+from sol_jax.runs.wandb_writer import WandbWriter
 
 PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
 
@@ -37,14 +39,24 @@ class Writer:
     Args:
       workdir: made if missing.
       resume_step: the step of the checkpoint that the run resumes from; 0 for a new run.
+      wandb_project: of Weights & Biases; empty: none.
+      config: dotted path -> value, for Weights & Biases.
 
-    Raises `UserError` if `metrics.jsonl` cannot be written.  Only the first of several processes writes.
+    Raises `UserError` if `metrics.jsonl` cannot be written, or wandb cannot start.  Only the first of several
+    processes writes.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_step: int = 0,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._file: TextIO | None = None
         self.summaries: Any = None  # clu.metric_writers.SummaryWriter, or None without tensorflow
+        self.others: list[Any] = []  # what has the interface of clu's writers: `summaries`, and wandb
         if jax.process_index() != 0:
             return
         try:
@@ -54,6 +66,9 @@ class Writer:
         except OSError as error:
             raise self._failed(error) from error
         self.summaries = _summary_writer(self._path.parent / "tensorboard")
+        self.others = [] if self.summaries is None else [self.summaries]
+        if wandb_project:
+            self.others.append(WandbWriter(self._path.parent, wandb_project, config or {}))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of numbers, or arrays without axes; also logged, at verbosity info.
@@ -71,21 +86,30 @@ class Writer:
         except OSError as error:
             raise self._failed(error) from error
         logging.info("[%d] %s", step, ", ".join(f"{name}={x:.6g}" for name, x in numbers.items()))
-        if self.summaries is not None:
-            self.summaries.write_scalars(step, numbers)
+        for writer in self.others:
+            writer.write_scalars(step, numbers)
+
+    def sample(self, step: int, text: str, image_HxWxC: np.ndarray) -> None:
+        """A sample episode: its text, and a picture in which each token is shaded.
+
+        Not for `metrics.jsonl`.
+        """
+        for writer in self.others:
+            writer.write_texts(step, {"sample/text": text})
+            writer.write_images(step, {"sample/shaded": image_HxWxC[None]})
 
     def flush(self) -> None:
         """Until everything is with the operating system; lines of `metrics.jsonl` always are."""
-        if self.summaries is not None:
-            self.summaries.flush()
+        for writer in self.others:
+            writer.flush()
 
     def close(self) -> None:
         """Ends the files."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # of a line whose loss `scalars` has told of
                 self._file.close()
-        if self.summaries is not None:
-            self.summaries.close()
+        for writer in self.others:
+            writer.close()
 
     def __enter__(self) -> "Writer":
         return self

@@ -20,15 +20,19 @@ from safetensors.flax import load_file, save_file
 
 from sol_jax.errors import UserError
 from sol_jax.files import local_path, parse_json
+from sol_jax.models import hub
 from sol_jax.models.identity import differences
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs.config import RunConfig
+from sol_jax.runs.policy_card import card
 
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
 BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.(page_input|predict_losses)"
+PICTURE = "sample.png"  # on the card: a text that was written under the policy
+FILES = ("policy.safetensors", "config.json", "README.md", PICTURE)  # of a policy's folder
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept
 
 
@@ -36,7 +40,8 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
     """Writes `policy.safetensors`, `config.json` and the card `README.md`.
 
     `about` says what the policy is and what it was trained on: anything JSON can hold, and of these
-    `title`, `model`, `identity`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used.
+    `title`, `model`, `identity`, `command`, `updates`, `seed`, `commit`, `results` and `documents` are used,
+    and what `policy_card.metadata` says.
 
     Raises `UserError` if the weights have more than `MAX_BYTES`, or the folder cannot be written.
     """
@@ -53,24 +58,32 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(half, folder / "policy.safetensors")
-        # Thousands of documents: on one line, that the file stays one to read.
-        described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
-        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-        (folder / "README.md").write_text(card(config, about, size))
+        describe(folder, config, about)
     except OSError as error:
         raise UserError(f"{folder}: a policy cannot be written there ({error.strerror})") from error
 
 
+def describe(folder: pathlib.Path, config: RunConfig, about: Mapping[str, Any]) -> None:
+    """Writes `config.json` and the card anew, beside the weights and the picture, if there is one."""
+    # Thousands of documents: on one line, that the file stays one to read.
+    described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
+    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+    size = (folder / "policy.safetensors").stat().st_size
+    (folder / "README.md").write_text(card(config, about, size, (folder / PICTURE).is_file()))
+
+
 def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any]]:
-    """Parameters (float32), config and `about` of a policy, by name or by folder.
+    """Parameters (float32), config and `about` of a policy, by name, by folder or by `hub:OWNER/NAME`.
 
     Raises `UserError` if there is none of that name, or its files are damaged.
     """
-    folder = _folder(name)
+    folder = folder_of(name)
     try:
         described = parse_json((folder / "config.json").read_text())
         config = RunConfig.from_flat(described["config"])
         about = {**described["about"], "documents": described["about"]["documents"].split()}
+        about["updates"] = int(about["updates"])
+        dict(about.get("identity", {}))  # which is compared with that of the model here
         flat = load_file(folder / "policy.safetensors")
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
@@ -87,12 +100,28 @@ def known_policies() -> list[str]:
     return sorted(str(file.parent.relative_to(POLICIES)) for file in POLICIES.rglob("policy.safetensors"))
 
 
-def _folder(name: str | pathlib.Path) -> pathlib.Path:
+def folder_of(name: str | pathlib.Path) -> pathlib.Path:
+    """Where the files of a policy are, fetched from the hub if need be.
+
+    Raises `UserError` if there is none.
+    """
+    if str(name).startswith(hub.PREFIX):
+        folder = hub.fetch(str(name).removeprefix(hub.PREFIX), FILES)
+        if not (folder / "policy.safetensors").is_file():
+            raise UserError(
+                f"{name} is no policy: it has no policy.safetensors; if it is a model, give it as the model, "
+                "and a policy that was trained for it"
+            )
+        return folder
     for folder in (POLICIES / name, local_path(name, "the policy")):
         if (folder / "policy.safetensors").is_file():
             return folder
     names = ", ".join(known_policies()) or "none yet"
-    raise UserError(f"there is no policy {str(name)!r}; give a folder that has one, or one of: {names}")
+    to_fetch = f"; write hub:{name} to fetch it from the Hugging Face hub" if hub.is_id(str(name)) else ""
+    raise UserError(
+        f"there is no policy {str(name)!r}; give a folder that has one, hub:OWNER/NAME, or one of: "
+        f"{names}{to_fetch}"
+    )
 
 
 def check_fits(
@@ -147,40 +176,3 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 def document_names(hashes: Iterable[str]) -> list[str]:
     """Shortened document hashes, by which a policy knows its training text."""
     return sorted(digest[:HASH_LENGTH] for digest in hashes)
-
-
-def card(config: RunConfig, about: Mapping[str, Any], size: int) -> str:
-    """The model card, in Markdown."""
-    levels = {name: axis.levels for name, axis in config.axes.each().items()}
-    lines = [
-        f"# {about['title']}",
-        "",
-        f"A policy that picks the compute of each decode step of {about['model']}, frozen: "
-        f"`--policy {about['title']}`.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| language model | {about['model']}, {config.model.dtype} |",
-        *(f"| levels of {axis} | {', '.join(f'{x:g}' for x in found)} |" for axis, found in levels.items()),
-        f"| episode | {config.episode.prefix_len} tokens of prefix, {config.episode.horizon} steps |",
-        f"| trained on | {config.data.source}, {len(about['documents'])} documents |",
-        f"| command | `{about['command']}` |",
-        f"| updates, seed, commit | {about['updates']}, {about['seed']}, {about['commit']} |",
-        f"| file | {size / 1e6:.2f} MB, bfloat16 (trained in float32) |",
-        "",
-    ]
-    if about.get("results"):
-        lines += [
-            "Measured (perplexity; gain over the fixed schedule of the same cost, nats per token, with its "
-            "95 % interval over documents):",
-            "",
-            "| text | requested cost | net keep rate | policy | fixed | gain |",
-            "|---|---|---|---|---|---|",
-            *about["results"],
-            "",
-        ]
-    lines.append(
-        "It knows only what its training text taught it; with another language model, other levels or longer "
-        "episodes it means nothing."
-    )
-    return "\n".join(lines) + "\n"

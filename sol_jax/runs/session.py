@@ -7,9 +7,13 @@ import dataclasses
 import pathlib
 import subprocess
 
+from jax.sharding import Mesh
+
+from sol_jax import hosts
 from sol_jax.errors import UserError
 from sol_jax.models.llama import Weights
 from sol_jax.models.model import open_model
+from sol_jax.models.sharding import check_divides, make_mesh
 from sol_jax.models.tokenizer import Tokenizer
 from sol_jax.rl.setup import Setup
 from sol_jax.runs.config import RunConfig
@@ -26,6 +30,7 @@ class Session:
     tokenizer: Tokenizer
     blocks: dict[str, data.Blocks]
     identity: dict[str, str]  # of the model, see `models.identity`
+    mesh: Mesh  # that the weights lie on
 
     def split(self, name: str) -> data.Blocks:
         """The blocks of one split; `UserError` if the corpus was cut without it."""
@@ -37,20 +42,31 @@ class Session:
 
 
 def open_session(config: RunConfig) -> Session:
-    """Loads what a config names; raises `UserError` for whatever is wrong with it."""
+    """Loads what a config names; raises `UserError` for whatever is wrong with it.
+
+    With several processes all of them call this: the first prepares the text, and each loads the weights that
+    its devices hold.
+    """
     config.check_here()
-    model = open_model(config.model.path, config.model.dtype)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    model = hosts.together(lambda: open_model(config.model.path, config.model.dtype, mesh))
+    check_divides(model.config, mesh)
     setup = config.setup(model.config)
-    blocks = data.prepare(
-        config.data.source,
-        model.tokenizer,
-        block_length=setup.episode.block_length,
-        validation_fraction=config.data.validation_fraction,
-        test_fraction=config.data.test_fraction,
-        document_start=config.data.document_start,
-        cache_dir=config.data.cache_dir or None,
+    blocks = hosts.first_then_others(
+        lambda: data.prepare(
+            config.data.source,
+            model.tokenizer,
+            block_length=setup.episode.block_length,
+            validation_fraction=config.data.validation_fraction,
+            test_fraction=config.data.test_fraction,
+            document_start=config.data.document_start,
+            cache_dir=config.data.cache_dir or None,
+        )
     )
-    return Session(config, setup, model.weights, model.tokenizer, blocks, model.identity)
+    seen = model.identity | {name: part.fingerprint for name, part in blocks.items()}
+    hosts.check_same("the content of the ", seen)
+    weights = hosts.together(lambda: model.weights)
+    return Session(config, setup, weights, model.tokenizer, blocks, model.identity, mesh)
 
 
 def commit() -> str:

@@ -127,42 +127,32 @@ class BlockIterator:
 
     The order of an epoch is a function of the seed and the epoch alone.  Within an epoch no block comes
     twice; a batch takes the end of one epoch and the start of the next rather than drop blocks.  With several
-    processes the global batch is the same whatever their number, and each reads its own slice of it.
+    processes `take` says to all of them which blocks come next, and each reads those that it needs.
     """
 
-    def __init__(
-        self, blocks: Blocks, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
-    ):
-        """Args: `batch_size` counts the sequences of all processes; this is process `shard_index`.
-
-        Raises:
-          UserError: the batch cannot be divided among the processes, or an argument is out of range.
-        """
-        if shard_count < 1 or not 0 <= shard_index < shard_count:
-            raise UserError(f"process {shard_index} of {shard_count} does not exist; count from 0")
-        if batch_size < 1 or batch_size % shard_count:
-            raise UserError(
-                f"a batch of {batch_size} cannot be divided among {shard_count} processes; use a multiple"
-            )
+    def __init__(self, blocks: Blocks, *, batch_size: int, seed: int):
+        """Raises `UserError` for a batch size below 1, or a seed below 0."""
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} blocks is none; use 1 or more")
         if seed < 0:
             raise UserError(f"the seed of the data is {seed}; use 0 or more")
         self._blocks = blocks
         self._seed = seed
         self._batch_size = batch_size
-        self._shard = slice(
-            batch_size // shard_count * shard_index, batch_size // shard_count * (shard_index + 1)
-        )
-        self._position = 0  # blocks that the global batches have taken so far
+        self._position = 0  # blocks that the batches have taken so far
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # the latest epoch, its order
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        positions = range(self._position, self._position + self._batch_size)[self._shard]
-        batch = self._blocks.read([self._index(position) for position in positions])
+        return self._blocks.read(self.take())
+
+    def take(self) -> np.ndarray:
+        """The indices of the next batch's blocks, to be given to `Blocks.read`, whole or in parts."""
+        positions = range(self._position, self._position + self._batch_size)
         self._position += self._batch_size
-        return batch
+        return np.array([self._index(position) for position in positions])
 
     def state(self) -> dict[str, int]:
         """What `restore` needs, in integers a checkpoint can hold: the same on every process."""
@@ -174,7 +164,7 @@ class BlockIterator:
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Continues where the iterator that gave `state` stood.  Batch size and sharding may differ.
+        """Continues where the iterator that gave `state` stood.  The batch size may differ.
 
         Raises:
           UserError: the state is of another seed or of other blocks, so it cannot be continued.

@@ -152,11 +152,17 @@ def _patterns(source: str) -> list[str]:
     """A source cut at its commas, but not at those in the names of files that are there."""
     parts, patterns = source.split(","), []
     while parts:
-        joined = (n for n in range(len(parts), 1, -1) if os.path.isfile(_local(",".join(parts[:n]))))
+        joined = (n for n in range(len(parts), 1, -1) if _is_file(",".join(parts[:n])))
         count = next(joined, 1)
         patterns.append(_local(",".join(parts[:count])))
         parts = parts[count:]
     return patterns
+
+
+def _is_file(name: str) -> bool:
+    with contextlib.suppress(UserError, OSError):
+        return os.path.isfile(_local(name))
+    return False
 
 
 def _local(pattern: str) -> str:

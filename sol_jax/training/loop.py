@@ -15,23 +15,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sol_jax import hosts
 from sol_jax.costs.update import matmul_rate, update_flops
-from sol_jax.errors import UserError, telling_of_memory
+from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
+from sol_jax.evaluation.provenance import remember_documents
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
 from sol_jax.files import local_path
+from sol_jax.hosts import AgreedError
+from sol_jax.models.sharding import DATA, MODEL, make_mesh
 from sol_jax.rl.learn import TrainState
-from sol_jax.rl.train_step import init_state, jit_train_step
+from sol_jax.rl.sharded_update import sharded_update
+from sol_jax.rl.train_step import init_state
 from sol_jax.runs import metrics
 from sol_jax.runs.checkpoints import Checkpoints
-from sol_jax.runs.config import RunConfig
+from sol_jax.runs.config import RunConfig, read_config
 from sol_jax.runs.policy_files import check_fits
 from sol_jax.runs.session import Session, commit, open_session
 from sol_jax.runs.trained_policy import find_policy
+from sol_jax.runs.wandb_writer import check_installed
 from sol_jax.runs.workdir_lock import only_run
 from sol_jax.text.blocks import BlockIterator, evaluation_batches
 from sol_jax.training.estimate import clock, estimated_seconds, updates_of
+from sol_jax.training.sample import sample_episode
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
@@ -57,9 +65,13 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
+    def anywhere(self) -> bool:
+        """Whether the signal has come to any of the processes; all of them must ask at the same moment."""
+        return hosts.any_of(self.requested)
+
     def check(self, step: int) -> None:
         """Raises `Interrupted` if the signal has come; `step` is the last update, which is on disk."""
-        if self.requested:
+        if self.anywhere():
             raise Interrupted(step)
 
     def _set(self, signum: int, frame: Any) -> None:
@@ -74,31 +86,46 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         Inf; a full disk; too little memory.
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
-    if jax.process_count() > 1:  # the text is shared out below, but gradients are not summed over processes
-        raise UserError(
-            f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
-        )
-    config.check_here()
+    hosts.together(config.check_here)
+    hosts.together(
+        lambda: check_installed(config.train.wandb)
+    )  # here alone: an evaluation elsewhere needs no wandb
     workdir = local_path(workdir, "--workdir")
-    less = "lower config.grpo.num_schedules, config.grpo.batch_size or config.memory.prefill_batch"
-    with only_run(workdir), telling_of_memory("the training", less):
-        return _train(config, workdir)
+    processes = jax.process_count()
+    if processes > config.grpo.batch_size:
+        raise AgreedError(
+            f"there are {processes} processes and config.grpo.batch_size is {config.grpo.batch_size}; it "
+            "must be at least as many, or some have nothing to play"
+        )
+    hosts.check_same("--", {"workdir": str(workdir)})
+    hosts.check_same("config.", config.flat())
+    with contextlib.ExitStack() as stack:
+        hosts.together(lambda: stack.enter_context(only_run(workdir)) if hosts.first() else None)
+        hosts.same_folder(workdir, "--workdir")
+        return _train(_with_chunk(config, workdir), workdir)
+
+
+def _with_chunk(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+    """The config with `mesh.chunk` as the run began, which decides how its results are rounded."""
+    if config.mesh.chunk:
+        return config
+    chunk = 0
+    if hosts.first() and (workdir / "config.json").exists():
+        with contextlib.suppress(UserError):  # told when the checkpoints are opened
+            chunk = min(read_config(workdir).mesh.chunk, config.grpo.batch_size)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    usual = config.grpo.batch_size if mesh.shape[DATA] == 1 else 1
+    return config.with_fields({"mesh.chunk": hosts.tell(chunk) or usual})
 
 
 def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, commit=commit())
     session = open_session(config)
     setup, blocks = session.setup, session.split("train")
-    checkpoints.bind(session.identity | {"documents": blocks.fingerprint})
+    checkpoints.bind(session.identity | config.identity() | {"documents": blocks.fingerprint})
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
         session.split(split)  # before the training, not after it
-    batches = BlockIterator(
-        blocks,
-        batch_size=config.grpo.batch_size,
-        seed=config.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
+    batches = BlockIterator(blocks, batch_size=config.grpo.batch_size, seed=config.seed)
     num_updates = updates_of(config, blocks)
     if not num_updates:
         raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
@@ -107,6 +134,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
+    remember_documents(workdir, blocks.documents)  # once it is clear that the run is of this text
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
@@ -115,17 +143,23 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     with StopRequest() as stop:
         with (
             contextlib.closing(checkpoints),
-            metrics.Writer(workdir, start) as writer,
+            metrics.Writer(workdir, start, config.train.wandb, config.flat()) as writer,
             contextlib.closing(bar),
         ):
             hooks = metrics.periodic_actions(writer, num_updates)
             for step in range(start + 1, num_updates + 1):
-                batch = next(batches)
-                state, on_device = jit_train_step(state, session.weights, batch.tokens_BxN, setup=setup)
+                indices_B = batches.take()
+
+                def read(places: np.ndarray, indices_B: np.ndarray = indices_B) -> np.ndarray:
+                    return blocks.read(indices_B[places]).tokens_BxN
+
+                state, on_device = sharded_update(
+                    state, session.weights, read, setup, session.mesh, config.mesh.chunk
+                )
                 scalars = {name: float(value) for name, value in on_device.items()}
                 require_finite(scalars, step, checkpoints)
                 # Read once: a signal that comes later stops the next update, which then is saved.
-                stopping = stop.requested
+                stopping = stop.anywhere()
                 last = step == num_updates or stopping
                 due = step == num_updates or (config.eval.every > 0 and step % config.eval.every == 0)
                 log = last or due or step % config.train.log_every == 0
@@ -133,6 +167,9 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                     scalars |= rate.since_last(step)
                 if due:
                     scalars |= validate(session, state)
+                    if hosts.any_of(bool(writer.others)):  # of which somebody looks at pictures
+                        sample = sample_episode(session, state)
+                        writer.sample(step, sample.text, sample.image())
                     rate.restart(step)
                     bar.say(f"update {step}: {in_words(scalars, validated=True)}")
                 if log:
@@ -173,9 +210,17 @@ def announcement(session: Session, workdir: pathlib.Path, start: int, num_update
         return [f"all {num_updates} updates of {workdir} are done"]
     config, setup, cfg = session.config, session.setup, session.config.grpo
     blocks, episode = session.split("train"), setup.episode
+    mesh, chunk = session.mesh, config.mesh.chunk
+    where = f"{hosts.summary()}; mesh: data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}"
+    busy = -(-cfg.batch_size // chunk)
+    if busy < mesh.shape[DATA]:
+        where += (
+            f", of which {busy} have work: a batch is {busy} chunks of {chunk} blocks (config.mesh.chunk)"
+        )
     levels = ", ".join(f"{len(axis.levels)} of {axis.name}" for axis in setup.space.axes)
     does = "plays" if setup.learner == "counterfactual" else "compares"
     lines = [
+        where,
         f"training a policy over {setup.space.num_actions} actions (levels: {levels}) for "
         f"{config.model.path}, {config.model.dtype}, on {len(blocks)} blocks of {config.data.source}",
         f"an update {does} {cfg.num_schedules} schedules of {episode.horizon} steps in each of "

@@ -1,6 +1,8 @@
 """Rows of an evaluation, and the CSV that they become."""
 
+import concurrent.futures
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -189,6 +191,43 @@ def test_a_csv_from_before_bytes_and_flops(tmp_path):
         ("fixed", "0.8"),
     ]
     assert plots.points(plots.read(path), "policy", "nats")[0].y == 2.0
+
+
+def test_a_csv_that_a_spreadsheet_saved_is_the_same(tmp_path):
+    """Some put a mark of their encoding before the first name, which then would be another name."""
+    rows = [{"config": "é", "controller": "policy", "nats": "1"}]
+    results.write(tmp_path / "a.csv", rows)
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    assert results.read(tmp_path / "b.csv") == results.read(tmp_path / "a.csv") == rows
+
+
+def test_programs_that_add_rows_at_the_same_time_lose_none(tmp_path, monkeypatch):
+    path, read = tmp_path / "new" / "a.csv", results.read
+
+    def slowly(file):
+        rows = read(file)
+        time.sleep(0.02)
+        return rows
+
+    monkeypatch.setattr(results, "read", slowly)
+    rows = [{"controller": f"c{n}", "nats": "1"} for n in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: results.merge(path, [row]), rows))
+    assert sorted(row["controller"] for row in read(path)) == [row["controller"] for row in rows]
+    assert [file.name for file in path.parent.iterdir()] == ["a.csv"]
+
+
+def test_rows_that_came_meanwhile_from_another_model_are_not_mixed_with(tmp_path):
+    ours = dict.fromkeys((*results.IDENTITY, *results.CONTENT), "1") | {"controller": "policy", "nats": "1"}
+    results.write(tmp_path / "a.csv", [ours | {"weights": "2", "controller": "fixed"}])
+    with pytest.raises(UserError, match="holds results of weights '2', and these are of '1'"):
+        results.merge(tmp_path / "a.csv", [ours])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("controller,nats,nats\npolicy,1,2\n")
+    with pytest.raises(UserError, match=r"a\.csv has two columns 'nats'; take one of them away"):
+        results.read(tmp_path / "a.csv")
 
 
 def test_the_table_shows_shares():

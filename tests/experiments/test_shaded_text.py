@@ -7,6 +7,7 @@ import pytest
 
 from experiments.figures import shaded_text
 from sol_jax.errors import UserError
+from sol_jax.generation import shaded_image
 from sol_jax.generation.html_page import SHADES
 
 
@@ -31,8 +32,8 @@ def test_tokens_keep_their_shades(tmp_path):
 
 def test_lines_are_cut_between_tokens():
     words = [(f" word{n:03}", 0.5) for n in range(30)]
-    lines = shaded_text.lines_of(words)
-    assert max(sum(len(part) for part, _ in line) for line in lines) <= shaded_text.WIDTH
+    lines = shaded_image.lines_of(words)
+    assert max(sum(len(part) for part, _ in line) for line in lines) <= shaded_image.WIDTH
     assert "".join(part for line in lines for part, _ in line).replace(" ", "") == "".join(
         word for word, _ in words
     ).replace(" ", "")

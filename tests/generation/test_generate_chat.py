@@ -38,7 +38,7 @@ def test_smollm2():
          "user: Hi <b>\n"),
         ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi <b>"}]'),
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
-        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ strftime_now('%Y') | length }}{{ strftime_now(format='%Y') | length }}", "44"),
         # What transformers gives: nothing by these names, and only the special tokens that there are.
         ("{{ tools is none }} {{ documents is none }} {{ unk_token is defined }}", "True True False"),
         ("{{ pad_token }}", "<pad>"),
@@ -108,8 +108,34 @@ def test_a_template_that_drops_what_is_said_is_told(tiny_folder, template, dropp
 
 
 @pytest.mark.parametrize(
+    ("template", "user", "system", "dropped"),
+    [
+        # What is left out is there all the same, as a part of something else.
+        ("the", "t", "", "user"),
+        ("{{ messages[0].content }}", "brief", "Be brief.", "user"),
+        ("{{ messages[1].content }}", "Be brief. Why?", "Be brief.", "system"),
+        ("{{ messages[0].content }}", "Hi", "Hi", "user"),
+        ("{{ messages[0].content }}", "", "Hi", None),  # nothing is left out
+        ("{% if 'Hi' in messages[1].content %}{{ messages[1].content }}{% endif %}", "Hi", "i", "system"),
+        ("{% if 'H' not in messages[0].content %}{{ raise_exception('no') }}{% endif %}H", "H", "", None),
+    ],
+)
+def test_a_template_that_drops_what_stands_there_anyway(tiny_folder, template, user, system, dropped):
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    tokenizer.chat_template = template
+    if dropped is None:
+        assert chat_prompt(tokenizer, user, system)
+        return
+    with pytest.raises(UserError, match=f"leaves out the {dropped}'s message"):
+        chat_prompt(tokenizer, user, system)
+
+
+@pytest.mark.parametrize(
     ("template", "said", "text"),
     [
+        # A template that says it twice.
+        ("{{ messages[-1].content }}|{{ messages[-1].content }}", "Well, ", "Well, |Well, "),
+        ("{{ messages[-1].content | trim }}|{{ messages[-1].content | trim }}", "Well, ", "Well,|Well,"),
         ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ add_generation_prompt }}",
          "The answer is ", "<user>Hi <b></><assistant>The answer is "),
         # A template that trims what is said has trimmed the end of what was begun too.

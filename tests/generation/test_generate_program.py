@@ -241,11 +241,12 @@ def test_the_program(tiny_folder, policy, tmp_path):
     text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout).removesuffix("\n")
     assert text != done.stdout
     document = out.read_text("utf-8")
-    sections = re.findall(r'<div class="text" dir="auto">(.*?)</div>', document, re.DOTALL)
+    sections = re.findall(r'<div class="text" dir="auto" lang="">(.*?)</div>', document, re.DOTALL)
     plain = [re.sub("<.*?>", "", section) for section in sections]
-    assert plain[0] == "the cat"
-    assert len(plain) == 3
-    assert plain[1] == page._text(text)
+    assert len(plain) == 2
+    assert plain[0] == "the cat" + page._text(text)
+    assert "<h1>A text by model, shaded by compute</h1>" in document
+    assert str(tiny_folder) not in document  # a page is sent to others: folders are nobody's business
 
 
 def test_slips_on_the_command_line(tmp_path):

@@ -3,6 +3,8 @@
 import importlib.metadata
 import logging
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from kernels.lowering import lowers
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, pallas_triton
 from pallas_kernels.attention import attend, paged_attention
 from pallas_kernels.dispatch import choose, no_gradient, tracing_for
 from pallas_kernels.errors import UnavailableError
@@ -115,6 +117,31 @@ def test_triton_of_every_version(installed):
     for versions in (("0.10.2", "0.3.1", "3.6.0"), ("0.11.0", "0.4.1", "3.10.0")):
         installed(versions[0], jax_triton=versions[1], triton=versions[2])
         assert choose("gated_hidden", "triton", platform="gpu", rows=1) == "triton"
+
+
+def test_a_jax_without_pallas_through_triton(monkeypatch):
+    """Its removal is announced: the kernels are refused by name, auto takes XLA, and TPUs keep theirs."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.setattr(pallas_triton, "plgpu", pallas_triton.find())
+    for platform in ("cpu", "gpu"):
+        assert refused("gated_hidden", "pallas", platform=platform, rows=1) == (
+            f"gated_hidden: 'pallas' cannot run on this platform ({platform}) because jax {jax.__version__} "
+            "has no Pallas through Triton any more (jax 0.12 has); use 'xla' instead"
+        )
+    assert choose("gated_hidden", "auto", platform="gpu", rows=1, hidden=4096) == "xla"
+    assert choose("gated_hidden", "pallas", platform="tpu", rows=8, hidden=576, ffn=1536) == "pallas"
+    with pytest.raises(
+        UnavailableError, match=r"cannot use load because jax .* has no Pallas through Triton"
+    ):
+        pallas_triton.plgpu.load(None)
+
+
+def test_the_package_is_imported_without_pallas_through_triton():
+    program = (
+        "import sys; sys.modules['jax.experimental.pallas.triton'] = None; import sol_jax.generate; "
+        "from pallas_kernels import pallas_triton; assert pallas_triton.problem()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.fixture

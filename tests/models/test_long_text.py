@@ -1,13 +1,15 @@
 """Long texts in pieces: the ids of the whole, for every kind of tokenizer."""
 
+import functools
 import importlib.util
+import random
 
 import pytest
 import tokenizer_folders
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sol_jax.models import tokenizer as tokenizer_module
 from sol_jax.models.long_text import encode_long
@@ -35,7 +37,7 @@ WORDS = (
 CORPUS = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 60)) + "\n" for n in range(1, 40)]
 
 
-def trained(pre_tokenizer=None, normalizer=None) -> tokenizers.Tokenizer:
+def trained(pre_tokenizer=None, normalizer=None, more=()) -> tokenizers.Tokenizer:
     """BPE whose tokens may span whatever the rules leave together: without any, words and spaces."""
     built = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
     if normalizer is not None:
@@ -43,7 +45,7 @@ def trained(pre_tokenizer=None, normalizer=None) -> tokenizers.Tokenizer:
     if pre_tokenizer is not None:
         built.pre_tokenizer = pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, max_token_length=12)
-    built.train_from_iterator(CORPUS, trainer)
+    built.train_from_iterator([*CORPUS, *more], trainer)
     built.decoder = decoders.Fuse()
     return built
 
@@ -81,6 +83,43 @@ def test_texts_without_a_place_to_cut(backend, text):
         return backend.encode(part, add_special_tokens=False)
 
     assert encode_long(encode, text, piece=256, overlap=128) == encode(text).ids
+
+
+NUMBERS = ["1111111 111111111111111 aaaaaaa aaaaaaaaaaa 1111111111 aaaa aaaaaaaaaaaaaaaaaaaaa\n"] * 30
+
+
+def unigram(normalizer):
+    built = tokenizers.Tokenizer(models.Unigram())
+    built.normalizer = normalizer
+    options = {"vocab_size": 150, "show_progress": False, "unk_token": "<unk>", "special_tokens": ["<unk>"]}
+    built.train_from_iterator([*CORPUS, *NUMBERS], trainers.UnigramTrainer(**options))
+    return built
+
+
+def spaced():
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+DECEIVING = {
+    "a space before": lambda: trained(normalizer=spaced(), more=NUMBERS),
+    "a space before words": lambda: trained(pre_tokenizers.Metaspace(), more=NUMBERS),
+    "likeliest pieces": lambda: unigram(spaced()),
+    "threes from the right": lambda: trained(
+        pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?:\D|$))"), "isolated"), more=NUMBERS
+    ),
+    "fives": lambda: trained(pre_tokenizers.FixedLength(5), more=NUMBERS),
+}
+
+
+@pytest.mark.parametrize("kind", DECEIVING)
+def test_windows_that_agree_by_chance(kind):
+    """Runs of one letter or digit, longer than what windows share, between words."""
+    encode = functools.partial(DECEIVING[kind]().encode, add_special_tokens=False)
+    rng = random.Random(0)
+    for _ in range(40):
+        pieces = rng.sample([*WORDS, "1" * 400, "a" * 500, "1111111 ", " birds"], 5)
+        text = rng.choice(("", " ")).join(rng.choice(pieces) for _ in range(rng.randrange(20, 80)))
+        assert encode_long(encode, text, piece=256, overlap=128) == encode(text).ids
 
 
 @needs_smollm2

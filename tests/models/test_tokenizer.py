@@ -271,6 +271,18 @@ def test_the_end_token_must_be_one_of_the_model_s(tmp_path: Path, files: dict[st
         check_vocabulary(tokenizer, llama_config(vocab_size=258))
 
 
+def test_rules_that_the_library_fails_at_are_told() -> None:
+    """It raises bare exceptions, and panics, which are not even those."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁": 0, "a": 1}, unk_token="<none>"))
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = Tokenizer(backend, eos_id=1)
+    with pytest.raises(UserError, match="own rules cannot encode this text"):
+        tokenizer.encode("b")
+    with pytest.raises(UserError, match="own rules cannot decode these tokens"):
+        tokenizer.decode([0])
+
+
 def test_unknown_id(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no id 260"):
         byte_tokenizer(tmp_path).token(260)
@@ -289,6 +301,10 @@ def test_unknown_id(tmp_path: Path) -> None:
         ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
         ({"normalizer": "nfc"}, "unknown field 'tokenizer.ggml.normalizer'"),
         ({"token_type": [1, 1]}, "token_type has 2 entries for 260 tokens"),
+        *(
+            ({"token_type": [1] * 259 + [n]}, f"token_type has {n}, and types go from 0 to 6")
+            for n in (7, -1)
+        ),
         *(
             (
                 {f"{name}_token_id": index, **more},

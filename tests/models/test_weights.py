@@ -257,7 +257,6 @@ def test_transformers_4_and_5_say_the_same(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
         ({"sliding_window": 9}, "unknown field 'sliding_window'"),
         ({"quantization_config": {}}, "unknown field 'quantization_config'"),
         ({"hidden_size": None}, "no field 'hidden_size'"),
@@ -283,7 +282,13 @@ def test_transformers_4_and_5_say_the_same(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"type": 3}}, "type is 3, not a string"),
-        ({"is_decoder": 1}, "is_decoder is 1, but only False"),
+        ({"is_encoder_decoder": 1}, "is_encoder_decoder is 1, but only False"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "but only 'full_attention' is supported"),
+        # What float32 makes an infinity or nothing of.
+        ({"rope_theta": 1e300}, r"rope_theta is 1e\+300, not a positive number that float32 holds"),
+        ({"rope_theta": 10**400}, "rope_theta is inf, not a positive number"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60, not a positive number that float32 holds"),
+        ({"rope_scaling": {**LLAMA3, "factor": 1e300}}, r"factor is 1e\+300, not a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
@@ -310,6 +315,11 @@ HARMLESS = {
     "dynamic by 1": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
     "no scaling": {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
     "no scaling, twice": {"rope_scaling": {"type": "default"}, "rope_parameters": {"type": "default"}},
+    "dropout of training": {"attention_dropout": 0.1, "resid_pdrop": 0.1, "neftune_noise_alpha": 5},
+    "notes": {"cls_token_id": 3, "is_decoder": True, "gradient_checkpointing": True, "_from_model_config": 1},
+    "another name": {"hidden_act": "swish"},
+    "attention by layer": {"layer_types": ["full_attention", "full_attention"]},
+    "a program": {"auto_map": {"AutoModelForCausalLM": "modeling_fast.LlamaForCausalLM"}},
     "parts that are off": {"pruned_heads": {}, "use_sliding_window": False, "add_cross_attention": False},
 }
 
@@ -318,6 +328,24 @@ HARMLESS = {
 def test_fields_that_change_nothing_stop_nothing(name: str, tmp_path: Path) -> None:
     plain = load_config(write(tmp_path / "plain"))
     assert load_config(write(tmp_path / "other", **HARMLESS[name])) == plain
+
+
+def test_a_program_that_is_not_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_config(write(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_fast.LlamaForCausalLM"}))
+    assert "auto_map names a program, which is not run" in caplog.text
+
+
+@pytest.mark.parametrize(("second", "fits"), [(64, False), (CONFIG["hidden_size"], True)])
+def test_a_field_that_is_there_twice(second: int, fits: bool, tmp_path: Path) -> None:
+    """JSON would take the last one."""
+    file = write(tmp_path) / "config.json"
+    once = load_config(tmp_path)
+    file.write_text(file.read_text().rstrip()[:-1] + f', "hidden_size": {second}}}')
+    if fits:
+        assert load_config(tmp_path) == once
+        return
+    with pytest.raises(UserError, match=f"it has 'hidden_size' as {CONFIG['hidden_size']} and as 64$"):
+        load_config(tmp_path)
 
 
 def test_unknown_dtype(tmp_path: Path) -> None:
@@ -476,6 +504,8 @@ def test_gguf_llama3_scaling(tmp_path: Path) -> None:
         ({"rope.dimension_count": 2}, "llama.rope.dimension_count is 2, but only 4"),
         ({"attention.value_length": 6}, "llama.attention.value_length is 6, but only 4"),
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, "llama.rope.scaling.factor is 2.0"),
+        ({"tensor_data_layout": "rows"}, "llama.tensor_data_layout is 'rows'"),
         ({"block_count": None}, "no field 'llama.block_count'"),
         ({"block_count": 3}, r"lacks tensor blk\.2\.attn_norm\.weight and 8 more"),
         ({"blk.0.attn_q.bias": np.zeros(16, np.float32)}, r"blk\.0\.attn_q\.bias"),
@@ -490,7 +520,17 @@ def test_gguf_mistakes(fields: dict[str, Any], message: str, tmp_path: Path) -> 
     assert str(path) in str(fault.value)
 
 
-@pytest.mark.parametrize("fields", [{"expert_count": 0}, {"rope.scaling.factor": 1.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"expert_count": 0},
+        {"rope.scaling.factor": 1.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+        {"rope.scaling.type": "none", "rope.scaling.factor": 0.0},
+        {"rope.scaling.finetuned": False, "rope.scaling.original_context_length": 2048},
+        {"tensor_data_layout": "Meta AI original pth"},
+    ],
+)
 def test_gguf_fields_that_change_nothing(fields: dict[str, Any], tmp_path: Path) -> None:
     plain = load_config(write_gguf(tmp_path / "plain.gguf", CONFIG))
     assert load_config(write_gguf(tmp_path / "m.gguf", CONFIG, **fields)) == plain

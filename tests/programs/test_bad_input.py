@@ -49,7 +49,7 @@ def told(mistake: pytest.ExceptionInfo) -> str:
 # --- values, in the process ------------------------------------------------------------------------
 
 IMPOSSIBLE = {
-    "seed": (-1,),
+    "seed": (-1, 2**32, 10**400),
     "model.dtype": ("float16", ""),
     "data.validation_fraction": (-0.1, 1.5, NAN),
     "data.test_fraction": (-0.1, 1.5, NAN),
@@ -114,6 +114,7 @@ IMPOSSIBLE = {
     "train.log_every": (0,),
     "train.checkpoint_every": (0,),
     "train.keep": (0,),
+    "train.wandb": ("me/sol", "sol:1", "s" * 129),
     "eval.every": (-1,),
     "eval.num_blocks": (0,),
     "eval.num_test_blocks": (-1,),

@@ -92,6 +92,8 @@ def test_defaults_are_where_the_fields_are():
         ("count", math.nan, "a whole number"),
         ("count", True, "a whole number"),
         ("count", "3", "a whole number"),
+        ("count", 2**63, f"at most {2**63 - 1}"),
+        ("rate", 10**30, f"at most {2**63 - 1}"),
         ("flag", 1, "true or false"),
         ("flag", "no", "true or false"),
         ("text", 3, "a text"),
@@ -218,7 +220,7 @@ inners = st.builds(
     limit=st.floats(max_value=2, allow_infinity=False),
     odds=st.floats(0, 4, exclude_min=True),
     free=numbers,
-    count=st.integers(1),
+    count=st.integers(1, 2**63 - 1),
     flag=st.booleans(),
     text=st.text(),
     letter=st.sampled_from(["a", "b"]),
@@ -227,7 +229,7 @@ inners = st.builds(
     ends=st.tuples(numbers, numbers),
     names=st.lists(st.text(), max_size=3).map(tuple),
     table=st.lists(st.lists(numbers, max_size=3).map(tuple), max_size=3).map(tuple),
-    maybe=st.none() | st.integers(1),
+    maybe=st.none() | st.integers(1, 2**63 - 1),
 )
 outers = st.builds(Outer, low=st.integers(-9, 0), high=st.integers(1, 9), inner=inners)
 

@@ -62,7 +62,8 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
     config = tiny.config_for(tiny_folder, **FIELDS | {"counterfactual.target": target})
     setup = config.setup(tiny_session.setup.model)
     key = jax.random.key(3)
-    found = counterfactual.collect_outcomes(weights, tokens, key, None, setup)
+    schedules = counterfactual.draw_schedules(key, len(tokens), setup)
+    found = counterfactual.collect_outcomes(weights, tokens, schedules, None, setup)
     blocks = prefill_blocks(weights, tokens, setup, True)
     budget = jnp.zeros((*found.action.shape[:-1], 3))
     rollout = run_schedules(weights, blocks, key, budget, replay(found.action), setup)
@@ -76,9 +77,14 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
     assert np.all(found.observation.target == 0)
 
 
+def outcomes(weights, tokens, setup):
+    schedules = counterfactual.draw_schedules(jax.random.key(3), len(tokens), setup)
+    return counterfactual.collect_outcomes(weights, tokens, schedules, None, setup)
+
+
 def test_a_full_step_after_full_steps_loses_nothing(learner):
     setup, weights, tokens = learner
-    found = counterfactual.collect_outcomes(weights, tokens, jax.random.key(3), None, setup)
+    found = outcomes(weights, tokens, setup)
     dense = found.action[..., 0] == setup.space.dense
     if not np.any(dense):
         pytest.fail("the draw has no full first step; take another key")
@@ -107,9 +113,7 @@ def test_it_learns_and_repeats_exactly(learner):
 
 def test_the_first_table_is_that_of_the_first_update(learner):
     setup, weights, tokens = learner
-    found = counterfactual.flattened(
-        counterfactual.collect_outcomes(weights, tokens, jax.random.key(3), None, setup)
-    )
+    found = counterfactual.flattened(outcomes(weights, tokens, setup))
     params = init_state(jax.random.key(0), setup).params
     after = counterfactual.recalibrated(params, found.observation, jnp.int32(1), setup)
     _, losses = jax.vmap(lambda obs: setup.network.apply(params, obs, method="losses"))(found.observation)

@@ -185,6 +185,24 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(tmp_path):
         assert checkpoints.restore(first_state())[0] == 1
 
 
+def test_a_checkpoint_of_another_cost_model_is_refused_wherever_the_file_is(tmp_path):
+    config = CONFIG | {"axes.budget_unit": "time", "axes.prices": "a.json"}
+    with opened(tmp_path, config) as checkpoints:
+        checkpoints.bind({"weights": "aaaa", "prices": "bbbb"})
+        checkpoints.save(1, first_state(), {})
+    with opened(tmp_path, config) as checkpoints:
+        checkpoints.bind({"weights": "aaaa", "prices": "cccc"})
+        told = (
+            "step 1 is of another cost model: its prices have the digest bbbb, and here it is cccc; use "
+            r"another workdir, or the config\.axes\.prices that the run began with$"
+        )
+        with pytest.raises(UserError, match=told):
+            checkpoints.restore(first_state())
+    with opened(tmp_path, config | {"axes.prices": "b/moved.json"}) as checkpoints:
+        checkpoints.bind({"weights": "aaaa", "prices": "bbbb"})
+        assert checkpoints.restore(first_state())[0] == 1
+
+
 def test_a_checkpoint_that_does_not_name_its_model_is_taken(tmp_path):
     """Checkpoints from before models were told apart by their content."""
     states = saved(tmp_path)

@@ -24,7 +24,7 @@ from configs import (
     sol_j_3l,
     sol_j_fl,
 )
-from pallas_kernels.cost_model import CostModel
+from pallas_kernels.cost_model import TERMS, CostModel
 from sol_jax.costs.decode_step import in_unit
 from sol_jax.errors import UserError
 from sol_jax.models import llama
@@ -211,6 +211,17 @@ def test_budgets_in_another_unit(unit, tiny_folder, tiny_session, tmp_path):
     rho = space.axes[1]
     assert rho.cost(0.41) != pytest.approx(0.41)
     assert config.requested(space)[0][1] == pytest.approx(rho.cost(0.41))
+
+
+def test_a_cost_model_is_known_by_what_it_holds(tiny_folder, tmp_path):
+    def identity(file, unit="time", **prices):
+        CostModel("none", **{name: prices.get(name, 1e-12) for name in TERMS}).save(file)
+        return tiny.config_for(tiny_folder, **{"axes.budget_unit": unit, "axes.prices": str(file)}).identity()
+
+    first = identity(tmp_path / "a.json")
+    assert identity(tmp_path / "b.json") == first
+    assert identity(tmp_path / "a.json", seconds_per_byte=2e-12) != first
+    assert identity(tmp_path / "a.json", "bytes") == {}
 
 
 def test_a_config_survives_its_file(tiny_folder, tmp_path):

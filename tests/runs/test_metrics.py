@@ -216,7 +216,7 @@ def test_a_broken_tensorflow_is_told_and_does_not_stop_the_run(tmp_path, monkeyp
 
 TENSORBOARD_RUN = """
 import sys
-from sol_jax import metrics
+from sol_jax.runs import metrics
 
 with metrics.Writer(sys.argv[1]) as writer:
     (report,) = metrics.periodic_actions(writer, 3)

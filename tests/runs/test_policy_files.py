@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import yaml
 from small_models import llama_config
 
 from sol_jax.errors import UserError
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs import policy_files
 from sol_jax.runs.config import RunConfig
+from sol_jax.runs.policy_card import front_matter, metadata
 
 ABOUT = {
     "title": "tiny/sol-j-2l",
@@ -115,7 +117,8 @@ def test_an_unknown_name_lists_the_known_ones(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError) as mistake:
         policy_files.load_policy("tiny/sol-j-3l")
     assert told(mistake) == (
-        "there is no policy 'tiny/sol-j-3l'; give a folder that has one, or one of: tiny/sol-j-2l"
+        "there is no policy 'tiny/sol-j-3l'; give a folder that has one, hub:OWNER/NAME, or one of: "
+        "tiny/sol-j-2l; write hub:tiny/sol-j-3l to fetch it from the Hugging Face hub"
     )
     monkeypatch.setattr(policy_files, "POLICIES", tmp_path / "empty")
     with pytest.raises(UserError, match="one of: none yet"):
@@ -197,8 +200,41 @@ def test_the_card(folder, tiny_session):
         "32 tokens of prefix, 4 steps",
     ):  # fmt: skip
         assert part in text
-    untested = policy_files.card(tiny_session.config, ABOUT | {"results": []}, 1000)
+    untested = policy_files.card(tiny_session.config, ABOUT | {"results": []}, 1000, picture=False)
     assert "Measured" not in untested
+    assert "sample.png" not in untested
+    assert "sample.png" in policy_files.card(tiny_session.config, ABOUT, 1000, picture=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "about", "expected"),
+    [
+        ({"model.path": "smollm2-135m"}, {}, {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
+        ({"model.path": "hub:me/llama"}, {}, {"base_model": "me/llama"}),
+        ({"model.path": "/home/me/llama"}, {}, {}),
+        ({"model.path": "/home/me/llama"}, {"base_model": "me/llama"}, {"base_model": "me/llama"}),
+        ({"data.source": "wikipedia"}, {}, {"datasets": ["wikipedia"]}),
+        ({"data.source": "tfds:lm1b/en:train"}, {}, {"datasets": ["lm1b/en"]}),
+        ({"data.source": "/home/me/*.txt"}, {"license": "mit"}, {"license": "mit"}),
+    ],
+)
+def test_the_hub_is_told_what_is_known_and_nothing_else(tiny_folder, fields, about, expected):
+    config = tiny.config_for(tiny_folder, **fields)
+    found = metadata(config, ABOUT | about)
+    always = {"license": "apache-2.0", "library_name": "sol_jax", "metrics": ["perplexity"]}
+    known = always | expected
+    if "base_model" in expected:
+        known["base_model_relation"] = "adapter"
+    assert {name: value for name, value in found.items() if name != "tags"} == known
+    assert "grpo" in found["tags"]
+    assert "/home/me" not in str(found)
+
+
+def test_metadata_is_yaml_whatever_it_holds():
+    fields = {"license": "other: 'a' # b", "tags": ["- x", "[y]", "\u00e9\n"]}
+    lines = front_matter(fields)
+    assert (lines[0], lines[-2]) == ("---", "---")
+    assert yaml.safe_load("\n".join(lines[1:-2])) == fields
 
 
 @pytest.mark.parametrize("name", policy_files.known_policies())

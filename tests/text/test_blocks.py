@@ -319,24 +319,18 @@ def test_restored_equals_uninterrupted(count, batch_size, seed, before):
     assert take(restored, 6) == expected
 
 
-@given(
-    count=st.integers(1, 30), per_process=st.integers(1, 4), shards=st.integers(1, 4), seed=st.integers(0, 9)
-)
-def test_shards_join_to_the_global_batch(count, per_process, shards, seed):
-    whole = BlockIterator(numbered(count), batch_size=per_process * shards, seed=seed)
-    parts = [
-        BlockIterator(
-            numbered(count), batch_size=per_process * shards, seed=seed, shard_index=i, shard_count=shards
-        )
-        for i in range(shards)
-    ]
+@given(count=st.integers(1, 30), shares=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_parts_of_a_batch_join_to_the_whole(count, shares):
+    """What several processes read of a batch, each its own part, in whatever order, is the batch."""
+    blocks, cuts = numbered(count), np.cumsum(shares)[:-1]
+    whole, apart = (BlockIterator(blocks, batch_size=sum(shares), seed=1) for _ in range(2))
     for _ in range(5):
         tokens_BxN, document_B = next(whole)
-        batches = [next(part) for part in parts]
-        np.testing.assert_array_equal(np.concatenate([batch.tokens_BxN for batch in batches]), tokens_BxN)
-        np.testing.assert_array_equal(np.concatenate([batch.document_B for batch in batches]), document_B)
+        parts = [blocks.read(indices) for indices in np.split(apart.take(), cuts)]
+        np.testing.assert_array_equal(np.concatenate([part.tokens_BxN for part in parts]), tokens_BxN)
+        np.testing.assert_array_equal(np.concatenate([part.document_B for part in parts]), document_B)
         np.testing.assert_array_equal(document_B, tokens_BxN[:, 0] // 3)
-    assert {str(part.state()) for part in parts} == {str(whole.state())}
+    assert apart.state() == whole.state()
 
 
 @given(**SIZES)
@@ -398,10 +392,7 @@ def test_a_resumed_run_may_change_its_batch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "a batch of 0 cannot be divided"),
-        ({"batch_size": 6, "shard_count": 4}, "a batch of 6 cannot be divided among 4 processes"),
-        ({"shard_index": 2, "shard_count": 2}, "process 2 of 2 does not exist"),
-        ({"shard_index": -1}, "process -1 of 1 does not exist"),
+        ({"batch_size": 0}, "a batch of 0 blocks is none"),
         ({"seed": -1}, "the seed of the data is -1"),
     ],
 )

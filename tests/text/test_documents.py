@@ -294,7 +294,7 @@ def test_hash_is_sha256_of_the_text():
     assert document_hashes([Document("", "a"), Document("", "b")]) == [empty]
 
 
-ODD_NAMES = ("a[1].txt", "a,b.txt", "b*.txt", "[x]/c.txt", "d,e/f,g.txt", "h?.txt")
+ODD_NAMES = ("a[1].txt", "a,b.txt", "b*.txt", "[x]/c.txt", "d,e/f,g.txt", "h?.txt", "~draft.txt")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
