@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sol_jax import hosts
-from sol_jax.errors import UserError
+from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.evaluation import results_csv
 from sol_jax.evaluation.budget_grid import Budgets
 from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, Progress, run
@@ -150,6 +150,7 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 
+@telling_of_memory()
 def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[ComparisonRow]:
     """How good a policy is at requested budgets, beside schedules of the same cost.
 

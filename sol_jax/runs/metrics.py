@@ -6,6 +6,7 @@ so that `float(value)` reads every value.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -164,24 +165,27 @@ def periodic_actions(writer: Writer, num_steps: int) -> list[Any]:
 
 
 class Progress:
-    """How far a loop is and how long it will take: a bar on a terminal, else a line now and then.
+    """How far a loop is and how long it will take: a bar where one can be drawn, else a line now and then.
 
     Args:
       total: steps of the whole run.
       start: steps done before this process.
       label: what is being done.
       stream: where to; None for nowhere.
+      bar: makes the bar, with tqdm's arguments; None: only a terminal has one.
     """
 
-    def __init__(self, total: int, start: int, label: str, stream: TextIO | None):
+    def __init__(
+        self, total: int, start: int, label: str, stream: TextIO | None, bar: Callable[..., Any] | None = None
+    ):
         self._total, self._start, self._label, self._stream = total, start, label, stream
         self._started = time.monotonic()
         self._printed = -math.inf
         self._bar = None
-        if stream is not None and stream.isatty():
-            self._bar = tqdm(
-                total=total, initial=start, desc=label, unit=" steps", file=stream, dynamic_ncols=True
-            )
+        if bar is None and stream is not None and stream.isatty():
+            bar = functools.partial(tqdm, dynamic_ncols=True)
+        if bar is not None:
+            self._bar = bar(total=total, initial=start, desc=label, unit=" steps", file=stream)
 
     def update(self, step: int, shown: str = "") -> None:
         """Sets the number of steps done, and what to say beside it."""
@@ -214,5 +218,24 @@ class Progress:
 
 
 def progress(total: int, start: int, label: str) -> Progress:
-    """Progress on stderr, of the first process only."""
-    return Progress(total, start, label, sys.stderr if jax.process_index() == 0 else None)
+    """Progress of the first process only: on stderr, or under a notebook's cell."""
+    if jax.process_index() != 0:
+        return Progress(total, start, label, None)
+    if _in_notebook():  # where stderr is shown as if something were wrong
+        return Progress(total, start, label, sys.stdout, _notebook_bar())
+    return Progress(total, start, label, sys.stderr)
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this: its page shows bars, though it is no terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _notebook_bar() -> Callable[..., Any]:
+    """tqdm's bar for pages, where ipywidgets is there to draw it, else a line of text that is renewed."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return functools.partial(tqdm, ncols=100)
+    from tqdm.notebook import tqdm as drawn
+
+    return drawn

@@ -83,7 +83,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
 
     Raises:
       UserError: anything wrong with config, model, text or workdir; a second run in one workdir; a NaN or
-        Inf; a full disk.
+        Inf; a full disk; too little memory.
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     hosts.together(config.check_here)

@@ -323,3 +323,62 @@ def test_progress_goes_to_stderr_of_the_first_process_only(monkeypatch, capsys):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     metrics.progress(5, 0, "train").update(5, "x")
     assert capsys.readouterr() == ("", "")
+
+
+# In a notebook.
+
+
+class Kernel:
+    """IPython, as far as it tells that a notebook's kernel runs."""
+
+    kernel = object()
+
+    def get_ipython(self):
+        return self
+
+
+class Drawn:
+    """Stands for tqdm's bar of a page."""
+
+    def __init__(self, **told):
+        self.told, self.n, self.shown, self.closed = told, told["initial"], "", False
+
+    def set_postfix_str(self, text, refresh):
+        self.shown = text
+
+    def update(self, more):
+        self.n += more
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_notebook_has_a_bar_on_its_page(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", Kernel())
+    monkeypatch.setattr(metrics, "_notebook_bar", lambda: Drawn)
+    bar = metrics.progress(10, 4, "train")
+    bar.update(7, "reward -3")
+    bar.close()
+    drawn = bar._bar
+    assert drawn.told == {
+        "total": 10, "initial": 4, "desc": "train", "unit": " steps", "file": sys.stdout
+    }  # fmt: skip
+    assert (drawn.n, drawn.shown, drawn.closed) == (7, "reward -3", True)
+
+
+@pytest.mark.parametrize("shell", [None, object()], ids=["no shell", "a shell on a terminal"])
+def test_ipython_without_a_kernel_is_no_notebook(shell, monkeypatch, capsys):
+    ipython = Kernel()
+    ipython.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    metrics.progress(1, 0, "train").update(1)
+    assert "train: 100%" in capsys.readouterr().err
+
+
+def test_without_widgets_a_notebook_s_bar_is_a_line_of_text(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "IPython", Kernel())
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    bar = metrics.progress(2, 0, "train")
+    bar.update(2)
+    bar.close()
+    assert "train: 100%" in capsys.readouterr().out
