@@ -4,7 +4,8 @@
         --command 'python -m sol_jax.train --config configs/sol_j_fl.py:cpu,fast --workdir runs/fl' \\
         --results experiments/results/fl.csv
 
-writes `experiments/results/policies/NAME`, which `sol_jax.evaluate --policy NAME` then finds.
+writes `experiments/results/policies/NAME`, which `sol_jax.evaluate --policy NAME` then finds.  With
+`--folder` it writes NAME there instead, on this machine or an object store; `--policy FOLDER/NAME` finds it.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.provenance import training_documents
-from sol_jax.files import path_argument
+from sol_jax.files import any_path_argument
 from sol_jax.runs import policy_files
 from sol_jax.runs.session import open_session
 from sol_jax.runs.trained_policy import open_run, policy_of_run
@@ -49,10 +50,12 @@ def publish(
     evaluations: Sequence[pathlib.Path],
     step: int | None = None,
     trained_by: str = "",
+    root: pathlib.Path = policy_files.POLICIES,
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint.
 
-    `trained_by` is the commit that trained it, where the checkpoint does not say.
+    `trained_by` is the commit that trained it, where the checkpoint does not say; `root` is where policies
+    lie.
     """
     config, checkpoints = open_run(workdir)
     session = open_session(config)
@@ -69,7 +72,7 @@ def publish(
         "documents": training_documents(config, session),
         "results": [line for path in evaluations for line in card_rows(path)],
     }
-    folder = policy_files.POLICIES / name
+    folder = root / name
     policy_files.save_policy(folder, policy.params, config, about)
     return folder
 
@@ -77,18 +80,21 @@ def publish(
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=path_argument, required=True, help="folder of the training run")
+    parser.add_argument("--workdir", type=any_path_argument, required=True, help="folder of the training run")
     parser.add_argument("--name", required=True, help="MODEL/POLICY, for instance smollm2-135m/sol-j-fl")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
     parser.add_argument("--commit", default="", help="that trained it, of a checkpoint that does not say")
     parser.add_argument(
-        "--results", type=path_argument, nargs="*", default=[], help="CSVs of its evaluations"
+        "--results", type=any_path_argument, nargs="*", default=[], help="CSVs of its evaluations"
+    )
+    parser.add_argument(
+        "--folder", type=any_path_argument, default=policy_files.POLICIES, help="of policies; may be gs://..."
     )
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")
-    folder = publish(args.workdir, args.name, args.command, args.results, args.step, args.commit)
+    folder = publish(args.workdir, args.name, args.command, args.results, args.step, args.commit, args.folder)
     print(f"wrote {folder}")
 
 

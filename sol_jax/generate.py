@@ -16,7 +16,7 @@ from absl import app
 
 from sol_jax.command_line import define_flags, given, parse_flags
 from sol_jax.errors import exits_on_user_error
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.generation import html_page
 from sol_jax.generation.load_engine import engine_for
 from sol_jax.generation.options import GenerateOptions
@@ -27,7 +27,7 @@ from sol_jax.generation.terminal import facts, write_out, write_page
 def main(argv: Sequence[str]) -> None:
     del argv
     options = given(GenerateOptions)
-    page = local_path(options.html, "--html") if options.html else None
+    page = path_of(options.html, "--html") if options.html else None
     if page:
         html_page.check_writable(page)
     engine, request = engine_for(options)

@@ -9,7 +9,7 @@ from absl import app, flags
 
 from sol_jax.command_line import define_run_flags, given_config, parse_flags
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.training.loop import Interrupted, train
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.config is None or not flags.FLAGS.workdir:
         raise UserError("give --config configs/X.py and --workdir DIR")
     try:
-        train(given_config(), local_path(flags.FLAGS.workdir, "--workdir"))
+        train(given_config(), path_of(flags.FLAGS.workdir, "--workdir"))
     except Interrupted as stopped:
         print(stopped, flush=True)
 

@@ -2,13 +2,14 @@
 
 import csv
 import dataclasses
-import os
+import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import ComparisonRow, RandomScheduleRow
+from sol_jax.files import write_whole
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
 IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
@@ -46,8 +47,7 @@ def texts(record: Mapping[str, Any]) -> dict[str, str]:
 def read(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a CSV that `write` wrote; `UserError` if it is none."""
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or "no CSV"
         raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
@@ -62,21 +62,19 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Writes a CSV, all or nothing; a field that only some rows have is empty in the others."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = path.with_name(f"{path.name}.tmp")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        unfinished.replace(path)
+        write_whole(path, text.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     """Raises `UserError` if `path` has rows that may not be compared with those of `about`."""
-    if not os.path.exists(path):
+    if not path.exists():
         return
     ours = texts(about)
     for row in read(path):
@@ -106,7 +104,7 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     def subject(row: Mapping[str, str]) -> tuple[str, ...]:
         return row.get("updates") or "", row.get("blocks") or ""
 
-    old = read(path) if os.path.exists(path) else []
+    old = read(path) if path.exists() else []
     new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
     kept = [row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)]
     write(path, [*kept, *rows])

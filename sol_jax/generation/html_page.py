@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors, is_remote
 
 # Background of a token by the tenth that its net keep rate reaches.  One hue, ever darker: it can be read in
 # grey, and by whom red and green are alike.  Black text on the darkest has a contrast of 6.
@@ -127,7 +128,8 @@ def fragment(pieces: Sequence[str], cost_NxX: np.ndarray, axis_names: Sequence[s
 def write(path: pathlib.Path, page: str) -> None:
     """Writes the page.  Raises `UserError` if it cannot."""
     try:
-        path.write_text(page, encoding="utf-8")
+        with as_os_errors():
+            path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written there: {error.strerror or error}") from None
 
@@ -135,11 +137,13 @@ def write(path: pathlib.Path, page: str) -> None:
 def check_writable(path: pathlib.Path) -> None:
     """Raises `UserError` for a path that `write` would fail on, before any work is done for it."""
     try:
-        existed = path.exists()
-        with open(path, "a"):
-            pass
-        if not existed:
-            path.unlink()
+        with as_os_errors():
+            existed = path.exists()
+            if not existed or not is_remote(path):  # an object can be made, and taken away, but not added to
+                with path.open("w" if is_remote(path) else "a"):
+                    pass
+            if not existed:
+                path.unlink()
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written there: {error.strerror or error}") from None
 

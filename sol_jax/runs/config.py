@@ -19,7 +19,7 @@ from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import parse_json, path_of
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.options import Options, option, section
 from sol_jax.rl.config import (
@@ -172,7 +172,7 @@ class RunConfig(Options):
         if not self.axes.prices:
             raise self.axes.wrong("prices", "a cost model (a JSON file), for budget_unit is 'time'")
         try:
-            return cost_model.load(local_path(self.axes.prices, "config.axes.prices"))
+            return cost_model.load(path_of(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
 

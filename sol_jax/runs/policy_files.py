@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load, save
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import parse_json, path_of, write_whole
 from sol_jax.models.identity import differences
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
@@ -51,14 +51,13 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
             "train one with a lower config.policy.d_model"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(half, folder / "policy.safetensors")
+        write_whole(folder / "policy.safetensors", save(half))
         # Thousands of documents: on one line, that the file stays one to read.
         described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
-        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-        (folder / "README.md").write_text(card(config, about, size))
+        write_whole(folder / "config.json", json.dumps(described, indent=1) + "\n")
+        write_whole(folder / "README.md", card(config, about, size))
     except OSError as error:
-        raise UserError(f"{folder}: a policy cannot be written there ({error.strerror})") from error
+        raise UserError(f"{folder}: a policy cannot be written there ({error.strerror or error})") from error
 
 
 def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any]]:
@@ -71,7 +70,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
         described = parse_json((folder / "config.json").read_text())
         config = RunConfig.from_flat(described["config"])
         about = {**described["about"], "documents": described["about"]["documents"].split()}
-        flat = load_file(folder / "policy.safetensors")
+        flat = load((folder / "policy.safetensors").read_bytes())
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
     if wrong := sorted(leaf for leaf, x in flat.items() if not bool(jnp.isfinite(x).all())):
@@ -88,7 +87,7 @@ def known_policies() -> list[str]:
 
 
 def _folder(name: str | pathlib.Path) -> pathlib.Path:
-    for folder in (POLICIES / name, local_path(name, "the policy")):
+    for folder in (POLICIES / name, path_of(name, "the policy")):
         if (folder / "policy.safetensors").is_file():
             return folder
     names = ", ".join(known_policies()) or "none yet"

@@ -20,7 +20,7 @@ from sol_jax.costs.update import matmul_rate, update_flops
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.rl.learn import TrainState
 from sol_jax.rl.train_step import init_state, jit_train_step
 from sol_jax.runs import metrics
@@ -79,7 +79,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
             f"training runs in one process, not in {jax.process_count()}: each would train its own policy"
         )
     config.check_here()
-    workdir = local_path(workdir, "--workdir")
+    workdir = path_of(workdir, "--workdir")
     with only_run(workdir):
         return _train(config, workdir)
 
@@ -137,6 +137,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                 if log:
                     writer.scalars(step, scalars)
                 if last or due or step % config.train.checkpoint_every == 0:
+                    writer.flush()  # or a resumed run would lack what came before its checkpoint
                     checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
                 for hook in hooks:
                     hook(step)
