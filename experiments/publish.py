@@ -50,7 +50,7 @@ def publish(
     evaluations: Sequence[pathlib.Path],
     step: int | None = None,
     trained_by: str = "",
-    root: pathlib.Path = policy_files.POLICIES,
+    root: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint.
 
@@ -72,7 +72,7 @@ def publish(
         "documents": training_documents(config, session),
         "results": [line for path in evaluations for line in card_rows(path)],
     }
-    folder = root / name
+    folder = (root or policy_files.POLICIES) / name
     policy_files.save_policy(folder, policy.params, config, about)
     return folder
 
@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=any_path_argument, nargs="*", default=[], help="CSVs of its evaluations"
     )
-    parser.add_argument(
-        "--folder", type=any_path_argument, default=policy_files.POLICIES, help="of policies; may be gs://..."
-    )
+    parser.add_argument("--folder", type=any_path_argument, help="of policies; default: the committed ones")
     args = parser.parse_args()
     if not all(part and part not in (".", "..") for part in args.name.split("/")):
         raise UserError(f"--name {args.name!r} must be MODEL/POLICY")

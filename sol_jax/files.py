@@ -168,7 +168,7 @@ def as_os_errors() -> Iterator[None]:
 
 
 def stamp(path: pathlib.Path) -> tuple[int, int]:
-    """Size in bytes and time of change in ns; of an object in whole seconds, or 0 if its store does not say."""
+    """Size in bytes and time of change in ns; of an object in whole seconds, 0 if its store does not say."""
     found: Any = path.stat()
     if is_remote(path):
         return found.length, found.mtime * 10**9

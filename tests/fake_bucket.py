@@ -3,10 +3,10 @@
     with fake_buckets(folder): ...
     python tests/fake_bucket.py FOLDER MODULE ARGS...  # the same in a process of its own
 
-It keeps to what object stores promise and no more.  An object has a name and bytes; folders are parts of names: they are
-not made, and are gone with their last object.  An object appears when it is closed, whole; nothing is added to one, and
-to rename is to copy and delete.  Each lies in a file of a folder of this machine, under its quoted name, so that a killed
-process leaves what a bucket would have.
+It keeps to what object stores promise and no more.  An object has a name and bytes; folders are parts of
+names: they are not made, and are gone with their last object.  An object appears when it is closed, whole;
+nothing is added to one, and to rename is to copy and delete.  Each lies in a file of a folder of this
+machine, under its quoted name, so that a killed process leaves what a bucket would have.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ class FakeBuckets(AbstractFileSystem):
     def _file(self, path: str) -> pathlib.Path:
         name = self._strip_protocol(path)
         if name.startswith("no-"):
-            raise RuntimeError("Anonymous caller does not have storage.objects.get access")  # no OSError, as theirs
+            raise RuntimeError(
+                "Anonymous caller does not have storage.objects.get access"
+            )  # no OSError, as theirs
         return self.root / urllib.parse.quote(name, safe="")
 
     def _objects(self) -> dict[str, pathlib.Path]:

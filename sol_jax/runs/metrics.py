@@ -86,12 +86,15 @@ class Writer:
             self.summaries.flush()
 
     def close(self) -> None:
-        """Ends the files."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # of a line whose loss `scalars` has told of
-                self._file.close()
-        if self.summaries is not None:
-            self.summaries.close()
+        """Ends the files.  Raises `UserError` if lines that were held cannot be written."""
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of lines whose loss has been told
+                    self._file.close()
+            if self.summaries is not None:
+                self.summaries.close()
 
     def __enter__(self) -> "Writer":
         return self

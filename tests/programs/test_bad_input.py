@@ -416,7 +416,9 @@ REMOTE = (
 
 
 @pytest.mark.parametrize("path", REMOTE)
-def test_a_url_that_nothing_opens_is_no_folder_wherever_a_path_is_taken(path, tiny_folder, tmp_path, monkeypatch):
+def test_a_url_that_nothing_opens_is_no_folder_wherever_a_path_is_taken(
+    path, tiny_folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     right = "it must be a path on this machine"
     for field in ("model.path", "data.source", "data.cache_dir", "axes.prices"):
