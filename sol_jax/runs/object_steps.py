@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load, save
 
 from sol_jax.files import as_os_errors, is_remote, parse_json, write_whole
 from sol_jax.runs.orbax_store import complete_steps as folder_steps
 from sol_jax.runs.orbax_store import digest
+from sol_jax.runs.tensors import pack, unpack
 
 SUFFIX = ".safetensors"
 
@@ -50,8 +50,7 @@ class ObjectStore:
             self._writing = self._thread.submit(self._write, step, dict(arrays), sealed)
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        content = save(arrays, {"meta": json.dumps(meta)})
-        write_whole(step_path(self._directory, step), content)
+        write_whole(step_path(self._directory, step), pack(arrays, {"meta": json.dumps(meta)}))
         self._scores[step] = meta["score"]
         steps = complete_steps(self._directory)
         for old in {*steps[: -self._keep]} - {self.best(steps)}:
@@ -60,10 +59,8 @@ class ObjectStore:
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and meta as they were written; raises an exception of any kind if they are damaged."""
-        content = step_path(self._directory, step).read_bytes()
-        head = int.from_bytes(content[:8], "little")
-        meta = parse_json(parse_json(content[8 : 8 + head])["__metadata__"]["meta"])
-        arrays = load(content)
+        arrays, about = unpack(step_path(self._directory, step).read_bytes())
+        meta = parse_json(about["meta"])
         if meta.pop("sha256") != digest(arrays, meta) or meta["step"] != step:
             raise ValueError("its content does not match its sha256")
         return arrays, meta

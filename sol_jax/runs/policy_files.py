@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
-from safetensors.flax import load, save
 
 from sol_jax.errors import UserError
 from sol_jax.files import parse_json, path_of, write_whole
@@ -24,6 +24,7 @@ from sol_jax.models.identity import differences
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs.config import RunConfig
+from sol_jax.runs.tensors import pack, unpack
 
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
@@ -51,7 +52,9 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
             "train one with a lower config.policy.d_model"
         )
     try:
-        write_whole(folder / "policy.safetensors", save(half))
+        write_whole(
+            folder / "policy.safetensors", pack({name: np.asarray(leaf) for name, leaf in half.items()})
+        )
         # Thousands of documents: on one line, that the file stays one to read.
         described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
         write_whole(folder / "config.json", json.dumps(described, indent=1) + "\n")
@@ -70,7 +73,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
         described = parse_json((folder / "config.json").read_text())
         config = RunConfig.from_flat(described["config"])
         about = {**described["about"], "documents": described["about"]["documents"].split()}
-        flat = load((folder / "policy.safetensors").read_bytes())
+        flat, _ = unpack((folder / "policy.safetensors").read_bytes())
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
     if wrong := sorted(leaf for leaf, x in flat.items() if not bool(jnp.isfinite(x).all())):

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_bucket import FakeBuckets, fake_buckets
+from safetensors.flax import load_file
 from state_run import CONFIG, assert_same, first_state, opened, saved, start_or_resume, train
 
 from sol_jax.errors import UserError
 from sol_jax.files import path_of
 from sol_jax.runs.object_steps import ObjectStore, complete_steps
+from sol_jax.runs.policy_files import POLICIES
+from sol_jax.runs.tensors import pack, unpack
 
 RUN = "gs://b/run"
 
@@ -72,6 +75,23 @@ def test_every_kind_of_leaf(dtype):
     with opened(RUN) as checkpoints:
         checkpoints.save(1, state, {})
         assert_same(checkpoints.restore(state)[1], state)
+
+
+def test_bytes_are_those_of_a_file_that_the_library_reads(tmp_path):
+    """Committed policies are bfloat16, and were written by it."""
+    for file in POLICIES.rglob("policy.safetensors"):
+        ours, theirs = unpack(file.read_bytes())[0], load_file(file)
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            assert (ours[name].dtype, ours[name].shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(ours[name], np.asarray(array))
+    turned = {"x": np.arange(6, dtype=np.float32).reshape(2, 3).T, "one": np.array(7, np.int32)}
+    (tmp_path / "file").write_bytes(pack(turned, {"meta": 'a "quoted" é'}))
+    again, about = unpack((tmp_path / "file").read_bytes())
+    assert about == {"meta": 'a "quoted" é'}
+    for name, array in load_file(tmp_path / "file").items():
+        np.testing.assert_array_equal(np.asarray(array), turned[name])
+        np.testing.assert_array_equal(again[name], turned[name])
 
 
 def test_a_run_resumed_at_any_step_ends_as_one_that_was_not_stopped(tmp_path):

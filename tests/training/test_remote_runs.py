@@ -83,7 +83,7 @@ def metrics_of(workdir):
 def learned(session, workdir, config):
     """Step, leaves as bytes and iterator state of the newest checkpoint."""
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, read_only=True)
-    checkpoints.bind(session.identity)
+    checkpoints.bind(session.identity | {"documents": session.split("train").fingerprint})
     step, state, iterator = checkpoints.restore(init_state(jax.random.key(1), session.setup))
     state = state._replace(key=jax.random.key_data(state.key))
     named = jax.tree_util.tree_flatten_with_path(state)[0]
