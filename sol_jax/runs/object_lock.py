@@ -7,8 +7,8 @@ overwritten gives way, at once or at its next beat.  So is a run that was suspen
 has lost its workdir to another.
 """
 
-import _thread
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -46,26 +46,29 @@ def only_remote_run(file: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{file.parent}: cannot be used as a workdir: {error.strerror or error}") from error
     beat.start()
     try:
-        yield
-    except KeyboardInterrupt:
-        if beat.lost:
-            raise UserError(
-                f"{file.parent}: {_holder(_read(file))} has taken this workdir, for this run gave no sign of "
-                f"life for {DEAD:g} s; it stops here, and what came after its last checkpoint is lost"
-            ) from None
-        raise
-    finally:
-        beat.stop()
+        try:
+            yield
+        finally:
+            beat.stop()
+    except _LostError:
+        raise UserError(
+            f"{file.parent}: {_holder(_read(file))} has taken this workdir, for this run gave no sign of "
+            f"life for {DEAD:g} s; it stops here, and what came after its last checkpoint is lost"
+        ) from None
+
+
+class _LostError(BaseException):
+    """Another run has taken the workdir.  Raised amid things, and not for `except Exception` to hold."""
 
 
 class _Heartbeat(threading.Thread):
-    """Writes the lock anew until it is stopped, or finds that it is another's: then it interrupts the run."""
+    """Writes the lock anew until it is stopped, or finds that it is another's: then it stops the run."""
 
     def __init__(self, file: pathlib.Path):
         super().__init__(name="workdir lock", daemon=True)
         self._file, self._stopped = file, threading.Event()
         self._run, self._beats = uuid.uuid4().hex, 0
-        self.lost = False
+        self.lost, self._owner = False, threading.get_ident()
 
     def write(self) -> None:
         self._beats += 1
@@ -80,9 +83,12 @@ class _Heartbeat(threading.Thread):
     def run(self) -> None:
         while not self._stopped.wait(BEAT):
             try:
-                if not self.is_ours():
+                found = _read(self._file)
+                if found is not None and self._run not in found:  # one that was deleted is written anew
                     self.lost = True
-                    _thread.interrupt_main()
+                    # Not by SIGINT, which shells have the programs ignore that they start in the background.
+                    owner, error = ctypes.c_ulong(self._owner), ctypes.py_object(_LostError)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(owner, error)
                     return
                 self.write()
             except OSError as error:  # the network: the next beat may come through

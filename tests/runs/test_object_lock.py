@@ -122,7 +122,8 @@ def test_a_run_that_has_lost_its_workdir_stops(workdir):
         with only_run(workdir):
             other = {"holder": "process 7 on elsewhere", "run": "0" * 32, "beat": "1"}
             (workdir / "lock").write_text(json.dumps(other))
-            time.sleep(60)
+            for _ in range(6000):  # as updates come, one after the other
+                time.sleep(0.01)
 
     started = time.monotonic()
     with pytest.raises(
@@ -131,6 +132,13 @@ def test_a_run_that_has_lost_its_workdir_stops(workdir):
         suspended()
     assert time.monotonic() - started < 30
     assert "elsewhere" in (workdir / "lock").read_text()  # which is the other's, and stays
+
+
+def test_a_lock_that_somebody_deletes_is_written_anew(workdir):
+    with only_run(workdir):
+        (workdir / "lock").unlink()
+        time.sleep(4 * object_lock.BEAT)
+        assert (workdir / "lock").exists()
 
 
 def test_ctrl_c_is_no_lost_workdir(workdir):
