@@ -87,7 +87,7 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     hosts.together(config.check_here)
-    # Here, and not in the config: an evaluation elsewhere needs no wandb.
+    # Here alone: an evaluation elsewhere needs no wandb.
     hosts.together(lambda: check_installed(config.train.wandb))
     workdir = hosts.together(lambda: path_of(workdir, "--workdir"))
     processes = jax.process_count()

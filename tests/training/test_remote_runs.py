@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from experiments import publish
 from sol_jax import digests
 from sol_jax.errors import UserError
 from sol_jax.evaluation import results_csv
+from sol_jax.evaluation.provenance import recall_documents
 from sol_jax.evaluation.report import evaluate_policy
 from sol_jax.evaluation.score_cache import ScoreCache, read_folder
 from sol_jax.files import path_of
@@ -118,13 +120,15 @@ def test_it_learns_and_reports_what_a_run_on_a_disk_does(tiny_folder, tiny_sessi
     assert rows_of(finished) == rows_of(whole)
     assert sorted(path.name for path in finished.iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "results-draws.csv", "results.csv",
+        "training-documents.txt",
     ]  # fmt: skip
+    assert recall_documents(finished) == recall_documents(whole) != []
 
 
-def start(buckets, folder, workdir, **fields):
+def start(buckets, folder, workdir, *more, **fields):
     told = tiny.flags_for(config_of(folder, **(EVERYTHING | fields)), default.get_config("smoke"))
     program = [sys.executable, "tests/fake_bucket.py", str(buckets), "sol_jax.train"]
-    run = ["--config", "configs/default.py:smoke", "--workdir", workdir, *told]
+    run = ["--config", "configs/default.py:smoke", "--workdir", workdir, *told, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(program + run, cwd=ROOT, **pipes)
 
@@ -165,6 +169,35 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(buckets, tiny_folder, 
     newest = max(int(path.stem) for path in (workdir / "checkpoints").iterdir())
     assert set(range(1, newest + 1)) <= set(metrics_of(workdir))  # what came before a checkpoint is there
     train(config, workdir)
+    assert learned(tiny_session, workdir, config) == learned(tiny_session, whole, config_of(tiny_folder))
+    assert metrics_of(workdir) == metrics_of(whole)
+    assert rows_of(workdir) == rows_of(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_workdir_there(buckets, tiny_folder, tiny_session, whole):
+    """The first holds the lock and writes; the other waits with it until the lock of a dead run is free."""
+    workdir, config = at("gs://b/two"), config_of(tiny_folder, **EVERYTHING)
+    (workdir / "lock").write_text('{"holder": "a dead run"}')
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    chunk = {"mesh.chunk": config.grpo.batch_size}  # as the run of one process
+    processes = [
+        start(
+            buckets, tiny_folder, str(workdir), f"--coordinator=localhost:{port}", "--num_processes=2",
+            f"--process_id={number}", **chunk,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert json.loads((workdir / "hosts.json").read_text())["processes"] == 2
+    assert not (workdir / "lock").exists()
     assert learned(tiny_session, workdir, config) == learned(tiny_session, whole, config_of(tiny_folder))
     assert metrics_of(workdir) == metrics_of(whole)
     assert rows_of(workdir) == rows_of(whole)
@@ -264,7 +297,9 @@ def test_it_is_published_to_a_bucket_and_used_from_there(finished, tiny_session,
         "README.md",
         "config.json",
         "policy.safetensors",
+        "sample.png",
     ]
+    assert "sample.png" in (folder / "README.md").read_text()
     params, _, about = load_policy("gs://b/policies/tiny/policy")
     assert about["identity"] == tiny_session.identity
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
