@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors, write_whole
 from sol_jax.options import Options, option
 
 _T = TypeVar("_T")
@@ -279,9 +280,14 @@ def same_folder(folder: pathlib.Path, name: str) -> None:
         return
     file = folder / "hosts.json"
     mark = tell(uuid.uuid4().hex)
-    if first():
-        file.write_text(json.dumps({"mark": mark, "processes": jax.process_count()}))
-    multihost_utils.sync_global_devices("the mark is written")
+
+    def write() -> None:
+        try:
+            write_whole(file, json.dumps({"mark": mark, "processes": jax.process_count()}))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+    together(lambda: write() if first() else None)
     deadline = time.monotonic() + SHARED_SECONDS
     while not (seen := _reads(file, mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -295,6 +301,8 @@ def same_folder(folder: pathlib.Path, name: str) -> None:
 
 def _reads(file: pathlib.Path, mark: str) -> bool:
     try:
-        return json.loads(file.read_text())["mark"] == mark
+        with as_os_errors():
+            content = file.read_text()
+        return json.loads(content)["mark"] == mark
     except (OSError, ValueError, KeyError):
         return False
