@@ -38,7 +38,7 @@ def with_parameters(notebook: form.Notebook, values: Mapping[str, Any]) -> form.
     there = form.parameters_of(cell)
     if unknown := sorted(set(values) - set(there)):
         raise UserError(f"the notebook has no parameter {unknown[0]}; it has {', '.join(there)}")
-    cell["source"] = "\n".join(f"{name} = {value!r}" for name, value in (there | values).items())
+    cell["source"] = "\n".join(f"{name} = {value!r}" for name, value in {**there, **values}.items())
     return changed
 
 
