@@ -5,8 +5,8 @@
     python -m experiments.benchmarks.tpu_check --only decode_step --chips v5e,v4
 
 It needs libtpu and no TPU.  What does not compile fails, and what holds a second copy: of weights or caches,
-or, a kernel, of half of its largest operand.  Whole programs have bounds of their own on temporaries besides,
-in experiments/results/tpu_check.csv; `--write` makes them of what it measures, a tenth above.
+or, a kernel, of half of its largest operand.  Whole programs have tighter bounds on temporaries besides, if
+experiments/results/tpu_check.csv has any; `--write` makes them of what it measures, a tenth above.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from experiments import RESULTS
-from experiments.benchmarks.tpu_programs import Check, checks
+from experiments.benchmarks.tpu_programs import Check, checks, size_of
 from pallas_kernels.dispatch import tracing_for
 from sol_jax.planning import tpu
 from sol_jax.planning.topology import parse_topology
@@ -65,6 +65,10 @@ def second_copy(check: Check, largest: int) -> float:
     return max(largest / 2, LITTLE) if check.never is None else check.once + check.never / 2
 
 
+class TooLargeError(Exception):
+    """The arguments of a program alone do not fit."""
+
+
 def compile_check(check: Check, chip: str) -> tuple[dict[str, str], str]:
     """The row of a program on a chip, and what is wrong with it."""
     topology = parse_topology(TOPOLOGIES[chip])
@@ -74,6 +78,8 @@ def compile_check(check: Check, chip: str) -> tuple[dict[str, str], str]:
         else:
             assert check.make
             fn, args, donated = check.make()
+            if (size := size_of(args)) > 0.95 * topology.chip.memory:
+                raise TooLargeError(f"{size / 2**30:.1f} GiB of arguments")
             args = tpu.on_one(topology, args)
     found = tpu.compile_for_tpu(fn, *args, donate=donated)
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args))
@@ -87,10 +93,10 @@ def compile_check(check: Check, chip: str) -> tuple[dict[str, str], str]:
 
 
 def _beyond(temporaries: str, bound: str | None) -> str:
-    """What is wrong with temporaries, beside their bound in the table."""
-    if bound is None:
-        return "the table has no bound: --write makes one"
-    return f"{temporaries} MiB of temporaries, {bound} allowed" * (float(temporaries) > float(bound))
+    """What is wrong with temporaries, beside their bound in the table; nothing if it has none."""
+    if bound is None or float(temporaries) <= float(bound):
+        return ""
+    return f"{temporaries} MiB of temporaries, {bound} allowed"
 
 
 def quick_chips(check: Check) -> tuple[str, ...]:
@@ -99,9 +105,15 @@ def quick_chips(check: Check) -> tuple[str, ...]:
 
 
 def run(
-    chosen: Iterable[Check], chips_of: Callable[[Check], Iterable[str]], table: Rows
+    chosen: Iterable[Check],
+    chips_of: Callable[[Check], Iterable[str]],
+    table: Rows,
+    keep: Callable[[Rows], None] = lambda measured: None,
 ) -> tuple[Rows, list[str], int]:
-    """The rows of whole programs, a line for each failure, and how many programs compiled."""
+    """The rows of whole programs, a line for each failure, and how many programs compiled.
+
+    Rows so far are given to `keep` after each, since the whole takes long.
+    """
     measured: Rows = {}
     failed, compiled = [], 0
     for check in chosen:
@@ -109,6 +121,9 @@ def run(
             start = time.perf_counter()
             try:
                 row, wrong = compile_check(check, chip)
+            except TooLargeError as error:
+                print(f"{check.name} on {chip}: left out, {error} are too much for it", flush=True)
+                continue
             except Exception as error:  # say so, and go on with the next
                 row, wrong = {}, f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             else:
@@ -117,6 +132,7 @@ def run(
                     measured[check.name, chip] = row
                     bound = table.get((check.name, chip), {}).get("bound_mib")
                     wrong = wrong or _beyond(row["temporaries_mib"], bound)
+                    keep(measured)
             if wrong:
                 failed.append(f"{check.name} on {chip}: {wrong}")
             took = time.perf_counter() - start
@@ -140,10 +156,12 @@ def main() -> None:
     chosen = [check for check in checks() if args.only in check.name and (check.quick or not args.quick)]
     start, table = time.monotonic(), read_table()
     chips_of = quick_chips if args.quick and not args.chips else lambda check: chips
-    measured, failed, compiled = run(chosen, chips_of, table)
-    if args.write:
-        write_table(table | measured)
-        failed = [line for line in failed if not line.endswith("--write makes one")]
+
+    def keep(measured: Rows) -> None:
+        if args.write:
+            write_table(table | measured)
+
+    _, failed, compiled = run(chosen, chips_of, table, keep)
     print(f"{compiled} programs compiled in {time.monotonic() - start:.0f} s, {len(failed)} failures")
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)

@@ -128,11 +128,12 @@ def _out_of_memory(error: Exception) -> tuple[str, float]:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         raise error
-    used = re.search(r"Used (([\d.]+)([KMG])) of (\S+) (\w+)", text)
+    used = re.search(r"Used (([\d.]+)([KMG])) of ([\d.]+[KMG])", text)
+    used = used or re.search(r"\((([\d.]+)([KMG]))\) exceeds available \w+ \(([\d.]+[KMG])\)", text)
     if used is None:
         return "the compiler ran out of memory", 0.0
     size = float(used[2]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[3]]
-    return f"the compiler needs {used[1]} of {used[4]} {used[5]}", size
+    return f"the compiler needs {used[1]} of {used[4]}", size
 
 
 # --- what would make it fit ---------------------------------------------------------------------

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import tpu_check, tpu_programs
-from experiments.benchmarks.tpu_check import MIB, TOPOLOGIES, compile_check, read_table, run, second_copy
+from experiments.benchmarks.tpu_check import (
+    MIB,
+    TOPOLOGIES,
+    compile_check,
+    quick_chips,
+    read_table,
+    run,
+    second_copy,
+)
 from experiments.benchmarks.tpu_programs import Check, checks
 from pallas_kernels.dispatch import tracing_for
 from sol_jax.planning import tpu
@@ -31,9 +39,12 @@ def test_every_kernel_and_program_is_there():
     assert ops >= {"quantize_residual", "decode_step", "play", "learn", "generate"}
 
 
-def test_the_table_has_every_program_on_every_chip():
-    programs = [name for name, check in by_name().items() if check.never is not None]
-    assert set(read_table()) == {(name, chip) for name in programs for chip in TOPOLOGIES}
+def test_the_table_has_what_ci_compiles_and_nothing_unknown():
+    programs = {name for name, check in by_name().items() if check.never is not None}
+    assert {chip for _, chip in read_table()} <= set(TOPOLOGIES)
+    assert {name for name, _ in read_table()} <= programs
+    quick = [check for check in by_name().values() if check.quick and check.never is not None]
+    assert {(check.name, chip) for check in quick for chip in quick_chips(check)} <= set(read_table())
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
@@ -41,7 +52,7 @@ def test_no_bound_of_a_whole_program_allows_a_second_copy(chip):
     """Of the smaller of weights and caches."""
     table = read_table()
     for name, check in by_name().items():
-        if check.never is not None:
+        if check.never is not None and (name, chip) in table:
             row = table[name, chip]
             assert float(row["temporaries_mib"]) <= float(row["bound_mib"])
             assert float(row["bound_mib"]) * MIB < check.once + check.never, name
@@ -85,11 +96,10 @@ def test_a_second_copy_is_found():
 
 
 @needs_libtpu
-def test_what_exceeds_its_bound_or_has_none_fails(capsys):
+def test_what_exceeds_its_bound_fails(capsys):
     check = doubling(False, never=64 * MIB)
     measured, failed, compiled = run([check], on_v5e, {})
-    assert compiled == 1
-    assert [line.split(": ")[1] for line in failed] == ["the table has no bound"]
+    assert (failed, compiled) == ([], 1)
     tight = {("made up", "v5e"): {**measured["made up", "v5e"], "bound_mib": "-1"}}
     (line,) = run([check], on_v5e, tight)[1]
     assert line.endswith("MiB of temporaries, -1 allowed")
@@ -109,3 +119,10 @@ def test_without_libtpu_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr("sys.argv", ["tpu_check"])
     with pytest.raises(SystemExit, match=r"^tpu-check: .* not installed: pip install .*libtpu==\S+"):
         tpu_check.main()
+
+
+@needs_libtpu
+def test_what_cannot_fit_is_left_out(capsys):
+    """16 GiB of weights and cache are too much for a v5e, however they are used."""
+    assert run([by_name()["decode_step llama-3.1-8b 1x1x8192 xla"]], on_v5e, {}) == ({}, [], 0)
+    assert "left out, 16.0 GiB of arguments" in capsys.readouterr().out

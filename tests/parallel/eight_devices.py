@@ -6,10 +6,13 @@ JAX_NUM_CPU_DEVICES=8 python tests/parallel/eight_devices.py
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
+import tempfile
 
 import jax
 import numpy as np
+import tiny
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
@@ -21,6 +24,7 @@ from sol_jax.generation.engine import Engine, Request, generate
 from sol_jax.generation.episodes import Decoder
 from sol_jax.generation.sampling import Sampling
 from sol_jax.models import llama, sharding
+from sol_jax.models import weights as weight_files
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.rl.config import EpisodeConfig, GrpoConfig, OptimConfig, PolicyConfig
 from sol_jax.rl.rollout import EpisodeRules
@@ -142,6 +146,32 @@ def texts() -> dict[str, dict]:
     return found
 
 
+def loaded() -> dict[str, float]:
+    """A model's files read onto four rows of two devices: how far from reading them whole, and how often."""
+    read = []
+    part = weight_files._Leaf.part
+
+    def counted(leaf, index):
+        values = part(leaf, index)
+        read.append(values.size)
+        return values
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny.save_model(pathlib.Path(folder) / "model")
+        cfg = weight_files.load_config(path)
+        whole = weight_files.load_weights(path, cfg)
+        mesh = sharding.make_mesh(4, 2)
+        weight_files._Leaf.part = counted
+        cut = weight_files.load_weights(path, cfg, sharding.weight_shardings(cfg, mesh))
+    pairs = list(zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True))
+    held = {leaf.addressable_shards[0].data.size / leaf.size for _, leaf in pairs if leaf.ndim > 2}
+    return {
+        "off": max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs),
+        "read": sum(read) / sum(leaf.size for leaf, _ in pairs),
+        "held": max(held),
+    }
+
+
 class Bytes:
     """A tokenizer of numbers."""
 
@@ -192,6 +222,7 @@ def main() -> None:
         for data, model in ((3, 1), (2, 4))
     }
     found["texts"] = texts()
+    found["weights"] = loaded()
     print(json.dumps(found))
 
 

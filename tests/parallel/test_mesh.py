@@ -20,7 +20,8 @@ LEARNERS = ("grpo", "counterfactual")
 @pytest.fixture(scope="module")
 def found():
     """What `eight_devices` found."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     run = [sys.executable, str(HERE / "eight_devices.py")]
     done = subprocess.run(run, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -71,6 +72,11 @@ def test_texts_and_scores_of_tasks_shared_out_are_the_same(found, mesh):
     told = found["texts"]
     assert told[mesh]["tokens"] == told["alone"]["tokens"]
     assert told[mesh]["logp"] == pytest.approx(told["alone"]["logp"], abs=1e-4)
+
+
+def test_weights_are_read_part_by_part(found):
+    """Each part once, whatever the number of rows that hold it, and equal to what is read whole."""
+    assert found["weights"] == {"off": 0.0, "read": 1.0, "held": 0.5}
 
 
 MODEL = LlamaConfig(64, 32, 60, 2, 8, 4, 8, 256, 1e4, 1e-5, tie_embeddings=False)

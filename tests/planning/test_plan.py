@@ -124,15 +124,33 @@ def test_the_compilers_temporaries_count(monkeypatch):
     assert plan.compile_seconds == 3
     assert plan.collectives == {"all-reduce": (3, 2**30)}
     assert "3 all-reduce (1 GiB)" in report.text(plan)
-    refused = "RESOURCE_EXHAUSTED: Ran out of memory. Used 16.61G of 15.75G hbm. Exceeded hbm capacity by 1G."
 
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        "Ran out of memory in memory space hbm. Used 16.61G of 15.75G hbm. Exceeded hbm capacity by 1G.",
+        "the total memory required for HLO temporaries (16.61G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_the_compiler_refuses_does_not_fit(refused, monkeypatch):
     def refuse(topology, shares):
-        raise planning.jax.errors.JaxRuntimeError(refused)
+        raise planning.jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {refused}")
 
     monkeypatch.setattr(planning, "compile_update", refuse)
     plan = make_plan(config(), parse_topology("v5e:2x4"))
     assert not plan.fits
-    assert "the compiler needs 16.61G of 15.75G hbm" in report.text(plan)
+    assert plan.needs == pytest.approx(16.61 * 2**30)
+    assert "the compiler needs 16.61G of 15.75G" in report.text(plan)
+
+
+def test_other_faults_of_the_compiler_are_not_about_memory(monkeypatch):
+    def fail(topology, shares):
+        raise planning.jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(planning, "compile_update", fail)
+    with pytest.raises(planning.jax.errors.JaxRuntimeError, match="something else"):
+        make_plan(config(), parse_topology("v5e:2x4"))
 
 
 @pytest.mark.parametrize(
