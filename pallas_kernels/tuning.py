@@ -35,9 +35,10 @@ CPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
 FLOAT32: Conditions = {"dtype": ("float32",)}
 FEW_ROWS: Conditions = {"rows": range(1, 5)}
 HEAD: Conditions = {"head_size": range(1, 257)}
-PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, NO_END, 8)}
+# A block of eight such pages, of 256 float32 channels, is what a TPU's kernel still holds.
+PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, 257, 8)}
 
-# TPU kernels have been lowered and interpreted but never compiled, so they run only when named.
+# TPU kernels have been compiled (`make tpu-check`) and interpreted but never run, so they must be named.
 TABLE: dict[tuple[str, str, str], Kernel] = {
     # A kernel is one launch where XLA's bisection takes one a bit, whatever the shape.
     ("keep_channels", "pallas", "gpu"): Kernel(takes=GPU_ROW, pays={}),
@@ -55,17 +56,21 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
         takes=GPU_ROW, pays={"rows": (1, 2), "hidden": range(2048, NO_END)}
     ),
     ("gated_hidden", "triton", "gpu"): Kernel(takes=GPU_ROW),
-    ("gated_hidden", "pallas", "tpu"): Kernel(takes=TPU_ROW | {"ffn": range(128, NO_END, 128)}),
+    # In whole tiles of a TPU's memory.
+    ("gated_hidden", "pallas", "tpu"): Kernel(
+        takes=TPU_TYPES | {"hidden": range(8, 16385, 8), "ffn": range(128, NO_END, 128)}
+    ),
     # Kernels are two launches against XLA's loop of 32; a program holds a head's scores in registers.
     ("page_bounds", "pallas", "gpu"): Kernel(
         takes=GPU_TYPES | {"tokens": range(1, NO_END)}, pays={"tokens": range(512, NO_END)}
     ),
     ("page_bounds", "pallas", "tpu"): Kernel(takes=TPU_TYPES | PAGE_OF_EIGHTS | {"tokens": range(1, NO_END)}),
     ("select_pages", "pallas", "gpu"): Kernel(takes=GPU_TYPES | {"pages": range(1, 32769)}, pays={}),
-    # The scores of all rows of a head stay on the chip: 24 MB of a v5p's 64 at most (`quest.tpu`).
+    # The scores of all rows of a head stay on the chip, with their order and masks of used and kept pages 20
+    # bytes each.  A kernel has 16 MB unless it is told otherwise, and a v4 has no more.
     ("select_pages", "pallas", "tpu"): Kernel(
         takes=TPU_TYPES
-        | {"pages": range(1, 32769), "select": ("head",), "scores_of_a_head": range(1, (1 << 20) + 1)}
+        | {"pages": range(1, 32769), "select": ("head",), "scores_of_a_head": range(1, (1 << 19) + 1)}
     ),
     # A CPU's kernels read a row's weights at the rate of the memory, which XLA's products do not.  Over many
     # rows XLA's large products win, and almost every channel and page is in some row.

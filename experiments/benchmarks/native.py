@@ -47,14 +47,10 @@ def cases(name: str, dtype: str, context: int) -> tuple[dict[tuple[str, float], 
     every = jnp.ones(context, bool)
     bounds = jax.vmap(lambda k: quest.page_bounds(k, every, PAGE))(kv_LxHxSxd)
     arrays = {
-        "q": layers["q"].reshape(L, D, -1),
-        "k": layers["k"].reshape(L, D, -1),
-        "v": layers["v"].reshape(L, D, -1),
-        "o": layers["o"].reshape(L, -1, D),
         "gain": layers["mlp_norm"][0],
         "kv": kv_LxHxSxd,
         "bounds": bounds,
-        **{key: layers[key] for key in ("gate", "up", "down")},
+        **{key: layers[key] for key in ("q", "k", "v", "o", "gate", "up", "down")},
     }
     pages = context // PAGE
     used = jnp.ones(pages, bool), jnp.ones(3, bool)

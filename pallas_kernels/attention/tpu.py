@@ -10,16 +10,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.products import dot_on_tpu
 
-# This size is untested on a TPU.  128 pages make full lanes of what is known by page; at 8 tokens of 128
-# bfloat16 channels a block of k and v is half a megabyte.
-PAGES = 128
+# These sizes are untested on a TPU.  128 pages make full lanes of what is known by page; at 8 tokens of 128
+# bfloat16 channels a block of k and v is half a megabyte.  Of larger pages, of float32 or of many rows fewer
+# make a block (`block_pages`): a kernel has 16 MB unless it is told otherwise, and a v4 has no more.
+PAGES, BLOCK_BYTES = 128, 12 << 20
 
 Parts = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def block_pages(R: int, page_size: int, d: int, dtype: Any) -> int:
+    """Returns how many pages a block has: PAGES, halved until BLOCK_BYTES hold what a kernel has at once.
+
+    That is k and v twice, since the next are being copied, and once in float32; what leads from pages to
+    tokens; and, for each row and token, its logit, its weight and two masks.
+    """
+
+    def size(pages: int) -> int:
+        by_token = 2 * d * (2 * jnp.dtype(dtype).itemsize + 4) + 4 * 3 * PAGES + 4 * 4 * max(R, 8)
+        return by_token * pages * page_size
+
+    pages = PAGES
+    while pages > 1 and size(pages) > BLOCK_BYTES:
+        pages //= 2
+    return pages
 
 
 def attend_listed(
@@ -37,8 +56,9 @@ def attend_listed(
     Each page is copied from the cache by itself, the next block's while one is worked on.
     """
     (B, H, R, d), (page_size, _) = q_BxHxRxd.shape, k_BxLxHxPxpxd.shape[-2:]
-    pages, N = min(PAGES, page_BxHxN.shape[-1]), page_BxHxN.shape[-1]
-    visible_BxHxRxN = _whole_blocks(visible_BxHxRxN, pages)
+    N = page_BxHxN.shape[-1]
+    pages, lanes = _blocks(N, block_pages(R, page_size, d, k_BxLxHxPxpxd.dtype))
+    visible_BxHxRxN = _whole_blocks(visible_BxHxRxN, lanes)
     buffer = pltpu.VMEM((2, pages, page_size, d), k_BxLxHxPxpxd.dtype)
     return _call(
         functools.partial(_listed_kernel, R=R, page_size=page_size, pages=pages),
@@ -46,8 +66,8 @@ def attend_listed(
         (q_BxHxRxd, visible_BxHxRxN, page_BxHxN[:, :, None], k_BxLxHxPxpxd, v_BxLxHxPxpxd),
         [
             pl.BlockSpec(
-                (None, None, R, pages),
-                lambda b, h, j, _, count: (b, h, 0, _at_most(j, count[b, h], pages)),
+                (None, None, R, lanes),
+                lambda b, h, j, _, count: (b, h, 0, lax.div(_at_most(j, count[b, h], pages) * pages, lanes)),
             ),
             pl.BlockSpec((None, None, 1, N), lambda b, h, j, *_: (b, h, 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec(memory_space=pl.ANY),
@@ -71,9 +91,9 @@ def attend_whole(
 ) -> Parts:
     """Returns the same over the first `limit` tokens in order, each read once for all rows."""
     (B, H, R, d), S, P = q_BxHxRxd.shape, k_BxLxHxSxd.shape[3], visible_BxHxRxP.shape[-1]
-    pages = min(PAGES, P)
+    pages, lanes = _blocks(P, block_pages(R, page_size, d, k_BxLxHxSxd.dtype))
     tokens = pages * page_size
-    visible_BxHxRxP = _whole_blocks(visible_BxHxRxP, pages)
+    visible_BxHxRxP = _whole_blocks(visible_BxHxRxP, lanes)
 
     def cache_block(b: Any, h: Any, j: Any, layer: Any, limit: Any) -> tuple[Any, ...]:
         return b, layer[0], h, _at_most(j, limit[b], tokens), 0
@@ -85,8 +105,8 @@ def attend_whole(
         (q_BxHxRxd, visible_BxHxRxP, k_BxLxHxSxd, v_BxLxHxSxd),
         [
             pl.BlockSpec(
-                (None, None, R, pages),
-                lambda b, h, j, _, limit: (b, h, 0, _at_most(j, limit[b], tokens)),
+                (None, None, R, lanes),
+                lambda b, h, j, _, limit: (b, h, 0, lax.div(_at_most(j, limit[b], tokens) * pages, lanes)),
             ),
             cache,
             cache,
@@ -97,9 +117,14 @@ def attend_whole(
     )
 
 
+def _blocks(P: int, pages: int) -> tuple[int, int]:
+    """Returns how many of P pages a block of keys has, and a block of the masks, which has full lanes."""
+    return (P, P) if pages >= P else (pages, PAGES)
+
+
 def _at_most(j: Any, count: Any, size: int) -> Any:
     """Returns block j, or the one in which `count` ends: an index that stands still copies nothing."""
-    return jnp.minimum(j, jax.lax.div(jnp.maximum(count - 1, 0), size))
+    return jnp.minimum(j, lax.div(jnp.maximum(count - 1, 0), size))
 
 
 def _whole_blocks(visible_BxHxRxP: jax.Array, pages: int) -> jax.Array:
@@ -175,7 +200,7 @@ def _listed_kernel(
                 source = cache.at[b, layer_ref[0], h, page]
                 act(pltpu.make_async_copy(source, buffer.at[slot, i], copied.at[slot, kv]))
 
-        jax.lax.fori_loop(0, jnp.clip(count - block * pages, 0, pages), both, None)
+        lax.fori_loop(0, jnp.clip(count - block * pages, 0, pages), both, None)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -189,7 +214,8 @@ def _listed_kernel(
         shape = pages * page_size, q_ref.shape[-1]
         k, v = k_ref[j & 1].reshape(shape), v_ref[j & 1].reshape(shape)
         filled = (count - j * pages) * page_size
-        _add_block(q_ref, visible_ref, k, v, filled, page_size, mixed_ref, top_ref, total_ref)
+        first = lax.rem(j * pages, visible_ref.shape[-1])
+        _add_block(q_ref, visible_ref, first, k, v, filled, page_size, mixed_ref, top_ref, total_ref)
 
 
 def _whole_kernel(
@@ -214,9 +240,9 @@ def _whole_kernel(
 
     @pl.when(filled > 0)
     def _() -> None:
-        _add_block(
-            q_ref, visible_ref, k_ref[...], v_ref[...], filled, page_size, mixed_ref, top_ref, total_ref
-        )
+        first = lax.rem(j * (k_ref.shape[0] // page_size), visible_ref.shape[-1])
+        kv = k_ref[...], v_ref[...]
+        _add_block(q_ref, visible_ref, first, *kv, filled, page_size, mixed_ref, top_ref, total_ref)
 
 
 def _start(mixed_ref: Any, top_ref: Any, total_ref: Any) -> None:
@@ -228,6 +254,7 @@ def _start(mixed_ref: Any, top_ref: Any, total_ref: Any) -> None:
 def _add_block(
     q_ref: Any,
     visible_ref: Any,
+    first: jax.Array,
     k_Nxd: jax.Array,
     v_Nxd: jax.Array,
     filled: jax.Array,
@@ -236,12 +263,15 @@ def _add_block(
     top_ref: Any,
     total_ref: Any,
 ) -> None:
-    """Takes one step of the running softmax, over a block of pages whose first `filled` tokens are there."""
+    """Takes one step of the running softmax, over a block of pages whose first `filled` tokens are there.
+
+    Its first page is that of lane `first`.
+    """
     (N, d), P = k_Nxd.shape, visible_ref.shape[-1]
     # A product with a matrix of ones and zeros leads from pages to tokens: lanes cannot be repeated
     # otherwise.
-    page_PxN = jax.lax.broadcasted_iota(jnp.int32, (P, N), 0) * page_size
-    token_PxN = jax.lax.broadcasted_iota(jnp.int32, (P, N), 1)
+    page_PxN = (lax.broadcasted_iota(jnp.int32, (P, N), 0) - first) * page_size
+    token_PxN = lax.broadcasted_iota(jnp.int32, (P, N), 1)
     inside_PxN = (token_PxN >= page_PxN) & (token_PxN < page_PxN + page_size)
     visible_RxN = dot_on_tpu(visible_ref[...], inside_PxN.astype(jnp.float32), transposed=False)
     offset_1xN = jnp.sum(jnp.where(inside_PxN, token_PxN - page_PxN, 0), 0, keepdims=True)
@@ -253,7 +283,7 @@ def _add_block(
     # Rows that keep nothing so far have weights of 0, not NaN.  A NaN logit stays one.
     base = jnp.where(higher == -jnp.inf, 0.0, higher)
     weight_RxN, fade = jnp.exp(logit_RxN - base), jnp.exp(top - base)
-    there_Nx1 = jax.lax.broadcasted_iota(jnp.int32, (N, 1), 0) < filled
+    there_Nx1 = lax.broadcasted_iota(jnp.int32, (N, 1), 0) < filled
     v_Nxd = jnp.where(there_Nx1, v_Nxd, 0)  # what was not copied may hold NaN, and 0 * NaN is NaN
     added = dot_on_tpu(weight_RxN.astype(v_Nxd.dtype), v_Nxd, transposed=False)
     mixed_ref[...] = mixed_ref[...] * fade + added

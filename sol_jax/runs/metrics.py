@@ -23,7 +23,7 @@ from absl import logging
 from tqdm import tqdm
 
 from sol_jax.errors import UserError
-from sol_jax.files import parse_json
+from sol_jax.files import LineFile, is_remote, parse_json, path_of, write_whole
 from sol_jax.runs.wandb_writer import WandbWriter
 
 PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
@@ -33,8 +33,9 @@ class Writer:
     """Writes scalars, each line at once: after a kill at most the last line is torn.  A context manager.
 
     A run that resumes writes the steps after its checkpoint again.  So the lines of those steps, and torn
-    lines, are dropped here; write a step's scalars before its checkpoint and no line is lost or doubled.
-    TensorBoard files, under `workdir/tensorboard`, keep what was written twice.
+    lines, are dropped here; write a step's scalars and `flush` before its checkpoint, and no line is lost or
+    doubled.  On an object store, where lines are held for some seconds (see `LineFile`), that is what `flush`
+    is for.  TensorBoard files, under `workdir/tensorboard`, keep what was written twice.
 
     Args:
       workdir: made if missing.
@@ -53,16 +54,15 @@ class Writer:
         wandb_project: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self._path = path_of(workdir, "the workdir") / "metrics.jsonl"
+        self._file: LineFile | None = None
         self.summaries: Any = None  # clu.metric_writers.SummaryWriter, or None without tensorflow
         self.others: list[Any] = []  # what has the interface of clu's writers: `summaries`, and wandb
         if jax.process_index() != 0:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self._path, resume_step)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            self._file = LineFile(self._path)
         except OSError as error:
             raise self._failed(error) from error
         self.summaries = _summary_writer(self._path.parent / "tensorboard")
@@ -81,8 +81,7 @@ class Writer:
         shown = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), **shown}, allow_nan=False)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._file.add(line)
         except OSError as error:
             raise self._failed(error) from error
         logging.info("[%d] %s", step, ", ".join(f"{name}={x:.6g}" for name, x in numbers.items()))
@@ -99,17 +98,28 @@ class Writer:
             writer.write_images(step, {"sample/shaded": image_HxWxC[None]})
 
     def flush(self) -> None:
-        """Until everything is with the operating system; lines of `metrics.jsonl` always are."""
+        """Until everything is with the operating system, or the object store.
+
+        Raises `UserError` if that cannot be.
+        """
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._failed(error) from error
         for writer in self.others:
             writer.flush()
 
     def close(self) -> None:
-        """Ends the files."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # of a line whose loss `scalars` has told of
-                self._file.close()
-        for writer in self.others:
-            writer.close()
+        """Ends the files.  Raises `UserError` if lines that were held cannot be written."""
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of lines whose loss has been told
+                    self._file.close()
+            for writer in self.others:
+                writer.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -125,12 +135,10 @@ def _cut(path: pathlib.Path, last_step: int) -> None:
     """Drops later and torn lines, all at once or not at all."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode(errors="replace").replace("\r\n", "\n")
     kept = "".join(f"{line}\n" for line in text.split("\n") if line and _step(line) <= last_step)
     if kept != text:
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(kept, encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, kept)
 
 
 def _step(line: str) -> float:
@@ -142,6 +150,8 @@ def _step(line: str) -> float:
 
 def _summary_writer(directory: pathlib.Path) -> Any:
     if importlib.util.find_spec("tensorflow") is None:
+        return None
+    if is_remote(directory) and not str(directory).startswith("gs://"):  # tensorflow itself opens no others
         return None
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:

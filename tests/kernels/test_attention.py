@@ -25,6 +25,7 @@ from pallas_kernels.attention import (
 from pallas_kernels.dispatch import current_platform, tracing_for
 from pallas_kernels.errors import UnavailableError
 from pallas_kernels.shapes import distinct
+from pallas_kernels.tuning import TABLE
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 H, G, D, T = 2, 3, 24, 5
@@ -114,6 +115,42 @@ def test_named_shapes(platform, shape):
     for i, got in enumerate(compiled(both, platform)(q, jnp.asarray(keep))):
         expected = exact(q[i], k, v, by_token(keep[i], 190, page_size, S))
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("pages", [16, 32, 100])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_tpu_takes_fewer_pages_where_they_are_large(rows, pages, monkeypatch):
+    """Blocks of eight pages, whose masks are read by the 128; the last is not full."""
+    page_size, length = 8, 8 * pages - 13
+    rng = np.random.default_rng(pages + rows)
+    q, k, v = (normal(rng, *n, H, m, D) for n, m in (((rows,), G), ((), 8 * pages), ((), 8 * pages)))
+    keep = rng.random((rows, H, G, pages)) < 0.5
+    R = rows * G
+    assert tpu.block_pages(R, page_size, D, jnp.float32) == tpu.PAGES
+    monkeypatch.setattr(tpu, "BLOCK_BYTES", tpu.BLOCK_BYTES // 64)
+    assert tpu.block_pages(R, page_size, D, jnp.float32) == 8
+
+    def one(q, keep):
+        return normalize(
+            paged_attention(q, (k, v), keep, jnp.int32(length), page_size, implementation="pallas")
+        )
+
+    for i, got in enumerate(compiled(jax.vmap(one), "tpu")(q, jnp.asarray(keep))):
+        expected = exact(q[i], k, v, by_token(keep[i], length, page_size, 8 * pages))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [16, 512])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_fit_a_kernels_memory(rows, dtype):
+    """By hand: k and v (two of each, and in float32), and four numbers for each row and token."""
+    takes = TABLE["shared_attention", "pallas", "tpu"].takes
+    for page_size in takes["page_size"]:
+        for d in (64, 128, max(takes["head_size"])):
+            tokens = tpu.block_pages(rows, page_size, d, dtype) * page_size
+            item = 4 if dtype == "float32" else 2
+            assert 2 * tokens * d * (2 * item + 4) + 16 * rows * tokens <= 12 << 20
+            assert tokens >= 8
 
 
 def test_pages_of_one_token():

@@ -138,8 +138,8 @@ def test_layouts_by_hand(tmp_path: Path) -> None:
     d = cfg.head_size
     for head in range(cfg.num_heads):
         rows = slice(head * d, (head + 1) * d)
-        np.testing.assert_array_equal(weights["layers"]["q"][1, :, head], q[rows].T)
-        np.testing.assert_array_equal(weights["layers"]["o"][1, head], o[:, rows].T)
+        np.testing.assert_array_equal(weights["layers"]["q"][1, :, rows], q[rows].T)
+        np.testing.assert_array_equal(weights["layers"]["o"][1, rows], o[:, rows].T)
     np.testing.assert_array_equal(weights["lm_head"], tensors["lm_head.weight"].T)
     np.testing.assert_array_equal(weights["embed"], tensors["model.embed_tokens.weight"])
 
@@ -600,7 +600,7 @@ def test_resolve(tmp_path: Path) -> None:
         (file, "not a .gguf file; for safetensors give the folder"),
         (tmp_path / "none", "no model at"),
         (tmp_path / "none.gguf", "no model at"),
-        ("gs://bucket/model", "must be a path on this machine"),
+        ("ftp://bucket/model", "must be a path on this machine"),
         ("https://huggingface.co/owner/name", "must be a path on this machine"),
         ("owner/name", "write hub:owner/name"),
     ):

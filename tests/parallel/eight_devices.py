@@ -50,11 +50,8 @@ def setup_of(learner: str, jitter: int = 0, kernels: str = "auto") -> Setup:
     return Setup(rules, policy, grpo, optim, learner=learner)
 
 
-SETUPS = {
-    "grpo": setup_of("grpo"),
-    "jitter": setup_of("grpo", jitter=3),
-    "counterfactual": setup_of("counterfactual"),
-}
+SETUPS = {"grpo": setup_of("grpo", jitter=3), "counterfactual": setup_of("counterfactual")}
+MESHES = {"grpo": {1: (1, 2, 3, 8), 2: (1, 3)}, "counterfactual": {1: (1, 3)}}  # by chunk
 TOKENS_BxN = np.random.default_rng(0).integers(0, 64, (BATCH, SETUPS["grpo"].episode.block_length), np.int32)
 WEIGHTS = llama.init_weights(jax.random.key(7), MODEL)
 
@@ -128,19 +125,18 @@ def scores(data: int, model: int, tokens_BxN: np.ndarray) -> dict[str, np.ndarra
     }
 
 
-def texts(controller: str) -> dict[str, dict]:
+def texts() -> dict[str, dict]:
     """Three texts as they are drawn, and given ones as they are scored: alone, and shared out."""
     found = {}
     requests = [Request([3, 5, 7 + n], (0.5, 0.7, 0.6), max_tokens=6, seed=n) for n in range(3)]
     given = [Continuation(tuple(range(4, 12 + n)), tuple(range(20, 25 + n))) for n in range(3)]
-    for name, weights in {"alone": WEIGHTS, "8x1": on_mesh(8)[1], "2x4": on_mesh(2, 4)[1]}.items():
-        setup = setup_of("grpo", kernels="xla")
-        policy, params = (setup.policy, init_state(jax.random.key(0), setup).params)
-        by_policy = controller == "policy"
-        decoder = Decoder(setup.rules, policy if by_policy else None, Sampling(temperature=1.0))
-        engine = Engine(weights, Bytes(), decoder, controller, params if by_policy else None)
+    setup = setup_of("grpo", kernels="xla")
+    params = init_state(jax.random.key(0), setup).params
+    for name, weights in {"alone": WEIGHTS, "3x1": on_mesh(3)[1], "2x4": on_mesh(2, 4)[1]}.items():
+        decoder = Decoder(setup.rules, setup.policy, Sampling(temperature=1.0))
+        engine = Engine(weights, Bytes(), decoder, "policy", params)
         outputs = generate(engine, requests)
-        scores = score(engine, given, () if controller == "dense" else (0.5, 0.7, 0.6), batch_size=2)
+        scores = score(engine, given, (0.5, 0.7, 0.6), batch_size=2)
         logp = np.concatenate([score.logp_N for score in scores]).tolist()
         found[name] = {"tokens": [output.transcript.ids for output in outputs], "logp": logp}
     return found
@@ -164,8 +160,10 @@ def told(learner: str) -> dict:
     one = updated(setup, 1)
     return {
         "start": name_of(flat(init_state(jax.random.key(0), setup))),
-        "chunk 1": {data: name_of(updated(setup, data)) for data in (1, 2, 3, 8)},
-        "chunk 2": {data: name_of(updated(setup, data, chunk=2)) for data in (1, 3)},
+        "chunks": {
+            chunk: {data: name_of(updated(setup, data, chunk=chunk)) for data in meshes}
+            for chunk, meshes in MESHES[learner].items()
+        },
         "from one program": float(np.abs(one - flat(state)).max()),
         "size": float(np.abs(one).max()),
     }
@@ -175,9 +173,7 @@ def main() -> None:
     found = {learner: told(learner) for learner in SETUPS}
     by_xla = setup_of("grpo", kernels="xla")
     one = updated(by_xla, 1)
-    by_model = {
-        (data, model): updated(by_xla, data, model) for data, model in ((1, 2), (3, 2), (1, 4), (2, 4))
-    }
+    by_model = {(data, model): updated(by_xla, data, model) for data, model in ((1, 2), (3, 2), (2, 4))}
     found["model"] = {
         "names": {f"{data}x{model}": name_of(values) for (data, model), values in by_model.items()},
         "off": {
@@ -193,9 +189,9 @@ def main() -> None:
             name: float(np.abs(values - alone[name]).max())
             for name, values in scores(data, model, TOKENS_BxN).items()
         }
-        for data, model in ((8, 1), (2, 4))
+        for data, model in ((3, 1), (2, 4))
     }
-    found["texts"] = {name: texts(name) for name in ("policy", "fixed", "dense")}
+    found["texts"] = texts()
     print(json.dumps(found))
 
 

@@ -125,6 +125,9 @@ IMPOSSIBLE = {
     ),
     "memory.prefill_batch": (0,),
     "memory.head_rows": (0,),
+    "mesh.data": (0, -2),
+    "mesh.model": (0,),
+    "mesh.chunk": (-1, 1000),
 }  # fmt: skip
 CASES = [(field, value) for field, values in IMPOSSIBLE.items() for value in values]
 
@@ -407,17 +410,19 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
 # --- paths of other machines, and odd ones of this one ---------------------------------------------------
 
 REMOTE = (
-    "gs://bucket/run",
-    "s3://bucket/run",
     "https://host/run",
     "hdfs://host/run",
+    "foo://bucket/run",
     "file:///run",
-    "gs:/bucket",
+    "gs:/bucket",  # as `pathlib` writes a URL
+    "gs:///run",  # without a bucket
 )
 
 
 @pytest.mark.parametrize("path", REMOTE)
-def test_a_url_is_no_folder_wherever_a_path_is_taken(path, tiny_folder, tmp_path, monkeypatch):
+def test_a_url_that_nothing_opens_is_no_folder_wherever_a_path_is_taken(
+    path, tiny_folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     right = "it must be a path on this machine"
     for field in ("model.path", "data.source", "data.cache_dir", "axes.prices"):

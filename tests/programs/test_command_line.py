@@ -11,6 +11,7 @@ from sol_jax.errors import UserError
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.generation.options import GenerateOptions
 from sol_jax.options import Options
+from sol_jax.planning.options import PlanOptions
 
 KERNELS = ["auto", "native", "pallas", "triton", "xla"]
 # Flags that take one of a few words.
@@ -22,8 +23,9 @@ CHOICES = {
         "kernels": KERNELS,
         "controller": ["dense", "fixed", "policy", "random"],
     },
+    PlanOptions: {},
 }
-PROGRAMS = pytest.mark.parametrize("kind", [EvaluateOptions, GenerateOptions])
+PROGRAMS = pytest.mark.parametrize("kind", list(CHOICES))
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from fake_bucket import FakeBuckets, fake_buckets
 
 from sol_jax.errors import UserError
+from sol_jax.files import LineFile, path_of
 from sol_jax.runs import metrics
 from sol_jax.runs.metrics import Progress, Writer
 
@@ -151,11 +153,40 @@ def test_a_killed_run_leaves_whole_lines_and_at_most_one_torn(tmp_path):
     assert steps_of(tmp_path) == [*range(whole), 10**9]
 
 
+def test_on_an_object_store_no_line_before_a_checkpoint_is_lost(tmp_path):
+    with fake_buckets(tmp_path / "buckets"):
+        file = path_of("gs://b/run", "x") / "metrics.jsonl"
+        writer = Writer("gs://b/run")
+        writer.scalars(1, {"x": 1})
+        writer.flush()  # and a checkpoint is saved
+        writer.scalars(2, {"x": 2})  # and it is killed
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1]
+        with Writer("gs://b/run", 1) as writer:
+            writer.scalars(2, {"x": 2})
+            writer.scalars(3, {"x": math.nan})
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+        with Writer("gs://b/run", 2):
+            pass
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_bucket_that_is_gone_at_the_end_is_told(tmp_path, monkeypatch):
+    def gone(self, path, mode="rb", **kwargs):
+        raise RuntimeError("503 Service Unavailable")
+
+    with fake_buckets(tmp_path / "buckets"):
+        writer = Writer("gs://b/run")
+        writer.scalars(1, {"x": 1})
+        monkeypatch.setattr(FakeBuckets, "_open", gone)
+        with pytest.raises(UserError, match=r"gs://b/run/metrics\.jsonl: cannot be written: .*503 service"):
+            writer.close()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told_in_one_sentence(tmp_path):
     writer = Writer(tmp_path)
     writer.close()
-    writer._file = open("/dev/full", "w")  # noqa: SIM115 (the writer closes it)
+    writer._file = LineFile(pathlib.Path("/dev/full"))
     with pytest.raises(UserError) as error, writer:
         writer.scalars(1, {"x": 1})
     assert str(error.value) == f"{tmp_path}/metrics.jsonl: cannot be written: no space left on device"

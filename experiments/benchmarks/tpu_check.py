@@ -1,0 +1,154 @@
+"""Compiles kernels and programs for TPUs that are not here, with bounds on memory; `make tpu-check`.
+
+    python -m experiments.benchmarks.tpu_check             # everything, for every chip
+    python -m experiments.benchmarks.tpu_check --quick     # what CI compiles, in minutes
+    python -m experiments.benchmarks.tpu_check --only decode_step --chips v5e,v4
+
+It needs libtpu and no TPU.  What does not compile fails, and what holds a second copy: of weights or caches,
+or, a kernel, of half of its largest operand.  Whole programs have bounds of their own on temporaries besides,
+in experiments/results/tpu_check.csv; `--write` makes them of what it measures, a tenth above.
+"""
+
+import argparse
+import csv
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from experiments import RESULTS
+from experiments.benchmarks.tpu_programs import Check, checks
+from pallas_kernels.dispatch import tracing_for
+from sol_jax.planning import tpu
+from sol_jax.planning.topology import parse_topology
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+TABLE = RESULTS / "tpu_check.csv"
+COLUMNS = ("check", "chip", "arguments_mib", "temporaries_mib", "bound_mib")
+MIB = 2**20
+# Temporaries of a kernel that is given little: rounding up, masks, what is known by page.
+LITTLE = 8 * MIB
+
+Rows = dict[tuple[str, str], dict[str, str]]
+
+
+def read_table(path: pathlib.Path = TABLE) -> Rows:
+    """The committed rows, by check and chip."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {(row["check"], row["chip"]): row for row in csv.DictReader(file)}
+
+
+def write_table(rows: Rows, path: pathlib.Path = TABLE) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+def second_copy(check: Check, largest: int) -> float:
+    """Bytes of temporaries at which something is there twice: half of what must not be.
+
+    `largest` is a kernel's largest operand.
+    """
+    return max(largest / 2, LITTLE) if check.never is None else check.once + check.never / 2
+
+
+def compile_check(check: Check, chip: str) -> tuple[dict[str, str], str]:
+    """The row of a program on a chip, and what is wrong with it."""
+    topology = parse_topology(TOPOLOGIES[chip])
+    with tracing_for("tpu"):
+        if check.on:
+            fn, args, donated = check.on(topology)
+        else:
+            assert check.make
+            fn, args, donated = check.make()
+            args = tpu.on_one(topology, args)
+    found = tpu.compile_for_tpu(fn, *args, donate=donated)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args))
+    bound = math.ceil(1.1 * found.temporaries / MIB) + 1
+    row: dict[str, Any] = {"check": check.name, "chip": chip, "bound_mib": bound}
+    row["arguments_mib"] = f"{found.arguments / MIB:.1f}"
+    row["temporaries_mib"] = f"{found.temporaries / MIB:.1f}"
+    limit = second_copy(check, largest)
+    wrong = f"a second copy: {row['temporaries_mib']} of {limit / MIB:.1f} MiB" * (found.temporaries > limit)
+    return {name: str(value) for name, value in row.items()}, wrong
+
+
+def _beyond(temporaries: str, bound: str | None) -> str:
+    """What is wrong with temporaries, beside their bound in the table."""
+    if bound is None:
+        return "the table has no bound: --write makes one"
+    return f"{temporaries} MiB of temporaries, {bound} allowed" * (float(temporaries) > float(bound))
+
+
+def quick_chips(check: Check) -> tuple[str, ...]:
+    """What CI compiles for: kernels where they have the least memory, programs for a common chip."""
+    return ("v4",) if check.never is None else ("v5e",)
+
+
+def run(
+    chosen: Iterable[Check], chips_of: Callable[[Check], Iterable[str]], table: Rows
+) -> tuple[Rows, list[str], int]:
+    """The rows of whole programs, a line for each failure, and how many programs compiled."""
+    measured: Rows = {}
+    failed, compiled = [], 0
+    for check in chosen:
+        for chip in chips_of(check):
+            start = time.perf_counter()
+            try:
+                row, wrong = compile_check(check, chip)
+            except Exception as error:  # say so, and go on with the next
+                row, wrong = {}, f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            else:
+                compiled += 1
+                if check.never is not None:
+                    measured[check.name, chip] = row
+                    bound = table.get((check.name, chip), {}).get("bound_mib")
+                    wrong = wrong or _beyond(row["temporaries_mib"], bound)
+            if wrong:
+                failed.append(f"{check.name} on {chip}: {wrong}")
+            took = time.perf_counter() - start
+            said = f"FAILED: {wrong}" if wrong else f"{row['temporaries_mib']} MiB of temporaries"
+            print(f"{check.name} on {chip}: {said} ({took:.1f} s)", flush=True)
+    return measured, failed, compiled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a selection, on one chip each")
+    parser.add_argument("--chips", default="", help=f"of {', '.join(TOPOLOGIES)}, with commas between")
+    parser.add_argument("--only", default="", help="what has this in its name")
+    parser.add_argument("--write", action="store_true", help="make bounds of what is measured")
+    args = parser.parse_args()
+    if (problem := tpu.problem()) is not None:
+        sys.exit(f"tpu-check: {problem}")
+    chips = args.chips.split(",") if args.chips else list(TOPOLOGIES)
+    if unknown := [chip for chip in chips if chip not in TOPOLOGIES]:
+        sys.exit(f"--chips: {unknown[0]!r} is none of {', '.join(TOPOLOGIES)}")
+    chosen = [check for check in checks() if args.only in check.name and (check.quick or not args.quick)]
+    start, table = time.monotonic(), read_table()
+    chips_of = quick_chips if args.quick and not args.chips else lambda check: chips
+    measured, failed, compiled = run(chosen, chips_of, table)
+    if args.write:
+        write_table(table | measured)
+        failed = [line for line in failed if not line.endswith("--write makes one")]
+    print(f"{compiled} programs compiled in {time.monotonic() - start:.0f} s, {len(failed)} failures")
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The bounds on TPU programs: the table covers every program, and none allows a second copy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import tpu_check, tpu_programs
+from experiments.benchmarks.tpu_check import MIB, TOPOLOGIES, compile_check, read_table, run, second_copy
+from experiments.benchmarks.tpu_programs import Check, checks
+from pallas_kernels.dispatch import tracing_for
+from sol_jax.planning import tpu
+
+
+@functools.cache
+def by_name() -> dict[str, Check]:
+    """All programs."""
+    found = checks()
+    assert len({check.name for check in found}) == len(found)
+    return {check.name: check for check in found}
+
+
+needs_libtpu = pytest.mark.skipif(tpu.problem() is not None, reason=str(tpu.problem()))
+
+
+def test_every_kernel_and_program_is_there():
+    ops = {name.split()[0] for name in by_name()}
+    assert ops >= {"attend", "select_pages", "page_bounds", "shared_prefix", "gated_hidden"}
+    assert ops >= {"quantize_residual", "decode_step", "play", "learn", "generate"}
+
+
+def test_the_table_has_every_program_on_every_chip():
+    programs = [name for name, check in by_name().items() if check.never is not None]
+    assert set(read_table()) == {(name, chip) for name in programs for chip in TOPOLOGIES}
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_no_bound_of_a_whole_program_allows_a_second_copy(chip):
+    """Of the smaller of weights and caches."""
+    table = read_table()
+    for name, check in by_name().items():
+        if check.never is not None:
+            row = table[name, chip]
+            assert float(row["temporaries_mib"]) <= float(row["bound_mib"])
+            assert float(row["bound_mib"]) * MIB < check.once + check.never, name
+
+
+def test_sizes_by_hand():
+    """A decode step of Llama-3.1-8B against 8,192 tokens: 15 GiB of weights, 1 GiB of cache."""
+    check = by_name()["decode_step llama-3.1-8b 1x1x8192 xla"]
+    cache = 2 * 32 * 8 * 8192 * 128 * 2
+    assert check.never == cache
+    assert second_copy(check, 0) == cache / 2
+    with tracing_for("tpu"):
+        _, args, donated = check.make()
+    assert donated == (3,)
+    weights = 2 * (128256 * 4096 * 2 + 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096) + 4096)
+    assert tpu_programs.size_of(args[0]) == weights
+    assert tpu_programs.size_of(args[1]) == cache
+
+
+def on_v5e(check: Check) -> list[str]:
+    return ["v5e"]
+
+
+def doubling(again: bool, never: int | None = None) -> Check:
+    """A made-up program that holds its argument once more, or not."""
+
+    def double(x):
+        return jnp.sort(x) if again else x[:8] * 2
+
+    x = jax.ShapeDtypeStruct((64 * MIB // 4,), jnp.float32)
+    return Check("made up", lambda: (double, (x,), ()), never=never)
+
+
+@needs_libtpu
+def test_a_second_copy_is_found():
+    _, wrong = compile_check(doubling(True), "v5e")
+    assert wrong.startswith("a second copy: ")
+    row, wrong = compile_check(doubling(False), "v5e")
+    assert not wrong
+    assert math.isclose(float(row["arguments_mib"]), 64, rel_tol=0.01)
+
+
+@needs_libtpu
+def test_what_exceeds_its_bound_or_has_none_fails(capsys):
+    check = doubling(False, never=64 * MIB)
+    measured, failed, compiled = run([check], on_v5e, {})
+    assert compiled == 1
+    assert [line.split(": ")[1] for line in failed] == ["the table has no bound"]
+    tight = {("made up", "v5e"): {**measured["made up", "v5e"], "bound_mib": "-1"}}
+    (line,) = run([check], on_v5e, tight)[1]
+    assert line.endswith("MiB of temporaries, -1 allowed")
+    assert run([check], on_v5e, measured)[1] == []
+    assert run([doubling(False)], on_v5e, {}) == ({}, [], 1)  # of kernels no rows are kept
+    assert "made up on v5e" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_a_decode_step_compiles_within_its_bounds():
+    check = by_name()["decode_step smollm2-135m 8x16x1024 xla"]
+    assert run([check], on_v5e, read_table())[1] == []
+
+
+def test_without_libtpu_one_sentence_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["tpu_check"])
+    with pytest.raises(SystemExit, match=r"^tpu-check: .* not installed: pip install .*libtpu==\S+"):
+        tpu_check.main()

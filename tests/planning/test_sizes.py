@@ -1,0 +1,110 @@
+"""Memory of an update: by hand, and beside what a CPU really takes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_models import COUNTED
+
+from experiments.benchmarks.kernel_steps import MODELS
+from sol_jax.models.weights import EMBEDDED, load_config
+from sol_jax.planning import known_models
+from sol_jax.planning.sizes import Shares, cache_bytes, sizes, weight_bytes
+from sol_jax.runs.config import RunConfig
+
+
+def shares_of(rows: int = 1, model: int = 1, chunk: int = 1, llama=COUNTED, **fields) -> Shares:
+    config = RunConfig().with_fields(
+        {"episode.prefix_len": 8, "episode.horizon": 4, "policy.d_model": 8, **fields}
+    )
+    return Shares(config.setup(llama), rows, model, chunk)
+
+
+def test_weights_by_hand():
+    """D 4, F 8, two heads of 2 on one key/value head, V 10, two layers, float32; norms are not cut."""
+    cut = 10 * 4 + 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 8)
+    norms = 2 * 2 * 4 + 4
+    assert weight_bytes(shares_of().setup, 1) == 4 * (cut + norms)
+    assert weight_bytes(shares_of().setup, 2) == 4 * (cut / 2 + norms)
+
+
+def test_caches_by_hand():
+    """k and v of 8 tokens, 2 layers, 1 head of 2; bounds of 2 pages; and of 4 tokens of 3 schedules."""
+    setup = shares_of(**{"grpo.num_schedules": 3, "axes.kappa.page_size": 4}).setup
+    prefix, bounds, own = 2 * 2 * 1 * 8 * 2, 2 * 1 * 2 * 4, 2 * 2 * 1 * 2 * 3 * 4
+    assert cache_bytes(setup) == 4 * (prefix + bounds + own)
+
+
+def test_what_was_played_is_the_batch_filled_up():
+    """Five blocks on two rows by two: two calls of four, and one device keeps all that they give."""
+    fields = {"grpo.batch_size": 5}
+    two, one = shares_of(2, chunk=2, **fields), shares_of(1, chunk=5, **fields)
+    assert (two.calls, two.busy_rows, one.calls) == (2, 2, 1)
+    assert sizes(two, "gpu").played == pytest.approx(8 / 5 * sizes(one, "gpu").played)
+    assert shares_of(8, **fields).busy_rows == 5
+    assert sizes(two, "gpu").total == max(sizes(two, "gpu").playing, sizes(two, "gpu").learning)
+
+
+@pytest.mark.parametrize("field", ["memory.prefill_batch", "memory.head_rows"])
+def test_less_at_once_takes_less(field):
+    few, many = (
+        sizes(shares_of(chunk=8, **{"episode.prefix_len": length, field: count}), "gpu").play_temporaries
+        for count, length in ((1, 8 if "head" in field else 40), (64, 8 if "head" in field else 40))
+    )
+    assert few < many
+
+
+def test_published_architectures():
+    """Of the embedded model beside its file; the others beside the shapes that kernels are measured at."""
+    assert known_models.architecture(EMBEDDED, "bfloat16") == load_config(EMBEDDED, "bfloat16")
+    for path, name in {
+        "hub:meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+        "hub:meta-llama/Llama-3.2-3B": "llama-3.2-3b",
+        "hub:meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    }.items():
+        ours, theirs = known_models.architecture(path, "bfloat16"), MODELS[name]
+        for field in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads", "num_kv_heads",
+                      "head_size", "rope_theta", "tie_embeddings"):  # fmt: skip
+            assert getattr(ours, field) == getattr(theirs, field), (path, field)
+
+
+MEASURE = """
+import json, sys
+import jax
+from planning_run import peak_of_an_update
+print(json.dumps(peak_of_an_update(json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grpo.batch_size": 2, "episode.prefix_len": 1024, "grpo.num_schedules": 4},  # caches and prefill
+        {"grpo.batch_size": 4, "episode.prefix_len": 64, "grpo.num_schedules": 32},  # schedules and logits
+        {"grpo.batch_size": 2, "episode.prefix_len": 64, "memory.head_rows": 2048},  # logits alone
+    ],
+    ids=["prefix", "schedules", "logits"],
+)
+def test_a_cpu_takes_what_the_arithmetic_says(fields):
+    """The resident memory of a process that makes an update, above what it had before, in one of these."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(fields)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured, planned = json.loads(done.stdout.splitlines()[-1])
+    assert 0.6 < measured / planned < 1.4, (measured / 2**20, planned / 2**20)
+
+
+def test_keys_have_a_size():
+    from sol_jax.planning.sizes import size_of
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
+    assert size_of((keys, jnp.zeros((2, 3), jnp.bfloat16))) == 3 * 8 + 12
