@@ -95,7 +95,7 @@ def with_picture(notebook: form.Notebook, png: bytes) -> form.Notebook:
     changed = copy.deepcopy(notebook)
     (cell,) = form.tagged(changed, "picture")
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": ["<a picture>"]}
-    cell["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
+    cell["outputs"] = [{"data": data, "metadata": {}, "output_type": "display_data"}]
     return changed
 
 

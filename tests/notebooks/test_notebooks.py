@@ -191,7 +191,8 @@ def test_your_own_model(small, tiny_folder, tmp_path):
     stopped = int(re.search(r"stopped by SIGTERM after update (\d+); start again", found.printed)[1])
     assert 5 <= stopped < 150
     assert f"goes on after update {stopped}; {150 - stopped} updates" in found.printed
-    assert re.search(r"GB  of \d+\.\d GB that are free", found.printed)
+    assert re.search(r"caches of the blocks played at a time +\d", found.printed)
+    assert re.search(r"at once, at most [\d.]+ GiB, of [\d.]+ GiB that are free", found.printed)
     table = rows(tmp_path / "run" / "results.csv")
     assert {row["run_updates"] for row in table} == {"150"}
     assert len(found.png) == 1
@@ -234,7 +235,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(tiny_folder, tmp_p
     folder = tmp_path / "run"
     fields = {"grpo.num_schedules": 1 << 28, "episode.prefix_len": 32}
     said = sentence("your_own_model", MODEL=str(tiny_folder / "model"), FIELDS=fields, FOLDER=str(folder))
-    assert re.search(r"needs \d+\.\d GB and room for programs, and \d+\.\d GB are free; lower", said)
+    assert re.search(r"needs [\d.]+ GiB, and [\d.]+ GiB are free; lower grpo", said)
     assert not (folder / "log.txt").exists()
 
 

@@ -9,8 +9,8 @@ from sol_jax.errors import UserError
 
 def test_a_program_runs_and_is_heard(tmp_path, capfd):
     rows = "experiments/results/smollm2-135m/sol-j-2l-s0.csv"
-    sol_jax.run_program("experiments.figures.front", results=rows, output=tmp_path / "front.png")
-    assert capfd.readouterr().out == f"drew {tmp_path / 'front.png'}\n"
+    said = sol_jax.run_program("experiments.figures.front", results=rows, output=tmp_path / "front.png")
+    assert said == capfd.readouterr().out == f"drew {tmp_path / 'front.png'}\n"
     assert (tmp_path / "front.png").stat().st_size > 5000
 
 
