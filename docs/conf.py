@@ -29,14 +29,15 @@ copyright = "The sol_jax developers"
 version = release = _metadata["metadata"]["version"]
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # pages in Markdown, and the notebooks as they are committed
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # formulas need no network: MathJax comes with the site
 ]
-exclude_patterns = ["_build", "gallery"]
+exclude_patterns = ["_build", "gallery", "notebooks/*.md"]
+nb_execution_mode = "off"  # `make notebooks` runs them
 highlight_language = "none"
 html_theme = "furo"
 html_title = "sol_jax"

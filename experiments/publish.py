@@ -5,13 +5,14 @@
         --results experiments/results/fl.csv
     python -m experiments.publish --name smollm2-135m/sol-j-fl --push OWNER/NAME
 
-The first writes `experiments/results/policies/NAME`, which `sol_jax.evaluate --policy NAME` then finds.  The
-second uploads it to the Hugging Face hub, where `--policy hub:OWNER/NAME` finds it; both can be done at once.
+The first writes `experiments/results/policies/NAME`, which `sol_jax.evaluate --policy NAME` then finds.  With
+`--folder` it writes NAME there instead, on this machine or an object store; `--policy FOLDER/NAME` finds it.
+The second uploads it to the Hugging Face hub, where `--policy hub:OWNER/NAME` finds it; both can be done at
+once.
 """
 
 import argparse
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from experiments.figures import plots, shaded_text
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import results_csv as results
 from sol_jax.evaluation.provenance import training_documents
-from sol_jax.files import path_argument
+from sol_jax.files import any_path_argument, write_whole
 from sol_jax.generation.generated_text import generate_text
 from sol_jax.models import hub
 from sol_jax.models.model import open_model
@@ -62,11 +63,12 @@ def publish(
     step: int | None = None,
     trained_by: str = "",
     metadata: Mapping[str, Any] | None = None,
+    root: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes the policy and returns its folder; `UserError` if the run has no checkpoint.
 
     `trained_by` is the commit that trained it, where the checkpoint does not say; `metadata` what
-    `policy_card.metadata` is to know.
+    `policy_card.metadata` is to know; `root` is where policies lie.
     """
     config, checkpoints = open_run(workdir)
     session = open_session(config)
@@ -84,7 +86,7 @@ def publish(
         "results": [line for path in evaluations for line in card_rows(path)],
         **(metadata or {}),
     }
-    folder = policy_files.POLICIES / name
+    folder = (root or policy_files.POLICIES) / name
     (folder / policy_files.PICTURE).unlink(missing_ok=True)  # of an earlier policy of that name
     policy_files.save_policy(folder, policy.params, config, about)
     return folder
@@ -96,8 +98,12 @@ def add_picture(folder: pathlib.Path, prompt: str) -> None:
     model = open_model(config.model.path, config.model.dtype)
     budget = middle_budget(config)
     text = generate_text(prompt, model, str(folder), budget=budget, max_tokens=SAMPLE_TOKENS)
-    plots.save(shaded_text.draw_text(prompt, text), folder / policy_files.PICTURE)
-    policy_files.describe(folder, config, about)
+    with tempfile.TemporaryDirectory() as made:
+        drawn = plots.save(shaded_text.draw_text(prompt, text), pathlib.Path(made) / policy_files.PICTURE)
+        picture = drawn.read_bytes()
+    with policy_files.written_to(folder):
+        write_whole(folder / policy_files.PICTURE, picture)
+        policy_files.describe(folder, config, about)
 
 
 def push(
@@ -120,7 +126,7 @@ def push(
         copy = pathlib.Path(made)
         for file in policy_files.FILES:
             if (folder / file).is_file():
-                shutil.copy(folder / file, copy)
+                (copy / file).write_bytes((folder / file).read_bytes())
         policy_files.describe(copy, config, {**about, **(metadata or {}), "hub": name})
         if sample and not (copy / policy_files.PICTURE).is_file():
             add_picture(copy, sample)
@@ -131,7 +137,7 @@ def push(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--workdir", type=path_argument, help="folder of the training run; with --push alone: none"
+        "--workdir", type=any_path_argument, help="folder of the training run; with --push alone: none"
     )
     parser.add_argument(
         "--name",
@@ -142,8 +148,9 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="update whose checkpoint is taken; default: the best")
     parser.add_argument("--commit", default="", help="that trained it, of a checkpoint that does not say")
     parser.add_argument(
-        "--results", type=path_argument, nargs="*", default=[], help="CSVs of its evaluations"
+        "--results", type=any_path_argument, nargs="*", default=[], help="CSVs of its evaluations"
     )
+    parser.add_argument("--folder", type=any_path_argument, help="of policies; default: the committed ones")
     parser.add_argument("--sample", default="The sea", help="prompt of the card's picture; empty: no picture")
     parser.add_argument("--license", help=f"as the hub writes it; default: {LICENSE}")
     parser.add_argument("--base_model", help="OWNER/NAME of the language model, if its path does not say it")
@@ -164,13 +171,13 @@ def main() -> None:
     given = {"license": args.license, "base_model": args.base_model, "datasets": args.datasets}
     metadata = {name: value for name, value in given.items() if value}
     if args.workdir:
-        more = args.results, args.step, args.commit, metadata
+        more = args.results, args.step, args.commit, metadata, args.folder
         folder = publish(args.workdir, args.name, args.command, *more)
         if args.sample:
             add_picture(folder, args.sample)
         print(f"wrote {folder}")
     else:
-        folder = policy_files.folder_of(args.name)
+        folder = policy_files.folder_of(str(args.folder / args.name) if args.folder else args.name)
     if args.push:
         address = push(folder, args.push, args.private, metadata, args.sample)
         print(f"uploaded to {address}; use it as --policy hub:{args.push}")

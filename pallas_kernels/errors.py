@@ -6,3 +6,7 @@ class UnavailableError(ValueError):
 
     def __init__(self, op: str, implementation: str, cannot: str, reason: str, instead: str):
         super().__init__(f"{op}: {implementation!r} cannot {cannot} because {reason}; use {instead} instead")
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback; IPython asks for it by this name."""
+        return [f"error: {self}"]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sol_jax.evaluation.report import evaluate_policy
     from sol_jax.generation.generated_text import GeneratedText, generate_text
     from sol_jax.models.model import Model, open_model
+    from sol_jax.processes import run_program
     from sol_jax.runs.config import RunConfig
     from sol_jax.runs.policy_files import known_policies
     from sol_jax.training.from_config import load_config, train_policy
@@ -54,6 +55,7 @@ _HOME = {
     "known_policies": "runs.policy_files",
     "load_config": "training.from_config",
     "open_model": "models.model",
+    "run_program": "processes",
     "train_policy": "training.from_config",
 }
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "known_policies",
     "load_config",
     "open_model",
+    "run_program",
     "train_policy",
 ]
 

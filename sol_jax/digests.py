@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import local_path, parse_json, write_whole
 
 CACHE_DIR = "~/.cache/sol_jax"
 
@@ -52,8 +52,13 @@ def file_digest(file: pathlib.Path) -> str:
     return digest
 
 
+def cache_folder() -> pathlib.Path:
+    """Where copies and digests are kept on this machine."""
+    return local_path(CACHE_DIR, "the cache folder")
+
+
 def _memory() -> pathlib.Path:
-    return local_path(CACHE_DIR, "the cache folder") / "digests.json"
+    return cache_folder() / "digests.json"
 
 
 def _remembered() -> dict[str, list]:
@@ -67,8 +72,4 @@ def _remembered() -> dict[str, list]:
 def _remember(known: Mapping[str, list]) -> None:
     """Best effort: without it files are hashed again."""
     with contextlib.suppress(OSError, UserError):
-        file = _memory()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(known))
-        unfinished.replace(file)
+        write_whole(_memory(), json.dumps(known), writer=f".{os.getpid()}")

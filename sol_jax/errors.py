@@ -1,11 +1,12 @@
 """The one exception for mistakes a user can mend, and how entry points end on it."""
 
+import contextlib
 import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pallas_kernels.errors import UnavailableError
@@ -28,6 +29,10 @@ class UserError(ValueError):
         half = LONGEST // 2
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback; IPython asks for it by this name."""
+        return [f"error: {self}"]
+
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an entry point end as programs on a terminal do, without a traceback.
@@ -43,15 +48,11 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
-            result = main(*args, **kwargs)
+            with telling_of_memory():
+                result = main(*args, **kwargs)
             sys.stdout.flush()
         except (UserError, UnavailableError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            print(f"error: {OUT_OF_MEMORY} ({UserError(reason(error))})", file=sys.stderr, flush=True)
             sys.exit(2)
         except BrokenPipeError:
             # Python flushes stdout once more when it ends; there is nobody to read that either.
@@ -67,6 +68,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
     )
+
+
+@contextlib.contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Turns a lack of memory into a `UserError` that says what takes less; also decorates functions."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{OUT_OF_MEMORY} ({UserError(reason(error))})") from error
 
 
 def reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from absl import app
 from sol_jax import hosts
 from sol_jax.command_line import define_flags, given, parse_flags
 from sol_jax.errors import exits_on_user_error
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.generation import html_page
 from sol_jax.generation.load_engine import engine_for
 from sol_jax.generation.options import GenerateOptions
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _generate(options: GenerateOptions) -> None:
-    page = local_path(options.html, "--html") if options.html else None
+    page = path_of(options.html, "--html") if options.html else None
     if page:
         html_page.check_writable(page)
     engine, request = hosts.together(lambda: engine_for(options))

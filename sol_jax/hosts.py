@@ -1,9 +1,9 @@
 """Several processes as one program: joining them, what the first decides, and what all must agree on.
 
 Every host runs the same command.  The first process writes files and makes decisions; the others follow.  A
-process that goes away ends the rest with a sentence: see `Lost`.
+process that goes away ends the rest with a sentence: see `lost`.
 
-Nothing here is used by a program of one process, in which `tell(x)` is x and `agreed` does nothing.
+Nothing here is used by a program of one process, in which `tell(x)` is x and `together(work)` is work().
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -24,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors, write_whole
 from sol_jax.options import Options, option
 
 _T = TypeVar("_T")
@@ -118,12 +120,16 @@ def _is_one_of_several(options: HostOptions) -> bool:
 
 
 def _initialize(options: HostOptions) -> None:
+    # JAX would end the process itself, with a page of addresses, when its own time is over.
+    late = threading.Timer(options.init_timeout, _give_up, (options,))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             options.coordinator or None,
             options.num_processes,
             options.process_id,
-            initialization_timeout=options.init_timeout,
+            initialization_timeout=options.init_timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError:  # nothing tells where the others are
@@ -132,13 +138,19 @@ def _initialize(options: HostOptions) -> None:
                 "--distributed is on, but nothing here says where the other processes are; give "
                 "--coordinator, --num_processes and --process_id"
             ) from None
-    except RuntimeError as error:
-        where = options.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "of process 0")
-        gist = str(error).strip().splitlines()[0][:150]
-        raise UserError(
-            f"the coordinator {where} was not reached, or not all processes came, within "
-            f"{options.init_timeout} seconds (--init_timeout): {gist}"
-        ) from None
+    finally:
+        late.cancel()
+
+
+def _give_up(options: HostOptions) -> None:
+    where = options.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "of process 0")
+    print(
+        f"error: the coordinator {where} was not reached, or not all processes came, within "
+        f"{options.init_timeout} seconds (--init_timeout)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _leave(fault: Exception) -> NoReturn:
@@ -268,9 +280,14 @@ def same_folder(folder: pathlib.Path, name: str) -> None:
         return
     file = folder / "hosts.json"
     mark = tell(uuid.uuid4().hex)
-    if first():
-        file.write_text(json.dumps({"mark": mark, "processes": jax.process_count()}))
-    multihost_utils.sync_global_devices("the mark is written")
+
+    def write() -> None:
+        try:
+            write_whole(file, json.dumps({"mark": mark, "processes": jax.process_count()}))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+    together(lambda: write() if first() else None)
     deadline = time.monotonic() + SHARED_SECONDS
     while not (seen := _reads(file, mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -284,6 +301,8 @@ def same_folder(folder: pathlib.Path, name: str) -> None:
 
 def _reads(file: pathlib.Path, mark: str) -> bool:
     try:
-        return json.loads(file.read_text())["mark"] == mark
+        with as_os_errors():
+            content = file.read_text()
+        return json.loads(content)["mark"] == mark
     except (OSError, ValueError, KeyError):
         return False

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 from sol_jax.errors import UserError
-from sol_jax.files import is_remote, shown
+from sol_jax.files import A_PATH, all_known, shown
 
 MOST = 2**63 - 1  # of whole numbers: what JAX, numpy and files can hold
 MOST_SEED = 2**32 - 1  # of seeds, of which JAX takes these bits alone: 2**32 would be the seed 0
@@ -43,7 +43,7 @@ def option(
       choices: all allowed values; none: any of the field's type within the bounds.
       at_least, above, at_most: bounds of a number.
       repeated: on a command line, a list is one flag for each item rather than commas between them.
-      path: of a file or folder, or several; it must be one of this machine.
+      path: of a file or folder, or several, of this machine or of an object store that epath knows.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
     return dataclasses.field(
@@ -208,8 +208,8 @@ def _number(bound: float) -> str:
 
 def _broken_bound(value: Any, rules: Mapping[str, Any]) -> str:
     """What would be right, if a value breaks a rule of its field; else empty.  NaN breaks every bound."""
-    if rules.get("path") and is_remote(value):
-        return "a path on this machine: copy or mount it here"
+    if rules.get("path") and not all_known(value):
+        return A_PATH
     if rules.get("choices") and value not in rules["choices"]:
         return f"one of {', '.join(map(str, rules['choices']))}"
     if type(value) is int and abs(value) > MOST:

@@ -10,8 +10,8 @@ from absl import app, flags
 
 from sol_jax.command_line import define_flags, define_run_flags, given, given_config, parse_flags
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.files import local_path
-from sol_jax.hosts import HostOptions, joined
+from sol_jax.files import path_of
+from sol_jax.hosts import HostOptions, joined, together
 from sol_jax.training.loop import Interrupted, train
 
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("give --config configs/X.py and --workdir DIR")
     with joined(given(HostOptions)):
         try:
-            train(given_config(), local_path(flags.FLAGS.workdir, "--workdir"))
+            workdir = together(lambda: path_of(flags.FLAGS.workdir, "--workdir"))
+            train(given_config(), workdir)
         except Interrupted as stopped:
             print(stopped, flush=True)
 

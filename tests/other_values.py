@@ -91,4 +91,7 @@ OTHER = {
     "eval.num_random": None,
     "memory.prefill_batch": 2,
     "memory.head_rows": 16,
+    "mesh.data": None,
+    "mesh.model": None,
+    "mesh.chunk": None,
 }

@@ -85,7 +85,7 @@ def kernels() -> list[Check]:
                 label = f"{op} {dtype}"
                 found.append(Check(label, functools.partial(_of_case, make), quick=quick))
 
-            more = {"dtype": dtype, "smoke": True}
+            more: dict[str, Any] = {"dtype": dtype, "smoke": True}
             add(f"attend {shape}", functools.partial(attention, shape, (0.3,), **more))
             add(f"select_pages {shape}", functools.partial(choice, shape, (0.3,), **more))
             add(f"page_bounds {shape}", functools.partial(bounds, shape, **more))
@@ -183,7 +183,8 @@ def caches(name: str, batch: int, tokens: int) -> KVCache:
     """Abstract, of a batch."""
     cfg = MODELS[name]
     size = (batch, cfg.num_layers, cfg.num_kv_heads, tokens, cfg.head_size)
-    return KVCache(abstract(*size, dtype=cfg.dtype), abstract(*size, dtype=cfg.dtype))
+    part: Any = abstract(*size, dtype=cfg.dtype)
+    return KVCache(part, part)
 
 
 def steps() -> list[Check]:

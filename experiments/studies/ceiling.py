@@ -19,6 +19,7 @@ token with 95 % intervals over documents:
 For `joint` they are beside the best blind choice among the same actions, at a mean net keep rate.
 `levels.csv` has loss and KL of every level.  `ceiling.png` draws the gains, with those of `--results` beside
 them: CSVs of `sol_jax.evaluate` of policies for one axis.  Batches in the folder are not scored again.
+An axis of one's own (docs/add-an-axis.md) is one of `--axes` too, with its `--levels`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import counterfactual as config_file
 from experiments.figures import plots
@@ -198,12 +200,38 @@ def level_rows(axes: Sequence[Axis], steps: Scored) -> list[dict[str, Any]]:
     return rows
 
 
+def parse_levels(text: str, axis: str) -> tuple[float, ...]:
+    """The levels of an axis that the shipped config leaves at one; `UserError` if they are no numbers."""
+    try:
+        levels = tuple(float(level) for level in text.split(","))
+    except ValueError:
+        levels = ()
+    if len(levels) < 2:
+        raise UserError(f"--levels={text!r} must be the levels of {axis}, ascending, with commas between")
+    return levels
+
+
+def leave_alone(given: ConfigDict, chosen: str, levels: tuple[float, ...]) -> None:
+    """Gives an axis its levels, and every other one its dearest alone."""
+    for axis in axis_names():
+        given.axes[axis].levels = levels if axis == chosen else given.axes[axis].levels[-1:]
+    given.axes[chosen].budget = (levels[0], levels[-1])
+    given.eval.budgets = ((1.0,),)  # all axes at their dearest: nothing here asks for budgets
+
+
+def axis_names() -> list[str]:
+    """All axes that a config has, also those that somebody added."""
+    return list(RunConfig().axes.each())
+
+
 def study(
     axis: str, prefix: int, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of `ceiling.csv` and `levels.csv` of one axis (or `joint`) after one length of prefix."""
-    variants = ",".join(filter(None, ["" if axis == JOINT else axis, "cpu", args.variants]))
-    given = config_file.get_config(variants)
+    shipped = axis if axis in config_file.ALONE else ""
+    given = config_file.get_config(",".join(filter(None, [shipped, "cpu", args.variants])))
+    if not shipped and axis != JOINT:
+        leave_alone(given, axis, parse_levels(args.levels, axis))
     given.model.path, given.episode.prefix_len, given.data.source = args.model, prefix, args.train_source
     given.axes.kappa.protect = args.protect
     config = RunConfig.from_dict(given.to_dict())
@@ -288,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", default="", help="held-out text; default: test split of --train_source")
     parser.add_argument("--document_start", default="", help="of --source, as config.data.document_start")
     parser.add_argument("--train_source", default="wikipedia", help="text for the probe")
-    parser.add_argument("--axes", default="kappa,rho,eta,joint", help="of kappa, rho, eta, joint")
+    parser.add_argument("--axes", default="kappa,rho,eta,joint", help="of kappa, rho, eta, joint, your own")
+    parser.add_argument("--levels", default="", help="of an axis of your own, by commas")
     parser.add_argument(
         "--prefixes", default="256", help="tokens before the first episode, several by commas"
     )
@@ -302,8 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     chosen = args.axes.split(",")
-    if unknown := set(chosen) - {*config_file.ALONE, JOINT}:
-        raise UserError(f"--axes: there is no {sorted(unknown)[0]!r}; there are kappa, rho, eta, joint")
+    known = [*axis_names(), JOINT]
+    if unknown := set(chosen) - {*known}:
+        raise UserError(f"--axes: there is no {sorted(unknown)[0]!r}; there are {', '.join(known)}")
     if args.blocks < BATCH or args.train_blocks < 0:
         raise UserError(f"--blocks must be at least {BATCH}, --train_blocks at least 0")
     try:

@@ -31,7 +31,7 @@ from sol_jax.downstream.continuations import (
     work,
 )
 from sol_jax.errors import UserError, exits_on_user_error
-from sol_jax.files import local_path
+from sol_jax.files import LineFile, path_of
 from sol_jax.generation import engine as engine_lib
 from sol_jax.generation.engine import Engine, Output, Request, check_request
 from sol_jax.generation.episodes import Decoder
@@ -91,9 +91,7 @@ class SolJax(TemplateLM):
             raise UserError(f"batch_size={batch_size}: it must be a number, at least 1")
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
         self._add_bos = add_bos_token
-        self._output = local_path(output, "output") if output else None
-        if self._output:
-            _write(self._output, [])
+        self._output = _Output(path_of(output, "output")) if output else None
         self._budget = _budget(budget)
 
         def check(engine: Engine) -> None:
@@ -249,8 +247,7 @@ class SolJax(TemplateLM):
         if self._output is None:
             return
         names = [axis.name for axis in self._engine.cfg.space.axes]
-        _write(
-            self._output,
+        self._output.write(
             [
                 {
                     "task": request.task_name,
@@ -284,14 +281,23 @@ def _budget(given: str | float | None) -> tuple[float, ...]:
         ) from None
 
 
-def _write(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
-    try:
-        with open(path, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    except OSError as error:
-        raise UserError(
-            f"output={path} cannot be written: {(error.strerror or str(error)).lower()}"
-        ) from None
+class _Output:
+    """Lines of JSON, added to a file.  Raises `UserError` if that cannot be written."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.write([])
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        try:
+            file = LineFile(self._path)  # opened each time, for the harness does not say when it ends
+            for record in records:
+                file.add(json.dumps(record))
+            file.close()
+        except OSError as error:
+            raise UserError(
+                f"output={self._path} cannot be written: {(error.strerror or str(error)).lower()}"
+            ) from None
 
 
 @exits_on_user_error

@@ -7,6 +7,7 @@ from typing import Any
 
 from sol_jax.digests import array_digest, digest
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors, write_whole
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import FREE_FIELDS
 from sol_jax.runs.config import RunConfig
@@ -84,7 +85,7 @@ def remember_documents(workdir: pathlib.Path, hashes: Iterable[str]) -> None:
     file = workdir / TRAINING_DOCUMENTS
     try:
         names = policy_files.document_names(hashes)
-        file.write_text(f"{len(names)} documents: {' '.join(names)}\n")
+        write_whole(file, f"{len(names)} documents: {' '.join(names)}\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {(error.strerror or str(error)).lower()}") from error
 
@@ -92,7 +93,9 @@ def remember_documents(workdir: pathlib.Path, hashes: Iterable[str]) -> None:
 def recall_documents(workdir: pathlib.Path) -> list[str]:
     """What `remember_documents` wrote; nothing for a run from before it, or for a damaged file."""
     try:
-        count, _, *names = (workdir / TRAINING_DOCUMENTS).read_text().split()
+        with as_os_errors():
+            text = (workdir / TRAINING_DOCUMENTS).read_text()
+        count, _, *names = text.split()
     except (OSError, ValueError):  # the latter of bytes that are no text, and of too few words
         return []
     whole = all(re.fullmatch(f"[0-9a-f]{{{HASH_LENGTH}}}", name) for name in names)

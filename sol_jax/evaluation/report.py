@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sol_jax import hosts
-from sol_jax.errors import UserError
+from sol_jax.errors import UserError, telling_of_memory
 from sol_jax.evaluation import results_csv
 from sol_jax.evaluation.budget_grid import Budgets
 from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, Progress, run
@@ -21,7 +21,7 @@ from sol_jax.evaluation.provenance import (
 )
 from sol_jax.evaluation.score_cache import ScoreCache
 from sol_jax.evaluation.sweep import Sweep
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.models.llama import Weights
 from sol_jax.rl.learn import TrainState
 from sol_jax.rl.setup import Setup
@@ -127,7 +127,7 @@ def _bar(total: int, done: int, label: str, pause: Callable[[], None]) -> Progre
 def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     """All that `sol_jax.evaluate` does; raises `UserError` for whatever is wrong."""
     options.check_complete()
-    workdir = local_path(options.workdir or ".", "--workdir")
+    workdir = path_of(options.workdir or ".", "--workdir")
     policy, session, trained_on, of_run = _opened(options, workdir)
     refuse_training_text(session, options.split, trained_on)
     if hosts.first():
@@ -139,7 +139,7 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
     if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
         raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
-    output = local_path(options.output, "--output") if options.output else workdir / RESULTS
+    output = path_of(options.output, "--output") if options.output else workdir / RESULTS
     about = decides(session, batches, options.stale_prefill)
     kept = output.with_suffix(".scores") if hosts.first() else None
     store = hosts.together(lambda: ScoreCache(kept, about, found_at(session)))
@@ -150,6 +150,7 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 
+@telling_of_memory()
 def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[ComparisonRow]:
     """How good a policy is at requested budgets, beside schedules of the same cost.
 
@@ -163,7 +164,7 @@ def evaluate_policy(policy: str | pathlib.Path, **options: Any) -> list[Comparis
 
     Raises `UserError` for whatever is wrong with these.
     """
-    is_run = (local_path(policy, "the policy") / "checkpoints").is_dir()
+    is_run = (path_of(policy, "the policy") / "checkpoints").is_dir()
     return evaluate(EvaluateOptions.from_dict({"workdir" if is_run else "policy": str(policy), **options}))
 
 

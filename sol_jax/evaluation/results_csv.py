@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import ComparisonRow, RandomScheduleRow
+from sol_jax.files import is_remote, write_whole
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
 IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
@@ -47,9 +49,9 @@ def texts(record: Mapping[str, Any]) -> dict[str, str]:
 def read(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a CSV that `write` wrote; `UserError` if it is none."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # some programs put a mark before it
-            reader = csv.DictReader(file)
-            rows, names = list(reader), list(reader.fieldnames or ())
+        text = path.read_bytes().decode("utf-8-sig")  # some programs put a mark before it
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows, names = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or "no CSV"
         raise UserError(f"{path} cannot be read ({why.lower()}); name a CSV of sol_jax.evaluate") from error
@@ -71,21 +73,19 @@ def write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = path.with_name(f"{path.name}.tmp")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        unfinished.replace(path)
+        write_whole(path, text.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     """Raises `UserError` if `path` has rows that may not be compared with those of `about`."""
-    if not os.path.exists(path):
+    if not path.exists():
         return
     ours = texts(about)
     for row in read(path):
@@ -121,7 +121,7 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     with _alone(path):
         if rows and {*IDENTITY, *CONTENT} <= rows[0].keys():
             check_same(path, rows[0])
-        old = read(path) if os.path.exists(path) else []
+        old = read(path) if path.exists() else []
         kept = [
             row for row in old if key(row) not in new and now.get(budget(row), subject(row)) == subject(row)
         ]
@@ -132,8 +132,12 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
 def _alone(path: pathlib.Path) -> Iterator[None]:
     """Keeps other programs from a CSV, so that no rows are lost.
 
-    What is locked is its folder, so that nothing is left there; a system without such locks goes without.
+    What is locked is its folder, so that nothing is left there; systems without such locks, and object
+    stores, go without.
     """
+    if is_remote(path):
+        yield
+        return
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

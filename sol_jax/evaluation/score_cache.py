@@ -7,9 +7,10 @@ scores of different configurations cannot be mixed, and a sweep that asks for mo
 """
 
 import dataclasses
+import io
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from absl import logging
 from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.evaluation.scoring import EntryScores, join
-from sol_jax.files import parse_json
+from sol_jax.files import parse_json, stamp, write_whole
 
 VERSION = 2  # raise it when the same inputs would give other scores
 
@@ -45,19 +46,13 @@ class ScoreCache:
             raise UserError(
                 f"{self.folder} holds scores of another evaluation (see its about.json); move it away"
             )
-        self._write(file, lambda path: path.write_text(text))
-        places = json.dumps(dict(found_at or {}), indent=2)
-        self._write(self.folder / "found_at.json", lambda path: path.write_text(places))
+        _write(file, text)
+        _write(self.folder / "found_at.json", json.dumps(dict(found_at or {}), indent=2))
 
     def keep_blocks(self, tokens_NxM: np.ndarray, document_N: np.ndarray) -> None:
         """Writes the text that is scored, for whoever reads the scores later."""
-
-        def save(path: pathlib.Path) -> None:
-            with open(path, "wb") as out:
-                np.savez(out, tokens=tokens_NxM, document=document_N)
-
         if self.folder is not None:
-            self._write(self.folder / "blocks.npz", save)
+            _write(self.folder / "blocks.npz", _packed(tokens=tokens_NxM, document=document_N))
 
     def read(self, group: str, file: str, shape: tuple[int, ...]) -> EntryScores | None:
         """The scores of a file, of so many blocks, episodes, entries and steps.
@@ -68,7 +63,7 @@ class ScoreCache:
             return None
         path = self.folder / group / f"{file}.npz"
         try:
-            with np.load(path) as found:
+            with np.load(io.BytesIO(path.read_bytes())) as found:
                 scores = EntryScores(found["logp"], found["entropy"], found["action"])
         except FileNotFoundError:
             return None
@@ -85,29 +80,29 @@ class ScoreCache:
 
     def write(self, group: str, file: str, scores: EntryScores) -> None:
         """Keeps scores, all or nothing."""
-
-        def save(path: pathlib.Path) -> None:
-            logp, entropy, action = scores
-            with open(path, "wb") as out:
-                np.savez(out, logp=logp, entropy=entropy, action=action)
-
         if self.folder is not None:
-            self._write(self.folder / group / f"{file}.npz", save)
+            logp, entropy, action = scores
+            content = _packed(logp=logp, entropy=entropy, action=action)
+            _write(self.folder / group / f"{file}.npz", content)
 
     def describe(self, group: str, what: Mapping[str, Any]) -> None:
         """What the files of a group are, in `entries.json` beside them."""
         if self.folder is not None:
-            text = json.dumps(what, indent=2)
-            self._write(self.folder / group / "entries.json", lambda path: path.write_text(text))
+            _write(self.folder / group / "entries.json", json.dumps(what, indent=2))
 
-    def _write(self, file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-        unfinished = file.with_name(f"{file.name}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(unfinished)
-            unfinished.replace(file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+def _packed(**arrays: np.ndarray) -> bytes:
+    """The arrays as an .npz file has them."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def _write(file: pathlib.Path, content: str | bytes) -> None:
+    try:
+        write_whole(file, content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +125,9 @@ def read_folder(folder: pathlib.Path) -> CachedScores:
     try:
         about = parse_json((folder / "about.json").read_text())
         found_at = parse_json((folder / "found_at.json").read_text())
-        with np.load(folder / "blocks.npz") as blocks:
+        with np.load(io.BytesIO((folder / "blocks.npz").read_bytes())) as blocks:
             tokens_NxM, document_N = blocks["tokens"], blocks["document"]
-        described = sorted(folder.glob("*/entries.json"), key=lambda file: file.stat().st_mtime_ns)
+        described = sorted(folder.glob("*/entries.json"), key=lambda file: stamp(file)[1])
         groups = {}
         for file in described:
             what = parse_json(file.read_text())
@@ -153,7 +148,7 @@ def _read_group(folder: pathlib.Path, batches: int) -> EntryScores | None:
     for b in range(batches):
         parts = []
         for file in sorted(folder.glob(f"{file_name(b, 0)[:10]}-*.npz")):
-            with np.load(file) as found:
+            with np.load(io.BytesIO(file.read_bytes())) as found:
                 parts.append(EntryScores(found["logp"], found["entropy"], found["action"]))
         if not parts:
             return None

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sol_jax.errors import UserError
-from sol_jax.files import local_path
+from sol_jax.errors import UserError, telling_of_memory
+from sol_jax.files import path_of
 from sol_jax.generation import html_page
 from sol_jax.generation.engine import Engine, Output, Request, check_request
 from sol_jax.generation.load_engine import open_engine
@@ -52,20 +52,36 @@ class GeneratedText:
         """What each token was given on each axis, [N, X]; the first comes of the dense prefill."""
         return token_costs(self.output, self.engine.cfg)
 
+    @property
+    def realised(self) -> np.ndarray:
+        """Mean cost of each axis, [X], over the steps that the controller could control."""
+        return self.output.mean_cost(self.engine.cfg.space.costs_AxX)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Which step of its episode wrote each token, [N], from 0; -1: the dense prefill."""
+        return np.concatenate([[-1], *(np.arange(episode.tokens) for episode in self.output.episodes)])
+
     @functools.cached_property
     def facts(self) -> dict[str, str]:
         """What there is to say about the text, by name: budgets, bytes, operations, likelihood, speed."""
         return dict(facts(self.engine, self.output, self.tokens_per_second))
 
+    def _repr_html_(self) -> str:
+        return self.html
+
     def save_html(self, path: str | pathlib.Path) -> None:
         """Writes a page with the text shaded by compute, beside what the dense model writes."""
         told = list(self.facts.items())
-        write_page(local_path(path, "the page"), self.model, self.engine, self.output, told)
+        write_page(path_of(path, "the page"), self.model, self.engine, self.output, told)
 
-    def _repr_html_(self) -> str:
+    @property
+    def html(self) -> str:
+        """The text shaded by compute, as a part of a page; whatever the text holds stays text."""
         return html_page.fragment(self.pieces, self.costs, self.axes, self.output.transcript.written())
 
 
+@telling_of_memory()
 def generate_text(
     prompt: str,
     model: Model | str,

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors, is_remote
 from sol_jax.generation.page_style import AXIS_CLASSES, SHADES, style
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -130,7 +131,8 @@ def fragment(pieces: Sequence[str], cost_NxX: np.ndarray, axis_names: Sequence[s
 def write(path: pathlib.Path, page: str) -> None:
     """Writes the page.  Raises `UserError` if it cannot."""
     try:
-        path.write_text(page, encoding="utf-8")
+        with as_os_errors():
+            path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written there: {error.strerror or error}") from None
 
@@ -138,11 +140,13 @@ def write(path: pathlib.Path, page: str) -> None:
 def check_writable(path: pathlib.Path) -> None:
     """Raises `UserError` for a path that `write` would fail on, before any work is done for it."""
     try:
-        existed = path.exists()
-        with open(path, "a"):
-            pass
-        if not existed:
-            path.unlink()
+        with as_os_errors():
+            existed = path.exists()
+            if not existed or not is_remote(path):  # an object can be made, and taken away, but not added to
+                with path.open("w" if is_remote(path) else "a"):
+                    pass
+            if not existed:
+                path.unlink()
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written there: {error.strerror or error}") from None
 

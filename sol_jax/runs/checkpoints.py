@@ -5,7 +5,7 @@
     checkpoints.save(step, state, iterator.state(), score)
     checkpoints.close()
 
-How a step lies on disk is the business of `step_store`.
+How a step lies on disk is the business of `orbax_store`, and on an object store of `object_steps`.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +23,11 @@ from jax.experimental import multihost_utils
 
 from sol_jax import hosts
 from sol_jax.errors import UserError
+from sol_jax.files import is_remote, path_of, write_whole
 from sol_jax.models.identity import differences
 from sol_jax.runs.config import RunConfig
-from sol_jax.runs.orbax_store import FAILURES, StepStore, complete_steps, kinds, reason, to_device, to_host
+from sol_jax.runs.object_steps import ObjectStore, complete_steps, holds_objects, step_path
+from sol_jax.runs.orbax_store import FAILURES, StepStore, kinds, reason, to_device, to_host
 
 # What changes how a run goes, but not what it learns (beyond rounding).
 FREE_FIELDS = ("train.", "eval.", "memory.", "mesh.", "data.cache_dir", "kernels")
@@ -56,7 +57,8 @@ class Checkpoints:
         read_only: bool = False,
         commit: str = "",
     ):
-        self._workdir = pathlib.Path(workdir).absolute()
+        where = path_of(workdir, "the workdir")
+        self._workdir = where if is_remote(where) else where.absolute()
         self._directory = self._workdir / "checkpoints"
         self._config = json.loads(json.dumps(dict(config)))  # as a checkpoint will give it back
         self._read_only, self._commit = read_only, commit
@@ -64,7 +66,8 @@ class Checkpoints:
         self._saving = -1  # the step of the last write
         if not complete_steps(self._directory):  # else once `restore` has found that the config is theirs
             self._write_config()
-        self._store = StepStore(self._directory, keep, read_only)
+        store = ObjectStore if holds_objects(self._directory) else StepStore
+        self._store: ObjectStore | StepStore = store(self._directory, keep, read_only)
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint is complete, ascending; one that is still being written is not."""
@@ -185,12 +188,13 @@ class Checkpoints:
         """Says which steps are damaged and moves them aside; nothing is deleted."""
         told = "%s: the checkpoint of step %d is damaged (%s) and kept as %s; that of step %d is used"
         for step, problem in damaged.items():
-            kept = self._directory / (str(step) if self._read_only else f"damaged-{step}")
+            there = step_path(self._directory, step)
+            kept = there if self._read_only else there.with_name(f"damaged-{there.name}")
             while kept.exists() and not self._read_only:
                 kept = kept.with_name(f"{kept.name}-again")
             logging.warning(told, self._directory, step, problem, kept.name, used)
             if jax.process_index() == 0 and not self._read_only:
-                (self._directory / str(step)).rename(kept)
+                there.rename(kept)
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
         self._store.reload()
 
@@ -221,10 +225,9 @@ class Checkpoints:
         if self._read_only or jax.process_index() != 0:
             return
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            unfinished = self._workdir / "config.json.tmp"
-            unfinished.write_text(json.dumps(self._config, indent=2) + "\n")
-            unfinished.replace(self._workdir / "config.json")
+            if not is_remote(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+            write_whole(self._workdir / "config.json", json.dumps(self._config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self._workdir}: cannot be used as a workdir: {reason(error)}") from error
 

@@ -20,7 +20,7 @@ from sol_jax.axes.config import AxesConfig
 from sol_jax.costs.decode_step import in_unit
 from sol_jax.digests import digest
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import parse_json, path_of
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.options import MOST_SEED, Options, option, section
 from sol_jax.rl.config import (
@@ -212,7 +212,7 @@ class RunConfig(Options):
         if not self.axes.prices:
             raise self.axes.wrong("prices", "a cost model (a JSON file), for budget_unit is 'time'")
         try:
-            return cost_model.load(local_path(self.axes.prices, "config.axes.prices"))
+            return cost_model.load(path_of(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
             raise UserError(f"config.axes.prices: {error}") from None
 

@@ -6,6 +6,7 @@ so that `float(value)` reads every value.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -22,7 +23,7 @@ from absl import logging
 from tqdm import tqdm
 
 from sol_jax.errors import UserError
-from sol_jax.files import parse_json
+from sol_jax.files import LineFile, is_remote, parse_json, path_of, write_whole
 from sol_jax.runs.wandb_writer import WandbWriter
 
 PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
@@ -32,8 +33,9 @@ class Writer:
     """Writes scalars, each line at once: after a kill at most the last line is torn.  A context manager.
 
     A run that resumes writes the steps after its checkpoint again.  So the lines of those steps, and torn
-    lines, are dropped here; write a step's scalars before its checkpoint and no line is lost or doubled.
-    TensorBoard files, under `workdir/tensorboard`, keep what was written twice.
+    lines, are dropped here; write a step's scalars and `flush` before its checkpoint, and no line is lost or
+    doubled.  On an object store, where lines are held for some seconds (see `LineFile`), that is what `flush`
+    is for.  TensorBoard files, under `workdir/tensorboard`, keep what was written twice.
 
     Args:
       workdir: made if missing.
@@ -52,16 +54,15 @@ class Writer:
         wandb_project: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self._path = path_of(workdir, "the workdir") / "metrics.jsonl"
+        self._file: LineFile | None = None
         self.summaries: Any = None  # clu.metric_writers.SummaryWriter, or None without tensorflow
         self.others: list[Any] = []  # what has the interface of clu's writers: `summaries`, and wandb
         if jax.process_index() != 0:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self._path, resume_step)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            self._file = LineFile(self._path)
         except OSError as error:
             raise self._failed(error) from error
         self.summaries = _summary_writer(self._path.parent / "tensorboard")
@@ -80,8 +81,7 @@ class Writer:
         shown = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), **shown}, allow_nan=False)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._file.add(line)
         except OSError as error:
             raise self._failed(error) from error
         logging.info("[%d] %s", step, ", ".join(f"{name}={x:.6g}" for name, x in numbers.items()))
@@ -98,17 +98,28 @@ class Writer:
             writer.write_images(step, {"sample/shaded": image_HxWxC[None]})
 
     def flush(self) -> None:
-        """Until everything is with the operating system; lines of `metrics.jsonl` always are."""
+        """Until everything is with the operating system, or the object store.
+
+        Raises `UserError` if that cannot be.
+        """
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._failed(error) from error
         for writer in self.others:
             writer.flush()
 
     def close(self) -> None:
-        """Ends the files."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # of a line whose loss `scalars` has told of
-                self._file.close()
-        for writer in self.others:
-            writer.close()
+        """Ends the files.  Raises `UserError` if lines that were held cannot be written."""
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of lines whose loss has been told
+                    self._file.close()
+            for writer in self.others:
+                writer.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -124,12 +135,10 @@ def _cut(path: pathlib.Path, last_step: int) -> None:
     """Drops later and torn lines, all at once or not at all."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode(errors="replace").replace("\r\n", "\n")
     kept = "".join(f"{line}\n" for line in text.split("\n") if line and _step(line) <= last_step)
     if kept != text:
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(kept, encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, kept)
 
 
 def _step(line: str) -> float:
@@ -141,6 +150,8 @@ def _step(line: str) -> float:
 
 def _summary_writer(directory: pathlib.Path) -> Any:
     if importlib.util.find_spec("tensorflow") is None:
+        return None
+    if is_remote(directory) and not str(directory).startswith("gs://"):  # tensorflow itself opens no others
         return None
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -164,24 +175,27 @@ def periodic_actions(writer: Writer, num_steps: int) -> list[Any]:
 
 
 class Progress:
-    """How far a loop is and how long it will take: a bar on a terminal, else a line now and then.
+    """How far a loop is and how long it will take: a bar where one can be drawn, else a line now and then.
 
     Args:
       total: steps of the whole run.
       start: steps done before this process.
       label: what is being done.
       stream: where to; None for nowhere.
+      bar: makes the bar, with tqdm's arguments; None: only a terminal has one.
     """
 
-    def __init__(self, total: int, start: int, label: str, stream: TextIO | None):
+    def __init__(
+        self, total: int, start: int, label: str, stream: TextIO | None, bar: Callable[..., Any] | None = None
+    ):
         self._total, self._start, self._label, self._stream = total, start, label, stream
         self._started = time.monotonic()
         self._printed = -math.inf
         self._bar = None
-        if stream is not None and stream.isatty():
-            self._bar = tqdm(
-                total=total, initial=start, desc=label, unit=" steps", file=stream, dynamic_ncols=True
-            )
+        if bar is None and stream is not None and stream.isatty():
+            bar = functools.partial(tqdm, dynamic_ncols=True)
+        if bar is not None:
+            self._bar = bar(total=total, initial=start, desc=label, unit=" steps", file=stream)
 
     def update(self, step: int, shown: str = "") -> None:
         """Sets the number of steps done, and what to say beside it."""
@@ -214,5 +228,24 @@ class Progress:
 
 
 def progress(total: int, start: int, label: str) -> Progress:
-    """Progress on stderr, of the first process only."""
-    return Progress(total, start, label, sys.stderr if jax.process_index() == 0 else None)
+    """Progress of the first process only: on stderr, or under a notebook's cell."""
+    if jax.process_index() != 0:
+        return Progress(total, start, label, None)
+    if _in_notebook():  # where stderr is shown as if something were wrong
+        return Progress(total, start, label, sys.stdout, _notebook_bar())
+    return Progress(total, start, label, sys.stderr)
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this: its page shows bars, though it is no terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _notebook_bar() -> Callable[..., Any]:
+    """tqdm's bar for pages, where ipywidgets is there to draw it, else a line of text that is renewed."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return functools.partial(tqdm, ncols=100)
+    from tqdm.notebook import tqdm as drawn
+
+    return drawn

@@ -66,7 +66,7 @@ class StepStore:
     def write(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Writes in the background; `arrays` must not change until `wait`.  Raises `FAILURES`."""
         sealed = {**meta, "step": step}
-        sealed["sha256"] = _digest(arrays, sealed)
+        sealed["sha256"] = digest(arrays, sealed)
         self._scores[step] = meta["score"]
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(sealed))
         self._manager.save(step, args=items, force=True)
@@ -75,7 +75,7 @@ class StepStore:
         """Arrays and meta as they were written; raises an exception of any kind if they are damaged."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
         items = self._manager.restore(step, args=args)
-        if items.meta.pop("sha256") != _digest(items.state, items.meta) or items.meta["step"] != step:
+        if items.meta.pop("sha256") != digest(items.state, items.meta) or items.meta["step"] != step:
             raise ValueError("its content does not match its sha256")
         return items.state, items.meta
 
@@ -159,7 +159,7 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _digest(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
+def digest(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
     """sha256 of the names, dtypes, shapes and bytes of all arrays and of `meta` as JSON."""
     sha256 = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):

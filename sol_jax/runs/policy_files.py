@@ -6,26 +6,28 @@
 Named policies are committed under `experiments/results/policies`.
 """
 
+import contextlib
 import importlib.resources
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
-from safetensors.flax import load_file, save_file
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import parse_json, path_of, stamp, write_whole
 from sol_jax.models import hub
 from sol_jax.models.identity import differences
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.policy_card import card
+from sol_jax.runs.tensors import pack, unpack
 
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
@@ -55,21 +57,28 @@ def save_policy(folder: pathlib.Path, params: Any, config: RunConfig, about: Map
             f"the policy has {size / 1e6:.2f} MB, more than the {MAX_BYTES / 1e6:g} MB of a published one; "
             "train one with a lower config.policy.d_model"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(half, folder / "policy.safetensors")
+    with written_to(folder):
+        weights = pack({name: np.asarray(leaf) for name, leaf in half.items()})
+        write_whole(folder / "policy.safetensors", weights)
         describe(folder, config, about)
+
+
+@contextlib.contextmanager
+def written_to(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what goes wrong in writing a policy's files into `UserError`."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{folder}: a policy cannot be written there ({error.strerror})") from error
+        raise UserError(f"{folder}: a policy cannot be written there ({error.strerror or error})") from error
 
 
 def describe(folder: pathlib.Path, config: RunConfig, about: Mapping[str, Any]) -> None:
     """Writes `config.json` and the card anew, beside the weights and the picture, if there is one."""
     # Thousands of documents: on one line, that the file stays one to read.
     described = {"about": {**about, "documents": " ".join(about["documents"])}, "config": config.flat()}
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    size = (folder / "policy.safetensors").stat().st_size
-    (folder / "README.md").write_text(card(config, about, size, (folder / PICTURE).is_file()))
+    write_whole(folder / "config.json", json.dumps(described, indent=1) + "\n")
+    size = stamp(folder / "policy.safetensors")[0]
+    write_whole(folder / "README.md", card(config, about, size, (folder / PICTURE).is_file()))
 
 
 def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any]]:
@@ -84,7 +93,7 @@ def load_policy(name: str | pathlib.Path) -> tuple[Any, RunConfig, dict[str, Any
         about = {**described["about"], "documents": described["about"]["documents"].split()}
         about["updates"] = int(about["updates"])
         dict(about.get("identity", {}))  # which is compared with that of the model here
-        flat = load_file(folder / "policy.safetensors")
+        flat, _ = unpack((folder / "policy.safetensors").read_bytes())
     except Exception as error:  # each layer has its own for what is missing, short or garbled
         raise UserError(f"the policy in {folder} cannot be read ({error}); restore its files") from error
     if wrong := sorted(leaf for leaf, x in flat.items() if not bool(jnp.isfinite(x).all())):
@@ -113,7 +122,7 @@ def folder_of(name: str | pathlib.Path) -> pathlib.Path:
                 "and a policy that was trained for it"
             )
         return folder
-    for folder in (POLICIES / name, local_path(name, "the policy")):
+    for folder in (POLICIES / name, path_of(name, "the policy")):
         if (folder / "policy.safetensors").is_file():
             return folder
     names = ", ".join(known_policies()) or "none yet"

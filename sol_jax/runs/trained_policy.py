@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.train_step import init_state
 from sol_jax.runs.checkpoints import Checkpoints
@@ -35,7 +35,7 @@ def find_policy(
 
     Raises `UserError` if there is none.
     """
-    workdir = local_path(name, "the policy")
+    workdir = path_of(name, "the policy")
     if (workdir / "checkpoints").is_dir():
         config, checkpoints = open_run(workdir)
         checkpoints.bind(identity)

@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from sol_jax.digests import cache_folder
 from sol_jax.errors import UserError, reason
+from sol_jax.files import as_os_errors, is_remote, write_whole
 
 ID_FILE = "wandb-id"  # in the workdir: a run that resumes goes on in the same run there
 
@@ -29,7 +31,8 @@ class WandbWriter:
     """Has the methods of `clu.metric_writers.MetricWriter`, whose package needs TensorFlow to be imported.
 
     Args:
-      workdir: of the run; wandb's own files go to a folder `wandb` in it.
+      workdir: of the run; wandb's own files go to a folder `wandb` in it, or, as wandb writes on this machine
+        alone, in `~/.cache/sol_jax` if it is on an object store.
       project: of the runs to stand beside.
       config: dotted path -> value, to sort and filter runs by.
 
@@ -41,9 +44,11 @@ class WandbWriter:
         import wandb
 
         self._wandb = wandb
+        here = cache_folder() if is_remote(workdir) else workdir
         try:
+            here.mkdir(parents=True, exist_ok=True)  # or wandb takes some other folder
             self._run = wandb.init(
-                project=project, name=workdir.absolute().name, dir=str(workdir), id=_run_id(workdir),
+                project=project, name=workdir.absolute().name, dir=str(here), id=_run_id(workdir),
                 resume="allow", config=dict(config), settings=wandb.Settings(silent=True),
             )  # fmt: skip
         except Exception as fault:  # its own errors have no base in common with those of the network
@@ -98,9 +103,9 @@ def _run_id(workdir: pathlib.Path) -> str:
     """Made once, and then of the workdir, wherever that is moved."""
     file = workdir / ID_FILE
     try:
-        if not file.exists():
-            workdir.mkdir(parents=True, exist_ok=True)
-            file.write_text(uuid.uuid4().hex[:12] + "\n")
-        return file.read_text().strip()
+        with as_os_errors():
+            if not file.exists():
+                write_whole(file, uuid.uuid4().hex[:12] + "\n")
+            return file.read_text().strip()
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {(error.strerror or str(error)).lower()}") from error

@@ -2,7 +2,7 @@
 
 The operating system holds the lock for the process, and lets go of it when that ends in any way: nothing is
 left behind that somebody must remove.  `flock` holds among the processes of a machine and, as Linux does it,
-among those of an NFS share.
+among those of an NFS share.  On an object store `object_lock` does it.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from absl import logging
 
 from sol_jax.errors import UserError
+from sol_jax.files import is_remote
+from sol_jax.runs.object_lock import only_remote_run
 
 LOCK = "lock"  # the file in a workdir
 
@@ -24,6 +26,10 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
 
     Raises `UserError` if there is one, or if the workdir cannot be used.
     """
+    if is_remote(workdir):
+        with only_remote_run(workdir / LOCK):
+            yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)

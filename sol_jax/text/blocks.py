@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sol_jax.digests import CACHE_DIR, digest
+from sol_jax.digests import CACHE_DIR, cache_folder, digest
 from sol_jax.errors import UserError
-from sol_jax.files import local_path
+from sol_jax.files import is_remote, path_of
 from sol_jax.text.documents import source_fingerprint
 
 if TYPE_CHECKING:
@@ -75,13 +75,14 @@ def prepare(
     """Cuts a text source into blocks of tokens, or opens the blocks that an earlier call has cut.
 
     Args:
-      source: "wikipedia", globs of local files, or "tfds:NAME"; see `sol_jax.text.documents`.
+      source: "wikipedia", globs of files, or "tfds:NAME"; see `sol_jax.text.documents`.
       tokenizer: anything with `encode`, `eos_id`, `vocab_size` and `fingerprint`.
       block_length: tokens in a block; the trainer needs prefix + episodes * steps + 1.
       validation_fraction: share of the documents, one at least; 0 for no such split.
       test_fraction: likewise.  With 1 everything is test text, for evaluation on a foreign corpus.
       document_start: regular expression found in the first line of each document of a text file.
-      cache_dir: where prepared blocks are kept; None is `~/.cache/sol_jax`.
+      cache_dir: where prepared blocks are kept; None is `~/.cache/sol_jax`.  Those on an object store are
+        copied there, to be read.
 
     Returns:
       The blocks of "train", "validation" and "test"; a split without documents is absent.
@@ -114,7 +115,11 @@ def prepare(
         test_fraction=test_fraction,
         tokenizer=tokenizer,
     )
-    folder = token_blocks.write_once(config, local_path(cache_dir or CACHE_DIR, "data.cache_dir"))
+    cache = path_of(cache_dir or CACHE_DIR, "data.cache_dir")
+    if is_remote(cache):
+        folder = token_blocks.write_or_fetch(config, cache, cache_folder())
+    else:
+        folder = token_blocks.write_once(config, cache)
     opened = token_blocks.open_dataset(folder)
     return {
         split: Blocks(records, documents, fingerprint, earlier)

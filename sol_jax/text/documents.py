@@ -4,7 +4,7 @@ A source is one string:
 
     wikipedia                       the embedded corpus: 106 English Wikipedia articles of 2016, a dump that
                                     the package `gensim` has in its test data (CC BY-SA 3.0 / GFDL)
-    books/*.txt,more/*.jsonl.gz     local files by glob, several joined by commas: text or JSON lines
+    books/*.txt,more/*.jsonl.gz     files by glob, several joined by commas: text or JSON lines; gs://... too
     tfds:NAME[/CONFIG][:SPLIT]      the `text` feature of a TFDS dataset, of `train` unless told otherwise
 
 All documents of a source are held in memory.
@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sol_jax.errors import UserError
-from sol_jax.files import local_path, parse_json
+from sol_jax.files import as_os_errors, is_remote, parse_json, path_of
 
 WIKIPEDIA = "wikipedia"
 TFDS_PREFIX = "tfds:"
@@ -131,15 +132,15 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ local files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def _files(source: str) -> list[str]:
     paths: set[str] = set()
     for pattern in _patterns(source):
-        files = [path for path in _matches(pattern) if os.path.isfile(path)]
+        files = [path for path in _matches(pattern) if _there(path).is_file()]
         if not files:
-            folder = ", which is a folder" if os.path.isdir(pattern) else ""
+            folder = ", which is a folder" if _there(pattern).is_dir() else ""
             raise UserError(
                 f"data.source: no file matches {pattern!r}{folder}; give a glob of .txt or .jsonl files (or"
                 f" .gz of them), {WIKIPEDIA!r} or '{TFDS_PREFIX}NAME'"
@@ -152,31 +153,51 @@ def _patterns(source: str) -> list[str]:
     """A source cut at its commas, but not at those in the names of files that are there."""
     parts, patterns = source.split(","), []
     while parts:
-        joined = (n for n in range(len(parts), 1, -1) if _is_file(",".join(parts[:n])))
+        joined = (n for n in range(len(parts), 1, -1) if _is_one_file(",".join(parts[:n])))
         count = next(joined, 1)
-        patterns.append(_local(",".join(parts[:count])))
+        patterns.append(str(_opened(",".join(parts[:count]).strip())))
         parts = parts[count:]
     return patterns
 
 
-def _is_file(name: str) -> bool:
+def _is_one_file(joined: str) -> bool:
     with contextlib.suppress(UserError, OSError):
-        return os.path.isfile(_local(name))
+        return not is_remote(joined) and _opened(joined.strip()).is_file()
     return False
 
 
-def _local(pattern: str) -> str:
-    return str(local_path(pattern.strip(), "data.source"))
+def _opened(path: str) -> pathlib.Path:
+    return path_of(path, "data.source")
+
+
+def _there(path: str) -> pathlib.Path:
+    """What `_matches` found, whose names mean what they say."""
+    return _opened(path) if is_remote(path) else pathlib.Path(path)
 
 
 def _matches(pattern: str) -> list[str]:
     """What a pattern matches; what is there under its very name is no pattern, and no folder above it is."""
+    if is_remote(pattern):
+        return _remote_matches(pattern)
     parts = pathlib.PurePath(pattern).parts
     for count in range(len(parts), 0, -1):
         there = os.path.join(*parts[:count])
         if os.path.lexists(there):
             return glob.glob(os.path.join(glob.escape(there), *parts[count:]), recursive=True)
     return glob.glob(pattern, recursive=True)
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    path = _opened(pattern)
+    if path.exists():
+        return [pattern]
+    if "**" in pattern:
+        raise UserError(
+            f"data.source: {pattern!r} has **, for which an object store would list everything; name folders"
+        )
+    fixed = [*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/"))]
+    rest = pattern.split("/")[len(fixed) :]
+    return [str(file) for file in _opened("/".join(fixed)).glob("/".join(rest))] if rest else []
 
 
 def _suffix(path: str) -> str:
@@ -192,9 +213,10 @@ def _suffix(path: str) -> str:
 
 def _read_bytes(path: str) -> bytes:
     try:
-        return pathlib.Path(path).read_bytes()
+        with as_os_errors():
+            return _there(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
 
 
 def _read_text(path: str) -> str:

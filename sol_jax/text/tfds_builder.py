@@ -16,11 +16,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from sol_jax.copies import fetch, send
 from sol_jax.errors import UserError
+from sol_jax.files import as_os_errors
 from sol_jax.text.documents import Document, document_hashes, read_documents, split_documents
 
 # Part of the cache's key: raise it when the cleaning, the splitting or the cutting of text changes.
 VERSION = "1.0.0"
+LAST = "dataset_info.json"  # sent last to an object store, so that what has it is whole
 
 
 class Tokenizer(Protocol):
@@ -161,6 +164,31 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
             f"cannot write blocks under data.cache_dir={cache_dir} ({error}); free some space or name another"
             " folder"
         ) from error
+    return folder
+
+
+def write_or_fetch(config: TokenBlocksConfig, remote: pathlib.Path, local: pathlib.Path) -> pathlib.Path:
+    """As `write_once` for a `cache_dir` on an object store, with the folder `local` between.
+
+    array_record reads and writes files of this machine alone.  What another host has cut is copied here; else
+    it is cut here and copied there.
+
+    Raises:
+      UserError: as `write_once`, or because either copy fails.
+    """
+    part = pathlib.PurePosixPath(TokenBlocks.name, config.name, VERSION)
+    there, folder = remote / part, local / part
+    try:
+        with as_os_errors():
+            is_there = (there / LAST).exists()
+            files = list(there.iterdir()) if is_there and not folder.exists() else []
+        if files:
+            return fetch(files, folder, "data.cache_dir")
+        folder = write_once(config, local)
+        if not is_there:
+            send(folder, there, LAST)
+    except OSError as error:
+        raise UserError(f"cannot write blocks under data.cache_dir={remote} ({error})") from error
     return folder
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sol_jax.errors import UserError
-from sol_jax.files import local_path
+from sol_jax.errors import UserError, telling_of_memory
+from sol_jax.files import path_of
 from sol_jax.runs.config import RunConfig
 from sol_jax.training.loop import train
 
@@ -41,6 +41,7 @@ def _module(file: str) -> ModuleType:
     return module
 
 
+@telling_of_memory()
 def train_policy(
     config: RunConfig | ConfigDict | str, workdir: str | pathlib.Path, fields: Mapping[str, Any] | None = None
 ) -> pathlib.Path:
@@ -59,7 +60,7 @@ def train_policy(
       UserError: anything wrong with config, model, text or workdir.
       Interrupted: after SIGTERM, once a checkpoint is written.
     """
-    folder = local_path(workdir, "workdir")
+    folder = path_of(workdir, "workdir")
     if isinstance(config, str):
         config = load_config(config)
     elif isinstance(config, ConfigDict):

@@ -23,7 +23,7 @@ from sol_jax.errors import UserError
 from sol_jax.evaluation.comparison import summary
 from sol_jax.evaluation.provenance import remember_documents
 from sol_jax.evaluation.report import compare_quietly, is_reported, report_run
-from sol_jax.files import local_path
+from sol_jax.files import path_of
 from sol_jax.hosts import AgreedError
 from sol_jax.models.sharding import DATA, MODEL, make_mesh
 from sol_jax.rl.learn import TrainState
@@ -83,14 +83,13 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
 
     Raises:
       UserError: anything wrong with config, model, text or workdir; a second run in one workdir; a NaN or
-        Inf; a full disk.
+        Inf; a full disk; too little memory.
       Interrupted: after SIGTERM, once the checkpoint is written.
     """
     hosts.together(config.check_here)
-    hosts.together(
-        lambda: check_installed(config.train.wandb)
-    )  # here alone: an evaluation elsewhere needs no wandb
-    workdir = local_path(workdir, "--workdir")
+    # Here alone: an evaluation elsewhere needs no wandb.
+    hosts.together(lambda: check_installed(config.train.wandb))
+    workdir = hosts.together(lambda: path_of(workdir, "--workdir"))
     processes = jax.process_count()
     if processes > config.grpo.batch_size:
         raise AgreedError(
@@ -134,7 +133,8 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
-    remember_documents(workdir, blocks.documents)  # once it is clear that the run is of this text
+    # Once it is clear that the run is of this text.
+    hosts.together(lambda: remember_documents(workdir, blocks.documents) if hosts.first() else None)
 
     rate = Rates(session, config.grpo.batch_size)
     bar = metrics.progress(num_updates, start, "training")
@@ -175,6 +175,7 @@ def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
                 if log:
                     writer.scalars(step, scalars)
                 if last or due or step % config.train.checkpoint_every == 0:
+                    writer.flush()  # or a resumed run would lack what came before its checkpoint
                     checkpoints.save(step, state, batches.state(), scalars.get("eval/score"))
                 for hook in hooks:
                     hook(step)

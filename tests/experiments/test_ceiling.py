@@ -94,6 +94,19 @@ def test_the_tool(arguments, capsys, monkeypatch):
     assert (folder / "ceiling.csv").read_bytes() == before
 
 
+def test_an_axis_beside_the_shipped_ones_has_the_levels_that_are_given(arguments, tmp_path, monkeypatch):
+    """As an axis that somebody added: the shipped config does not know it, and leaves it at one level."""
+    monkeypatch.setattr(ceiling.config_file, "ALONE", {"kappa": (), "eta": ()})
+    told = [*arguments[1], "--axes", "rho", "--folder", str(tmp_path), "--train_blocks", "0"]
+    ceiling.main([*told, "--levels", "0.3,0.6,1"])
+    levels = rows_of(tmp_path / "levels.csv")
+    assert [(row["of"], float(row["level"])) for row in levels] == [("rho", 0.3), ("rho", 0.6), ("rho", 1.0)]
+    assert float(levels[0]["kl"]) > float(levels[-1]["kl"])
+    for given in ("", "0.5", "low,high"):
+        with pytest.raises(UserError, match="must be the levels of rho"):
+            ceiling.main.__wrapped__([*told, "--levels", given])
+
+
 def test_other_text_in_the_folder_is_refused(arguments, tmp_path):
     _, told = arguments
     other = tiny.save_corpus(tmp_path / "other.jsonl", words=50)

@@ -600,7 +600,7 @@ def test_resolve(tmp_path: Path) -> None:
         (file, "not a .gguf file; for safetensors give the folder"),
         (tmp_path / "none", "no model at"),
         (tmp_path / "none.gguf", "no model at"),
-        ("gs://bucket/model", "must be a path on this machine"),
+        ("ftp://bucket/model", "must be a path on this machine"),
         ("https://huggingface.co/owner/name", "must be a path on this machine"),
         ("owner/name", "write hub:owner/name"),
     ):

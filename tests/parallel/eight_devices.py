@@ -6,10 +6,13 @@ JAX_NUM_CPU_DEVICES=8 python tests/parallel/eight_devices.py
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
+import tempfile
 
 import jax
 import numpy as np
+import tiny
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
@@ -21,6 +24,7 @@ from sol_jax.generation.engine import Engine, Request, generate
 from sol_jax.generation.episodes import Decoder
 from sol_jax.generation.sampling import Sampling
 from sol_jax.models import llama, sharding
+from sol_jax.models import weights as weight_files
 from sol_jax.models.llama import LlamaConfig
 from sol_jax.rl.config import EpisodeConfig, GrpoConfig, OptimConfig, PolicyConfig
 from sol_jax.rl.rollout import EpisodeRules
@@ -50,11 +54,8 @@ def setup_of(learner: str, jitter: int = 0, kernels: str = "auto") -> Setup:
     return Setup(rules, policy, grpo, optim, learner=learner)
 
 
-SETUPS = {
-    "grpo": setup_of("grpo"),
-    "jitter": setup_of("grpo", jitter=3),
-    "counterfactual": setup_of("counterfactual"),
-}
+SETUPS = {"grpo": setup_of("grpo", jitter=3), "counterfactual": setup_of("counterfactual")}
+MESHES = {"grpo": {1: (1, 2, 3, 8), 2: (1, 3)}, "counterfactual": {1: (1, 3)}}  # by chunk
 TOKENS_BxN = np.random.default_rng(0).integers(0, 64, (BATCH, SETUPS["grpo"].episode.block_length), np.int32)
 WEIGHTS = llama.init_weights(jax.random.key(7), MODEL)
 
@@ -128,22 +129,47 @@ def scores(data: int, model: int, tokens_BxN: np.ndarray) -> dict[str, np.ndarra
     }
 
 
-def texts(controller: str) -> dict[str, dict]:
+def texts() -> dict[str, dict]:
     """Three texts as they are drawn, and given ones as they are scored: alone, and shared out."""
     found = {}
     requests = [Request([3, 5, 7 + n], (0.5, 0.7, 0.6), max_tokens=6, seed=n) for n in range(3)]
     given = [Continuation(tuple(range(4, 12 + n)), tuple(range(20, 25 + n))) for n in range(3)]
-    for name, weights in {"alone": WEIGHTS, "8x1": on_mesh(8)[1], "2x4": on_mesh(2, 4)[1]}.items():
-        setup = setup_of("grpo", kernels="xla")
-        policy, params = (setup.policy, init_state(jax.random.key(0), setup).params)
-        by_policy = controller == "policy"
-        decoder = Decoder(setup.rules, policy if by_policy else None, Sampling(temperature=1.0))
-        engine = Engine(weights, Bytes(), decoder, controller, params if by_policy else None)
+    setup = setup_of("grpo", kernels="xla")
+    params = init_state(jax.random.key(0), setup).params
+    for name, weights in {"alone": WEIGHTS, "3x1": on_mesh(3)[1], "2x4": on_mesh(2, 4)[1]}.items():
+        decoder = Decoder(setup.rules, setup.policy, Sampling(temperature=1.0))
+        engine = Engine(weights, Bytes(), decoder, "policy", params)
         outputs = generate(engine, requests)
-        scores = score(engine, given, () if controller == "dense" else (0.5, 0.7, 0.6), batch_size=2)
+        scores = score(engine, given, (0.5, 0.7, 0.6), batch_size=2)
         logp = np.concatenate([score.logp_N for score in scores]).tolist()
         found[name] = {"tokens": [output.transcript.ids for output in outputs], "logp": logp}
     return found
+
+
+def loaded() -> dict[str, float]:
+    """A model's files read onto four rows of two devices: how far from reading them whole, and how often."""
+    read = []
+    part = weight_files._Leaf.part
+
+    def counted(leaf, index):
+        values = part(leaf, index)
+        read.append(values.size)
+        return values
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny.save_model(pathlib.Path(folder) / "model")
+        cfg = weight_files.load_config(path)
+        whole = weight_files.load_weights(path, cfg)
+        mesh = sharding.make_mesh(4, 2)
+        weight_files._Leaf.part = counted
+        cut = weight_files.load_weights(path, cfg, sharding.weight_shardings(cfg, mesh))
+    pairs = list(zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True))
+    held = {leaf.addressable_shards[0].data.size / leaf.size for _, leaf in pairs if leaf.ndim > 2}
+    return {
+        "off": max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs),
+        "read": sum(read) / sum(leaf.size for leaf, _ in pairs),
+        "held": max(held),
+    }
 
 
 class Bytes:
@@ -164,8 +190,10 @@ def told(learner: str) -> dict:
     one = updated(setup, 1)
     return {
         "start": name_of(flat(init_state(jax.random.key(0), setup))),
-        "chunk 1": {data: name_of(updated(setup, data)) for data in (1, 2, 3, 8)},
-        "chunk 2": {data: name_of(updated(setup, data, chunk=2)) for data in (1, 3)},
+        "chunks": {
+            chunk: {data: name_of(updated(setup, data, chunk=chunk)) for data in meshes}
+            for chunk, meshes in MESHES[learner].items()
+        },
         "from one program": float(np.abs(one - flat(state)).max()),
         "size": float(np.abs(one).max()),
     }
@@ -175,9 +203,7 @@ def main() -> None:
     found = {learner: told(learner) for learner in SETUPS}
     by_xla = setup_of("grpo", kernels="xla")
     one = updated(by_xla, 1)
-    by_model = {
-        (data, model): updated(by_xla, data, model) for data, model in ((1, 2), (3, 2), (1, 4), (2, 4))
-    }
+    by_model = {(data, model): updated(by_xla, data, model) for data, model in ((1, 2), (3, 2), (2, 4))}
     found["model"] = {
         "names": {f"{data}x{model}": name_of(values) for (data, model), values in by_model.items()},
         "off": {
@@ -193,9 +219,10 @@ def main() -> None:
             name: float(np.abs(values - alone[name]).max())
             for name, values in scores(data, model, TOKENS_BxN).items()
         }
-        for data, model in ((8, 1), (2, 4))
+        for data, model in ((3, 1), (2, 4))
     }
-    found["texts"] = {name: texts(name) for name in ("policy", "fixed", "dense")}
+    found["texts"] = texts()
+    found["weights"] = loaded()
     print(json.dumps(found))
 
 

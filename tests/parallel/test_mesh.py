@@ -14,13 +14,14 @@ from sol_jax.models import sharding
 from sol_jax.models.llama import LlamaConfig, weight_specs
 
 HERE = pathlib.Path(__file__).parent
-LEARNERS = ("grpo", "jitter", "counterfactual")
+LEARNERS = ("grpo", "counterfactual")
 
 
 @pytest.fixture(scope="module")
 def found():
     """What `eight_devices` found."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     run = [sys.executable, str(HERE / "eight_devices.py")]
     done = subprocess.run(run, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,13 +29,12 @@ def found():
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("chunk", ["chunk 1", "chunk 2"])
-def test_parameters_are_equal_on_any_number_of_devices(found, learner, chunk):
+def test_parameters_are_equal_on_any_number_of_devices(found, learner):
     """Bit for bit; five blocks, so that the last chunks are filled up."""
-    names = found[learner][chunk]
-    assert len(names) > 1
-    assert len(set(names.values())) == 1, names
-    assert found[learner]["start"] not in names.values()
+    for names in found[learner]["chunks"].values():
+        assert len(names) > 1
+        assert len(set(names.values())) == 1, names
+        assert found[learner]["start"] not in names.values()
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -46,7 +46,6 @@ def test_they_are_those_of_the_one_program(found, learner):
 def test_rows_of_several_devices_are_equal_among_each_other_and_near_one_device(found):
     names, off = found["model"]["names"], found["model"]["off"]
     assert names["1x2"] == names["3x2"]
-    assert names["1x4"] == names["2x4"]
     assert max(off.values()) < 3e-5
 
 
@@ -62,18 +61,22 @@ def test_nothing_passes_between_rows(found):
     assert "all-reduce" in found["collectives"]["4"]
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4"])
+@pytest.mark.parametrize("mesh", ["3x1", "2x4"])
 def test_an_evaluation_shared_out_is_the_same(found, mesh):
     for name, off in found["evaluation"][mesh].items():
         assert off < 1e-5, name
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4"])
-@pytest.mark.parametrize("controller", ["policy", "fixed", "dense"])
-def test_texts_and_scores_of_tasks_shared_out_are_the_same(found, mesh, controller):
-    told = found["texts"][controller]
+@pytest.mark.parametrize("mesh", ["3x1", "2x4"])
+def test_texts_and_scores_of_tasks_shared_out_are_the_same(found, mesh):
+    told = found["texts"]
     assert told[mesh]["tokens"] == told["alone"]["tokens"]
     assert told[mesh]["logp"] == pytest.approx(told["alone"]["logp"], abs=1e-4)
+
+
+def test_weights_are_read_part_by_part(found):
+    """Each part once, whatever the number of rows that hold it, and equal to what is read whole."""
+    assert found["weights"] == {"off": 0.0, "read": 1.0, "held": 0.5}
 
 
 MODEL = LlamaConfig(64, 32, 60, 2, 8, 4, 8, 256, 1e4, 1e-5, tie_embeddings=False)

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from in_process import run_program
 
-from sol_jax import digests
+from sol_jax import digests, hosts
 from sol_jax.errors import UserError
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.evaluation.report import evaluate_policy
@@ -125,6 +125,9 @@ IMPOSSIBLE = {
     ),
     "memory.prefill_batch": (0,),
     "memory.head_rows": (0,),
+    "mesh.data": (0, -2),
+    "mesh.model": (0,),
+    "mesh.chunk": (-1, 1000),
 }  # fmt: skip
 CASES = [(field, value) for field, values in IMPOSSIBLE.items() for value in values]
 
@@ -324,11 +327,14 @@ def test_an_impossible_value_leaves_the_workdir_alone(tiny_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes(tiny_folder, tmp_path, monkeypatch):
-    """They would share out the text, but not their gradients."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    message = refused(tiny.config_for(tiny_folder), tmp_path / "run")
-    assert message.startswith("training runs in one process, not in 2: ")
+def test_more_processes_than_blocks(tiny_folder, tmp_path, monkeypatch):
+    """As each of them sees it; `gathered` would wait for the others."""
+    config = tiny.config_for(tiny_folder)
+    count = config.grpo.batch_size + 1
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(hosts, "gathered", lambda value: [value] * count)
+    message = refused(config, tmp_path / "run")
+    assert message.startswith(f"there are {count} processes and config.grpo.batch_size is {count - 1}; ")
     assert not (tmp_path / "run").exists()
 
 
@@ -407,17 +413,19 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
 # --- paths of other machines, and odd ones of this one ---------------------------------------------------
 
 REMOTE = (
-    "gs://bucket/run",
-    "s3://bucket/run",
     "https://host/run",
     "hdfs://host/run",
+    "foo://bucket/run",
     "file:///run",
-    "gs:/bucket",
+    "gs:/bucket",  # as `pathlib` writes a URL
+    "gs:///run",  # without a bucket
 )
 
 
 @pytest.mark.parametrize("path", REMOTE)
-def test_a_url_is_no_folder_wherever_a_path_is_taken(path, tiny_folder, tmp_path, monkeypatch):
+def test_a_url_that_nothing_opens_is_no_folder_wherever_a_path_is_taken(
+    path, tiny_folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     right = "it must be a path on this machine"
     for field in ("model.path", "data.source", "data.cache_dir", "axes.prices"):

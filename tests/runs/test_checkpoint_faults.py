@@ -46,7 +46,7 @@ def test_a_workdir_where_nobody_can_write():
 
 def test_a_workdir_that_has_become_read_only(tmp_path, monkeypatch):
     saved(tmp_path)
-    monkeypatch.setattr(pathlib.Path, "write_text", raising(OSError(errno.EROFS, "Read-only file system")))
+    monkeypatch.setattr(pathlib.Path, "write_bytes", raising(OSError(errno.EROFS, "Read-only file system")))
     with opened(tmp_path) as checkpoints, pytest.raises(UserError, match=r"workdir: read-only file system$"):
         checkpoints.restore(first_state())
 

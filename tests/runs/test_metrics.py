@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from fake_bucket import FakeBuckets, fake_buckets
 
 from sol_jax.errors import UserError
+from sol_jax.files import LineFile, path_of
 from sol_jax.runs import metrics
 from sol_jax.runs.metrics import Progress, Writer
 
@@ -151,11 +153,40 @@ def test_a_killed_run_leaves_whole_lines_and_at_most_one_torn(tmp_path):
     assert steps_of(tmp_path) == [*range(whole), 10**9]
 
 
+def test_on_an_object_store_no_line_before_a_checkpoint_is_lost(tmp_path):
+    with fake_buckets(tmp_path / "buckets"):
+        file = path_of("gs://b/run", "x") / "metrics.jsonl"
+        writer = Writer("gs://b/run")
+        writer.scalars(1, {"x": 1})
+        writer.flush()  # and a checkpoint is saved
+        writer.scalars(2, {"x": 2})  # and it is killed
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1]
+        with Writer("gs://b/run", 1) as writer:
+            writer.scalars(2, {"x": 2})
+            writer.scalars(3, {"x": math.nan})
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+        with Writer("gs://b/run", 2):
+            pass
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_bucket_that_is_gone_at_the_end_is_told(tmp_path, monkeypatch):
+    def gone(self, path, mode="rb", **kwargs):
+        raise RuntimeError("503 Service Unavailable")
+
+    with fake_buckets(tmp_path / "buckets"):
+        writer = Writer("gs://b/run")
+        writer.scalars(1, {"x": 1})
+        monkeypatch.setattr(FakeBuckets, "_open", gone)
+        with pytest.raises(UserError, match=r"gs://b/run/metrics\.jsonl: cannot be written: .*503 service"):
+            writer.close()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told_in_one_sentence(tmp_path):
     writer = Writer(tmp_path)
     writer.close()
-    writer._file = open("/dev/full", "w")  # noqa: SIM115 (the writer closes it)
+    writer._file = LineFile(pathlib.Path("/dev/full"))
     with pytest.raises(UserError) as error, writer:
         writer.scalars(1, {"x": 1})
     assert str(error.value) == f"{tmp_path}/metrics.jsonl: cannot be written: no space left on device"
@@ -323,3 +354,62 @@ def test_progress_goes_to_stderr_of_the_first_process_only(monkeypatch, capsys):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     metrics.progress(5, 0, "train").update(5, "x")
     assert capsys.readouterr() == ("", "")
+
+
+# In a notebook.
+
+
+class Kernel:
+    """IPython, as far as it tells that a notebook's kernel runs."""
+
+    kernel = object()
+
+    def get_ipython(self):
+        return self
+
+
+class Drawn:
+    """Stands for tqdm's bar of a page."""
+
+    def __init__(self, **told):
+        self.told, self.n, self.shown, self.closed = told, told["initial"], "", False
+
+    def set_postfix_str(self, text, refresh):
+        self.shown = text
+
+    def update(self, more):
+        self.n += more
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_notebook_has_a_bar_on_its_page(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", Kernel())
+    monkeypatch.setattr(metrics, "_notebook_bar", lambda: Drawn)
+    bar = metrics.progress(10, 4, "train")
+    bar.update(7, "reward -3")
+    bar.close()
+    drawn = bar._bar
+    assert drawn.told == {
+        "total": 10, "initial": 4, "desc": "train", "unit": " steps", "file": sys.stdout
+    }  # fmt: skip
+    assert (drawn.n, drawn.shown, drawn.closed) == (7, "reward -3", True)
+
+
+@pytest.mark.parametrize("shell", [None, object()], ids=["no shell", "a shell on a terminal"])
+def test_ipython_without_a_kernel_is_no_notebook(shell, monkeypatch, capsys):
+    ipython = Kernel()
+    ipython.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    metrics.progress(1, 0, "train").update(1)
+    assert "train: 100%" in capsys.readouterr().err
+
+
+def test_without_widgets_a_notebook_s_bar_is_a_line_of_text(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "IPython", Kernel())
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    bar = metrics.progress(2, 0, "train")
+    bar.update(2)
+    bar.close()
+    assert "train: 100%" in capsys.readouterr().out
