@@ -276,10 +276,9 @@ def generations() -> list[Check]:
             for stage in ("start", "play", "renew"):
                 make = functools.partial(generation, name, batch, prompt, implementation, stage)
                 label = f"generate {stage} {name} {batch}x{prompt} {implementation}"
-                quick = name == "llama-3.2-1b" and implementation == "xla" and stage != "renew"
                 # The scores of a prompt, in float32, as weights and rounded, are there at once.
                 once = held + 10 * MODELS[name].num_heads * prompt**2 if stage == "start" else 0
-                found.append(Check(label, make, once=once, never=min(weights, held), quick=quick))
+                found.append(Check(label, make, once=once, never=min(weights, held)))
     return found
 
 
