@@ -138,8 +138,6 @@ def _outputs(notebook: Notebook) -> Iterator[str]:
         if not is_picture:
             continue
         pictures = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
-        if not pictures:
-            continue  # none yet, of a notebook that has not been run at its own size
         if len(pictures) != 1 or not pictures[0]:
             yield "the cell with the tag picture must have one output, a PNG: experiments.colab.run --picture"
         elif len(base64.b64decode("".join(pictures[0]))) > MOST_BYTES:
