@@ -28,7 +28,7 @@ from experiments.colab import form
 from sol_jax.errors import UserError, exits_on_user_error
 
 WIDEST = 900  # pixels of a committed picture
-COLOURS = 64
+COLOURS = 128
 
 
 def with_parameters(notebook: form.Notebook, values: Mapping[str, Any]) -> form.Notebook:

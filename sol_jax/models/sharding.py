@@ -210,7 +210,8 @@ def jit_by_row(
             placed += [spread(tree, mesh) for tree in arrays[whole:]]
             return on_mesh(mesh, **chosen)(weights, *placed)
 
-        call.lower, call.trace = alone.lower, alone.trace  # type: ignore[attr-defined]
+        for name in ("lower", "trace", "_cache_size"):  # of one device
+            setattr(call, name, getattr(alone, name))
         return call
 
     return decorate

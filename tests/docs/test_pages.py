@@ -11,7 +11,9 @@ from test_readme import ROOT, load_config
 from sol_jax.evaluation.comparison import BASELINES
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.generation.options import GenerateOptions
+from sol_jax.hosts import HostOptions
 from sol_jax.options import described
+from sol_jax.planning.options import PlanOptions
 from sol_jax.runs.config import RunConfig
 from sol_jax.runs.policy_files import known_policies
 
@@ -72,10 +74,13 @@ def name(word: str) -> str:
 def flags_of(module: str) -> set[str]:
     """The options of a program: of its options class, or as its source names them for argparse."""
     own = {"sol_jax.evaluate": EvaluateOptions(), "sol_jax.generate": GenerateOptions()}
+    joining = {field.name for field in described(HostOptions())}
     if module in own:
-        return {field.name for field in described(own[module])}
+        return {field.name for field in described(own[module])} | joining
     if module == "sol_jax.train":
-        return {"config", "workdir"}
+        return {"config", "workdir"} | joining
+    if module == "sol_jax.plan":
+        return {"config", "workdir", *(field.name for field in described(PlanOptions()))}
     if module == "experiments.reproduce":
         from experiments.reproduce import ReproduceOptions
 

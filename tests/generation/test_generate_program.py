@@ -121,8 +121,8 @@ MISTAKES = {
     "kernels": ({"kernels": "triton"}, "--kernels: attend: 'triton' cannot run on this platform (cpu)"),
     "tokens": ({"max_tokens": 0}, "max_tokens is 0"),
     "model": ({"model": "no/such"}, "there is no folder no/such"),
-    "negative seed": ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
-    "large seed": ({"seed": 2**32}, "seed is 4294967296; it must be from 0 to 4294967295"),
+    "negative seed": ({"seed": -1}, "seed is -1; it must be between 0 and 4294967295"),
+    "large seed": ({"seed": 2**32}, "seed is 4294967296; it must be between 0 and 4294967295"),
     "bytes": ({"prompt": "caf\udce9"}, r"the text is not UTF-8: its character 4 is '\udce9'"),
 }  # fmt: skip
 

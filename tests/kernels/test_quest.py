@@ -381,7 +381,11 @@ def test_lowering_of_one_choice_for_a_group(shape):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.batch == 8], ids=str)
 def test_lowering_of_training(shape, platform):
-    lower_choice(shape, 16, platform)
+    if platform == "tpu" and shape.context >= 131072 and shape.page_size <= 8:
+        with pytest.raises(UnavailableError, match="scores_of_a_head is 786432"):  # more than its memory
+            lower_choice(shape, 16, platform)
+    else:
+        lower_choice(shape, 16, platform)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -338,7 +338,9 @@ def test_every_field_of_the_loop_is_read(tiny_folder, tmp_path, monkeypatch):
     """Of the fields that no program depends on: training a little reads each by its name."""
     config = config_of(tiny_folder, **{"train.num_updates": 2})
     read: set[str] = set()
-    groups = {type(getattr(config, name)): f"{name}." for name in ("data", "model", "train", "eval", "grpo")}
+    groups = {
+        type(getattr(config, name)): f"{name}." for name in ("data", "model", "train", "eval", "grpo", "mesh")
+    }
     # These read all of them, which proves nothing: copies, digests, comparisons and checks.
     every = (options.__file__, dataclasses.__file__, "<string>")
 
@@ -414,7 +416,9 @@ def test_a_nan_later_names_the_last_good_checkpoint(
     config = config_of(tiny_folder, **{"train.num_updates": UPDATES + 3, "train.checkpoint_every": 1})
     load = model_module.load_weights
     # Read, not replaced: other files under the model's name would be refused.
-    monkeypatch.setattr(model_module, "load_weights", lambda path, cfg: load(tmp_path / "model", cfg))
+    monkeypatch.setattr(
+        model_module, "load_weights", lambda path, cfg, cut: load(tmp_path / "model", cfg, cut)
+    )
     expected = f"update {UPDATES + 1} gave a NaN or Inf in .*; the last good checkpoint is {UPDATES}$"
     with pytest.raises(UserError, match=expected):
         train(config, copied)
