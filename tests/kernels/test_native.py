@@ -76,11 +76,14 @@ def test_gated_products_skip_what_is_zero_in_every_row(instructions, rows, dtype
 H, G = 2, 3
 
 
+# Sizes of heads, pages of the prefix, pages of a row's own, and batches; each is compiled once.
+CHOICES = [(8, 1, 3, 2, 2), (24, 70, 1, 1, 1), (64, 19, 3, 1, 1), (24, 19, 1, 2, 2)]
+
+
 def choice(data, dtype):
     """Queries, bounds of stacked layers and of a row's own pages, what is in use, and a budget; many ties."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
-    d, P, N = (data.draw(st.sampled_from(sizes)) for sizes in ((8, 24, 64), (1, 19, 70), (1, 3)))
-    B, K = data.draw(st.sampled_from([(1, 1), (2, 2)]))
+    d, P, N, B, K = data.draw(st.sampled_from(CHOICES))
     top = data.draw(st.sampled_from([0, 1, 3]))
 
     def whole(*shape):
@@ -92,26 +95,28 @@ def choice(data, dtype):
     return whole(B, K, H, G, d), bounds, own, jnp.asarray(used), jnp.asarray(own_used), pages
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def chosen(implementation, select, q, bounds, own, used, own_used, pages):
+    def one(q, bounds, own, used, own_used, pages):
+        parts = (bounds, own), (used, own_used)
+        return quest.select_pages(
+            q, *parts, pages, layer=jnp.int32(1), select=select, implementation=implementation
+        )
+
+    return jax.vmap(jax.vmap(one, (0, None, 0, 0, 0, 0)))(q, bounds, own, used, own_used, pages)
+
+
 @built
 @pytest.mark.parametrize("select", ["head", "group"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_choice_of_pages(instructions, dtype, select):
     """Whole numbers make scores exact, so choices agree to the bit, ties included."""
 
-    def chosen(implementation, q, bounds, own, used, own_used, pages):
-        def one(q, bounds, own, used, own_used, pages):
-            parts = (bounds, own), (used, own_used)
-            return quest.select_pages(
-                q, *parts, pages, layer=jnp.int32(1), select=select, implementation=implementation
-            )
-
-        return jax.vmap(jax.vmap(one, (0, None, 0, 0, 0, 0)))(q, bounds, own, used, own_used, pages)
-
     @quick
     @given(st.data())
     def check(data):
         case = choice(data, dtype)
-        for got, expected in zip(chosen("native", *case), chosen("xla", *case), strict=True):
+        for got, expected in zip(chosen("native", select, *case), chosen("xla", select, *case), strict=True):
             np.testing.assert_array_equal(got, expected)
 
     check()
@@ -129,6 +134,23 @@ def test_equal_bounds_tie_in_both_parts(instructions):
             assert mask.all()
 
 
+# Prefix, own entries, page, size of heads, batches, and whether each head has a mask of its own.
+ATTENDED = [
+    (5, 1, 8, 8, 1, 1, True), (61, 3, 8, 24, 2, 3, True), (700, 16, 4, 64, 1, 1, False),
+    (64, 2, 1, 96, 2, 3, False), (700, 16, 8, 64, 1, 1, True),
+]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attended(implementation, page, q, k, v, own, keep, own_keep, length):
+    def one(q, k, v, own, keep, own_keep, length):
+        return attention.attend(
+            q, (k, v), own, keep, own_keep, length, page, layer=jnp.int32(1), implementation=implementation
+        )
+
+    return jax.vmap(jax.vmap(one, (0, None, None, 0, 0, 0, 0)))(q, k, v, own, keep, own_keep, length)
+
+
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(instructions, dtype):
@@ -138,9 +160,7 @@ def test_attention(instructions, dtype):
     @given(st.data())
     def check(data):
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
-        S, T, page = data.draw(st.sampled_from([(5, 1, 8), (61, 3, 8), (700, 16, 4), (64, 2, 1)]))
-        d, (B, K) = data.draw(st.sampled_from([8, 24, 64, 96])), data.draw(st.sampled_from([(1, 1), (2, 3)]))
-        wide_mask = data.draw(st.booleans(), label="a mask for each head")
+        S, T, page, d, B, K, wide_mask = data.draw(st.sampled_from(ATTENDED))
         P, share = -(-S // page), data.draw(st.sampled_from([0.0, 0.2, 1.0]))
         k, v = (normal(rng, B, 2, H, S, d, dtype=dtype) for _ in range(2))
         own = tuple(normal(rng, B, K, H, T, d, dtype=dtype) for _ in range(2))
@@ -149,18 +169,10 @@ def test_attention(instructions, dtype):
         own_keep[..., -1] = True
         length = jnp.asarray(rng.integers(0, S + 1, (B, K)), jnp.int32)
 
-        def attended(implementation, layer):
-            def one(q, k, v, own, keep, own_keep, length):
-                return attention.attend(
-                    q, (k, v), own, keep, own_keep, length, page, layer=layer, implementation=implementation
-                )
-
-            rows = jax.vmap(jax.vmap(one, (0, None, None, 0, 0, 0, 0)))
-            return rows(q, k, v, own, keep, own_keep, length)
-
         q = normal(rng, B, K, H, G, d, dtype=dtype)
+        given = q, k, v, own, keep, own_keep, length
         size = 3e-6 if dtype == "float32" else 1e-2  # the reference rounds its weights to bfloat16
-        close(attended("native", jnp.int32(1)), attended("xla", jnp.int32(1)), size)
+        close(attended("native", page, *given), attended("xla", page, *given), size)
 
     check()
 
@@ -191,6 +203,26 @@ def plain_bounds(k, valid, page: int) -> np.ndarray:
     return bounds
 
 
+@functools.cache
+def by_rows(fn, implementation):
+    """Of rows and something for each, and where it is needed a gain for all."""
+    alone = functools.partial(fn, implementation=implementation)
+
+    def rows(*args, gain=None):
+        given = {} if gain is None else {"gain": gain}
+        return jax.vmap(functools.partial(alone, **given))(*args)
+
+    return jax.jit(rows)
+
+
+def norm_prune(x, keep, *, gain, implementation):
+    return prune.norm_prune(x, gain, 1e-5, keep, implementation)
+
+
+def quantize_residual(y, bits, residual, *, gain, implementation):
+    return quantize.quantize_residual(y, bits, residual, gain, 1e-5, implementation)
+
+
 @built
 def test_rows(instructions):
     """Pruning and rounding: what is kept and each rounded number agree to the bit."""
@@ -205,26 +237,20 @@ def test_rows(instructions):
             x = np.round(x)
         keep, bits = jnp.asarray(rng.random(N), jnp.float32), jnp.asarray(rng.integers(2, 18, N))
         for fn, of in ((prune.keep_channels, keep), (quantize.fake_quantize, bits)):
-            got, expected = (
-                jax.vmap(functools.partial(fn, implementation=name))(x, of) for name in ("native", "xla")
-            )
+            got, expected = (by_rows(fn, name)(x, of) for name in ("native", "xla"))
             np.testing.assert_array_equal(got, expected)
         gain, residual = normal(rng, D), normal(rng, N, D)
-        pruned, plain = (
-            jax.vmap(lambda x, keep, name=name: prune.norm_prune(x, gain, 1e-5, keep, name))(x, keep)
-            for name in ("native", "xla")
-        )
+        pruned, plain = (by_rows(norm_prune, name)(x, keep, gain=gain) for name in ("native", "xla"))
         count, kept = np.asarray(pruned.num_kept), np.asarray(pruned.x_D) != 0
         assert (count >= np.minimum(count, np.asarray(plain.num_kept))).all()
         for n in range(N):
             listed = np.asarray(pruned.channels_D[n])
             assert sorted(listed) == list(range(D))
             assert set(np.flatnonzero(kept[n])) <= set(listed[: count[n]])
-        added, normed = jax.vmap(
-            lambda y, bits, r: quantize.quantize_residual(y, bits, r, gain, 1e-5, "native")
-        )(x, bits, residual)
-        expected = jax.vmap(lambda y, bits, r: quantize.quantize_residual(y, bits, r, gain, 1e-5, "xla"))
-        for got, want in zip((added, normed), expected(x, bits, residual), strict=True):
+        of_native, expected = (
+            by_rows(quantize_residual, name)(x, bits, residual, gain=gain) for name in ("native", "xla")
+        )
+        for got, want in zip(of_native, expected, strict=True):
             close(got, want, 2e-6)
 
     check()

@@ -69,9 +69,9 @@ RUNS = [
 RUN_IDS = [f"{name}:{variants}" for name, variants, _ in RUNS]
 # Tracing a train step takes seconds: of configs that differ in numbers alone one is lowered.
 LOWERED = (
-    "default:", "sol_j_2l:1b", "sol_j_3l:cpu", "sol_j_fl:8b", "sol_j_fl:cpu,fast,anywhere", "sol_j_fl:quest", "horizon:t64",
-    "single_axis:kappa-0.1,cpu", "single_axis:rho-0.5", "single_axis:eta-5-10", "reasoning:anywhere",
-    "counterfactual:cpu,quest", "counterfactual:rho,cpu",
+    "default:", "sol_j_2l:1b", "sol_j_3l:cpu", "sol_j_fl:8b", "sol_j_fl:cpu,fast,anywhere", "sol_j_fl:quest",
+    "horizon:t64", "single_axis:kappa-0.1,cpu", "single_axis:rho-0.5", "single_axis:eta-5-10",
+    "reasoning:anywhere", "counterfactual:cpu,quest", "counterfactual:rho,cpu",
 )  # fmt: skip
 
 
@@ -90,10 +90,10 @@ def traced(setup: Setup, batch_size: int):
 
 @functools.cache
 def operations(setup: Setup, stage: str, played_by: Setup | None = None) -> str:
-    """Those of a stage of a train step on two blocks, with the numbers that stand in its code but not its tables.
+    """Those of a stage of a train step on two blocks, with the numbers of its code but not its tables.
 
-    Names of Python's functions hold their addresses, which differ each time.  What is learned from has the shapes of
-    `played_by`.
+    Names of Python's functions hold their addresses, which differ each time.  What is learned from has the
+    shapes of `played_by`.
     """
     if stage == "learn":
         learn = functools.partial(update.learn, setup=setup)
