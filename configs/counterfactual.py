@@ -29,6 +29,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.learner = "counterfactual"
     config.policy.predict_losses = config.policy.normalize_inputs = True
     config.policy.restate = config.policy.page_input = True
+    config.policy.restate_steps = 8
     config.policy.d_model = 128
     config.model.dtype = "bfloat16"
     config.episode.episodes_per_prefix, config.episode.jitter = 4, config.axes.kappa.page_size - 1

@@ -47,6 +47,7 @@ OTHER = {
     "policy.normalize_inputs": True,
     "policy.page_input": True,
     "policy.restate": True,
+    "policy.restate_steps": 3,
     "policy.predict_losses": True,
     "start_from": None,
     "learner": "counterfactual",

@@ -49,6 +49,9 @@ class EvaluateOptions(Options):
     restate: bool | None = option(
         None, "ask for what is left of the budget before each step; default: as the run"
     )
+    restate_steps: int | None = option(
+        None, "steps at least over which a miss is made up; default: as the run", at_least=1
+    )
     prefix_len: int | None = option(None, "tokens before the first episode; default: as the run", at_least=1)
     stale_prefill: bool = option(False, "put in the authors' fault: prefill under left-over budgets")
     batch_size: int | None = option(None, "blocks at a time; default: as the run", at_least=1)

@@ -8,6 +8,7 @@ from typing import Any
 from sol_jax.digests import array_digest, digest
 from sol_jax.errors import UserError
 from sol_jax.files import as_os_errors, write_whole
+from sol_jax.rl.config import PolicyConfig
 from sol_jax.runs import policy_files
 from sol_jax.runs.checkpoints import FREE_FIELDS
 from sol_jax.runs.config import RunConfig
@@ -29,13 +30,14 @@ def open_text(
     kernels: str | None = None,
     mesh_model: int = 1,
     restate: bool | None = None,
+    restate_steps: int | None = None,
     prefix_len: int | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
     The weights go to all devices, `mesh_model` of which share a copy.
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
-    `restate` how its policy is asked, and `prefix_len` what precedes its episodes.
+    `restate` and `restate_steps` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
@@ -43,6 +45,7 @@ def open_text(
         "mesh.data": -1,  # whatever the run had: the devices of now
         "mesh.model": mesh_model,
         "policy.restate": restate,
+        "policy.restate_steps": 1 if restate is False else restate_steps,
         "episode.prefix_len": prefix_len,
     }
     if source:
@@ -141,7 +144,7 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         "horizon": episode.horizon,
         "text": text_name(session.config.data.source, split),
         "protect": session.config.axes.kappa.protect,
-        "restate": session.config.policy.restate,
+        "restate": how_asked(session.config.policy),
         "blocks": sum(len(batch.tokens_BxN) for batch in batches),
         "seed": policy.config.seed,
         "config": digest(trained),
@@ -149,6 +152,11 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         **session.identity,
         "commit": commit(),
     }
+
+
+def how_asked(policy: PolicyConfig) -> str:
+    """The column `restate`: False, True, or the steps over which misses are made up."""
+    return str(policy.restate_steps if policy.restate_steps > 1 else policy.restate)
 
 
 def text_name(source: str, split: str) -> str:

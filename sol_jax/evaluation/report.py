@@ -179,13 +179,14 @@ def _opened(
         params, own, about = policy_files.load_policy(options.policy)
         config = (read_config(workdir) if options.workdir else own).with_fields(moved)
         restate = own.policy.restate if options.restate is None else options.restate
-        session = open_text(config, *text, restate, options.prefix_len)
+        over = own.policy.restate_steps if options.restate_steps is None else options.restate_steps
+        session = open_text(config, *text, restate, over, options.prefix_len)
         policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
         policy = TrainedPolicy(params, own, options.policy, about["updates"])
         return policy, session, about["documents"], {}
     config, checkpoints = open_run(workdir)  # before anything heavy
     config = config.with_fields(moved)
-    session = open_text(config, *text, options.restate, options.prefix_len)
+    session = open_text(config, *text, options.restate, options.restate_steps, options.prefix_len)
     checkpoints.bind(session.identity | config.identity())
     policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
     # The best policy may be an earlier one.

@@ -173,8 +173,10 @@ class Sweep:
 
     @functools.cached_property
     def _policy(self) -> str:
-        restated = "-restated" if self.setup.policy.config.restate else ""
-        return array_digest(self.params) + restated
+        asked = self.setup.policy.config
+        restated = "-restated" if asked.restate else ""
+        over = f"-over-{asked.restate_steps}" if asked.restate_steps > 1 else ""
+        return array_digest(self.params) + restated + over
 
     def _folder(self, group: EntryGroup) -> str:
         policy = self._policy if group.controller.name == POLICY else ""

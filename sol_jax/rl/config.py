@@ -73,6 +73,12 @@ class PolicyConfig(Options):
     restate: bool = option(
         False, "not the paper's: ask before each step for what is left of the budget per step"
     )
+    restate_steps: int = option(
+        1,
+        "with restate: steps at least over which what was saved or overspent is made up; with 1 the last "
+        "step makes up for all, with more an episode may end off its budget and levels are better spent",
+        at_least=1,
+    )
     predict_losses: bool = option(
         False,
         "not the paper's: predict what each level of each axis loses, and act by loss plus price times cost",
@@ -81,6 +87,8 @@ class PolicyConfig(Options):
     def check(self) -> None:
         if self.d_model % self.num_heads:
             raise self.wrong("d_model", f"a multiple of policy.num_heads = {self.num_heads}")
+        if self.restate_steps > 1 and not self.restate:
+            raise self.wrong("restate_steps", "1 where policy.restate is false")
         if self.predict_losses and self.factored_head:
             raise self.wrong("factored_head", "false where policy.predict_losses is true")
 

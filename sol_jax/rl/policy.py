@@ -131,15 +131,18 @@ def budget_gap(cost_sum_X: jax.Array, num_counted: jax.Array, target_X: jax.Arra
     return jnp.where(num_counted > 0, mean_cost_X - jnp.asarray(target_X, jnp.float32), 0.0)
 
 
-def restated(seen: Observation, horizon: int) -> Observation:
+def restated(seen: Observation, horizon: int, over: int = 1) -> Observation:
     """An observation as if the episode began there, to make budgets hold (not the paper's).
 
-    Targets are what is left of the budget per step, and gaps 0.  Steps that may not be controlled count as if
-    they had met the target, which only prompts of a few tokens have.
+    Targets are what is left of the budget per step, and gaps 0.  What was saved or overspent is made up in
+    the steps that are left, but as if they were `over` at least: else the last ones would pay for all.
+    Steps that may not be controlled count as if they had met the target, which only prompts of a few tokens
+    have.
     """
     steps_left = horizon * (1.0 - seen.progress) + 1.0
-    left_X = steps_left * seen.target - (horizon - steps_left) * seen.gap
-    target_X = jnp.clip(left_X / steps_left, 0.0, 1.0)
+    spread = jnp.maximum(steps_left, over)
+    left_X = spread * seen.target - (horizon - steps_left) * seen.gap
+    target_X = jnp.clip(left_X / spread, 0.0, 1.0)
     return seen._replace(target=target_X, gap=jnp.zeros_like(seen.gap))
 
 
@@ -282,7 +285,11 @@ class Policy(nn.Module):
             return jax.vmap(lambda seen: spent(seen, self.spec.num_actions))(obs_N)
         if not self.spec.config.restate:
             return obs_N
-        return jax.vmap(lambda seen: restated(seen, self.spec.horizon))(obs_N)
+        return self._restated(obs_N)
+
+    def _restated(self, obs_N: Observation) -> Observation:
+        over = self.spec.config.restate_steps
+        return jax.vmap(lambda seen: restated(seen, self.spec.horizon, over))(obs_N)
 
     def _logits(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
         """The head on the features, plus the direct head on the targets; or what predicted losses say."""
@@ -296,7 +303,7 @@ class Policy(nn.Module):
         """Logits that are highest for the least sum of predicted loss and price times cost."""
         counts, costs = self.spec.level_counts, self.spec.level_costs
         if self.spec.config.restate:
-            obs_N = jax.vmap(lambda seen: restated(seen, self.spec.horizon))(obs_N)
+            obs_N = self._restated(obs_N)
         _, losses = loss_head.split_losses(self.head(features_NxE), counts)
         table_XxM = jax.lax.stop_gradient(self.cost_XxM.value)
         price_NxX = jax.vmap(jax.vmap(loss_head.price_for), (0, None))(obs_N.target, table_XxM)

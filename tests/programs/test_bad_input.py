@@ -79,6 +79,7 @@ IMPOSSIBLE = {
     "policy.d_model": (0, 33),
     "policy.num_heads": (0, 3),
     "policy.num_layers": (0,),
+    "policy.restate_steps": (0, 2),
     "policy.mlp_ratio": (0.0, -1.0, NAN, INF),
     "learner": ("ppo", "", "counterfactual"),  # the last without predicted losses
     "counterfactual.target": ("labels",),

@@ -311,6 +311,7 @@ OTHER_CONFIG = {
     "normalize_inputs": True,
     "page_input": True,
     "restate": True,
+    "restate_steps": 2,
     "predict_losses": True,
 }
 # What some fields need beside them before they mean anything.
@@ -319,6 +320,7 @@ BESIDE = {
     "page_size": other(SMALL, {"page_input": True}, page_size=2),
     "factored_head": other(SMALL, level_costs=costs_of(1, 5)),
     "page_input": other(SMALL, page_size=3),
+    "restate_steps": other(SMALL, {"restate": True}),
     "predict_losses": other(SMALL, level_costs=costs_of(1, 5, 1)),
 }
 
@@ -441,6 +443,13 @@ def test_a_restated_target_is_what_is_left_per_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restated(first, 4), first)
     late = _told(3, 4, [0.2, 0.9], [1.8, 1.2], 3)
     np.testing.assert_allclose(restated(late, 4).target, [0.0, 1.0])
+
+
+def test_a_miss_is_made_up_over_so_many_steps_at_least():
+    """After two steps of four 0.1 above and below 0.5: 0.2 to make up in the two that are left, or in four."""
+    seen = _told(2, 4, [0.5, 0.5], [1.2, 0.8], 2)
+    for over, change in [(1, 0.1), (2, 0.1), (4, 0.05), (8, 0.025)]:
+        np.testing.assert_allclose(restated(seen, 4, over).target, [0.5 - change, 0.5 + change], atol=1e-6)
 
 
 def test_the_two_faces_of_a_policy_agree_when_targets_are_restated():

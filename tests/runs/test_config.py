@@ -190,6 +190,7 @@ def test_every_field_is_listed(tiny_folder):
 PREDICTS = {"policy.predict_losses": True}
 BESIDE = {
     "learner": PREDICTS,
+    "policy.restate_steps": {"policy.restate": True},
     "counterfactual.target": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.floor": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.price_memory": PREDICTS | {"learner": "counterfactual"},
