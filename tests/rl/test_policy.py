@@ -446,7 +446,7 @@ def test_a_restated_target_is_what_is_left_per_step():
 
 
 def test_a_miss_is_made_up_over_so_many_steps_at_least():
-    """After two steps of four 0.1 above and below 0.5: 0.2 to make up in the two that are left, or in four."""
+    """After two steps of four 0.1 above and below 0.5: 0.2 to make up in the two left, or in four."""
     seen = _told(2, 4, [0.5, 0.5], [1.2, 0.8], 2)
     for over, change in [(1, 0.1), (2, 0.1), (4, 0.05), (8, 0.025)]:
         np.testing.assert_allclose(restated(seen, 4, over).target, [0.5 - change, 0.5 + change], atol=1e-6)
