@@ -59,10 +59,17 @@ class Played(NamedTuple):
 def init_state(key: jax.Array, setup: Setup) -> TrainState:
     """A fresh policy and optimizer."""
     init_key, run_key = jax.random.split(key)
-    example = example_observation(setup.policy), initial_carry(setup.policy)
-    params = setup.network.init(init_key, *example, method="step")
+    params, opt_state = _first(init_key, setup)
     reference = jax.tree.map(jnp.copy, params) if setup.grpo.reference_kl_coef else None
-    return TrainState(jnp.int32(0), run_key, params, optimizer(setup.optim).init(params), reference)
+    return TrainState(jnp.int32(0), run_key, params, opt_state, reference)
+
+
+# Compiled as a whole: operation by operation it takes seconds.
+@functools.partial(jax.jit, static_argnames="setup")
+def _first(key: jax.Array, setup: Setup) -> tuple[optax.Params, optax.OptState]:
+    example = example_observation(setup.policy), initial_carry(setup.policy)
+    params = setup.network.init(key, *example, method="step")
+    return params, optimizer(setup.optim).init(params)
 
 
 def train_step(

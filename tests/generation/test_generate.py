@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import naive_generation as naive
@@ -81,7 +82,7 @@ def tiny_model(tiny_folder):
     model, weights = load_model(tiny_folder / "model")
     policy = PolicySpec(model.hidden_size, SPACE.num_actions, T, config=PolicyConfig(d_model=16))
     example = example_observation(policy), initial_carry(policy)
-    params = Policy(policy).init(jax.random.key(3), *example, method="step")
+    params = jax.jit(functools.partial(Policy(policy).init, method="step"))(jax.random.key(3), *example)
     params = jax.tree.map(lambda x: 8 * x, params)  # or no observation would move it
     endless = ended_by(load_tokenizer(tiny_folder / "model"), -1)
     decoder = Decoder(EpisodeRules(model, SPACE, EpisodeConfig(horizon=T)))

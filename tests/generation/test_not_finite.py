@@ -1,5 +1,6 @@
 """What is no number never becomes a token, a score or an action: it ends with one sentence."""
 
+import functools
 import math
 
 import jax
@@ -74,7 +75,7 @@ def engine_for(tiny_folder):
     space = ActionSpace((ChannelPruning((0.3, 1.0), (0.3, 1.0), 100.0),))
     spec = PolicySpec(model.hidden_size, space.num_actions, 4, num_axes=1, config=PolicyConfig(d_model=16))
     example = example_observation(spec), initial_carry(spec)
-    params = Policy(spec).init(jax.random.key(0), *example, method="step")
+    params = jax.jit(functools.partial(Policy(spec).init, method="step"))(jax.random.key(0), *example)
 
     def made(controller, spoil="", **options):
         policy = spec if controller == "policy" else None

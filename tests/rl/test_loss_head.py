@@ -1,5 +1,7 @@
 """Predicted losses, the prices that budgets become, and the actions that follow: by hand, by properties."""
 
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,8 @@ def test_mean_costs_by_hand():
 @pytest.fixture(scope="module")
 def policy():
     net = Policy(SPEC)
-    params = net.init(jax.random.key(0), example_observation(SPEC), initial_carry(SPEC), method="step")
+    example = example_observation(SPEC), initial_carry(SPEC)
+    params = jax.jit(functools.partial(net.init, method="step"))(jax.random.key(0), *example)
     return net, params
 
 

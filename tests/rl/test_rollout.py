@@ -1,6 +1,7 @@
 """Rollouts: episodes that share a prefill equal separate ones, schedules in a batch equal single ones."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def test_schedules_in_a_batch_equal_single_ones(weights, tokens_N):
     spec = PolicySpec(MODEL.hidden_size, SPACE.num_actions, T, config=PolicyConfig(d_model=16))
     policy = Policy(spec)
     example = example_observation(spec), initial_carry(spec)
-    params = policy.init(jax.random.key(4), *example, method="step")
+    params = jax.jit(functools.partial(policy.init, method="step"))(jax.random.key(4), *example)
     rules = dataclasses.replace(RULES, episode=dataclasses.replace(SHAPE, episodes_per_prefix=1))
     block = prefill_block(weights, tokens_N, rules)
     cache, episode = block.cache, jax.tree.map(lambda x: x[0], block.episodes)
