@@ -12,6 +12,8 @@ from sol_jax.rl.policy import example_observation
 from sol_jax.rl.rollout import dense_divergence, label_logp, policy_controller, replay
 from sol_jax.rl.train_step import init_state, jit_train_step
 
+collect_outcomes = jax.jit(counterfactual.collect_outcomes, static_argnames="setup")
+recalibrated = jax.jit(counterfactual.recalibrated, static_argnames="setup")
 FIELDS = {
     "learner": "counterfactual",
     "policy.predict_losses": True,
@@ -63,10 +65,15 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
     setup = config.setup(tiny_session.setup.model)
     key = jax.random.key(3)
     schedules = counterfactual.draw_schedules(key, len(tokens), setup)
-    found = counterfactual.collect_outcomes(weights, tokens, schedules, None, setup)
-    blocks = prefill_blocks(weights, tokens, setup, True)
-    budget = jnp.zeros((*found.action.shape[:-1], 3))
-    rollout = run_schedules(weights, blocks, key, budget, replay(found.action), setup)
+    found = collect_outcomes(weights, tokens, schedules, None, setup)
+
+    @jax.jit
+    def played(weights, action):
+        blocks = prefill_blocks(weights, tokens, setup, True)
+        budget = jnp.zeros((*action.shape[:-1], 3))
+        return blocks, run_schedules(weights, blocks, key, budget, replay(action), setup)
+
+    blocks, rollout = played(weights, found.action)
     for b, w, k, t in ((0, 0, 0, 0), (1, 1, 4, 3), (0, 1, 2, 2)):
         hidden = rollout.hidden[b, w, k, t]
         if target == "divergence":
@@ -79,7 +86,7 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
 
 def outcomes(weights, tokens, setup):
     schedules = counterfactual.draw_schedules(jax.random.key(3), len(tokens), setup)
-    return counterfactual.collect_outcomes(weights, tokens, schedules, None, setup)
+    return collect_outcomes(weights, tokens, schedules, None, setup)
 
 
 def test_a_full_step_after_full_steps_loses_nothing(learner):
@@ -115,13 +122,14 @@ def test_the_first_table_is_that_of_the_first_update(learner):
     setup, weights, tokens = learner
     found = counterfactual.flattened(outcomes(weights, tokens, setup))
     params = init_state(jax.random.key(0), setup).params
-    after = counterfactual.recalibrated(params, found.observation, jnp.int32(1), setup)
-    _, losses = jax.vmap(lambda obs: setup.network.apply(params, obs, method="losses"))(found.observation)
+    after = recalibrated(params, found.observation, jnp.int32(1), setup)
+    predict = jax.jit(jax.vmap(lambda obs: setup.network.apply(params, obs, method="losses")))
+    _, losses = predict(found.observation)
     wanted = loss_head.mean_costs(
         losses[0].reshape(-1, losses[0].shape[-1]), jnp.array(setup.policy.level_costs[0])
     )
     np.testing.assert_allclose(after["prices"]["cost"][0], wanted, rtol=1e-5)
-    later = counterfactual.recalibrated(params, found.observation, jnp.int32(10**6), setup)
+    later = recalibrated(params, found.observation, jnp.int32(10**6), setup)
     moved = later["prices"]["cost"][0] - params["prices"]["cost"][0]
     np.testing.assert_allclose(moved, (wanted - params["prices"]["cost"][0]) / 50, rtol=1e-4, atol=1e-7)
 
@@ -132,11 +140,11 @@ def test_the_controller_serves_any_budget(learner):
     params = init_state(jax.random.key(0), setup).params
     greedy = policy_controller(setup.network, params, temperature=1.0, greedy=True)
     seen = example_observation(setup.policy)._replace(progress=jnp.float32(1 / setup.episode.horizon))
-    spent = []
+    act, spent = jax.jit(greedy.act), []
     for share in (0.0, 0.3, 0.6, 1.0):
         low = np.array([axis.cost(axis.levels[0]) for axis in setup.space.axes])
         asked = seen._replace(target=jnp.asarray(low + share * (1 - low), jnp.float32))
-        action, _, _ = greedy.act(jax.random.key(0), asked, greedy.memory)
+        action, _, _ = act(jax.random.key(0), asked, greedy.memory)
         spent.append(setup.space.costs_AxX[int(action)])
     assert np.all(np.diff(spent, axis=0) >= 0)
     np.testing.assert_allclose(spent[-1], 1.0)

@@ -11,6 +11,8 @@ from jax.test_util import check_grads
 
 from sol_jax.rl import grpo
 
+clipped_loss = jax.jit(grpo.clipped_loss, static_argnames=("clip", "entropy_coef", "reference_kl_coef"))
+group_advantage = jax.jit(grpo.group_advantage, static_argnames=("level", "norm"))
 LESS = settings(max_examples=25, deadline=None)
 groups = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.floats(-50, 50, width=32)
@@ -30,13 +32,13 @@ LOG2 = np.log(2.0)
 )
 def test_advantage_by_hand(level, norm, expected):
     x_KxT = jnp.array([[1.0, 4.0], [3.0, 0.0]])
-    np.testing.assert_allclose(grpo.group_advantage(x_KxT, level, norm), expected, rtol=1e-6)
+    np.testing.assert_allclose(group_advantage(x_KxT, level, norm), expected, rtol=1e-6)
 
 
 @LESS
 @given(groups, st.sampled_from(["process", "outcome"]), st.sampled_from(["center", "zscore"]))
 def test_advantages_sum_to_zero_over_the_group(x_KxT, level, norm):
-    adv_KxT = grpo.group_advantage(x_KxT, level, norm)
+    adv_KxT = group_advantage(x_KxT, level, norm)
     assert adv_KxT.shape == x_KxT.shape
     # A group whose members differ by rounding alone has nothing to compare; its z-scores are rounding too.
     scale = 1e-4 if norm == "center" or np.ptp(x_KxT) > 1 else 10.0
@@ -46,15 +48,15 @@ def test_advantages_sum_to_zero_over_the_group(x_KxT, level, norm):
 @pytest.mark.parametrize("norm", ["center", "zscore"])
 def test_equal_schedules_have_no_advantage(norm):
     x_KxT = jnp.full((4, 3), -7.5)
-    np.testing.assert_array_equal(grpo.group_advantage(x_KxT, norm=norm), 0.0)
-    np.testing.assert_array_equal(grpo.group_advantage(x_KxT[:1], norm=norm), 0.0)
-    jacobian = jax.jacobian(lambda x: grpo.group_advantage(x, norm=norm))(x_KxT)
+    np.testing.assert_array_equal(group_advantage(x_KxT, norm=norm), 0.0)
+    np.testing.assert_array_equal(group_advantage(x_KxT[:1], norm=norm), 0.0)
+    jacobian = jax.jacobian(lambda x: group_advantage(x, norm=norm))(x_KxT)
     assert jnp.isfinite(jacobian).all()
 
 
 def test_a_constant_for_the_whole_group_does_not_matter():
     x_KxT = jnp.array([[1.0, 4.0], [3.0, 0.5]])
-    np.testing.assert_allclose(grpo.group_advantage(x_KxT - 3.0), grpo.group_advantage(x_KxT), atol=1e-6)
+    np.testing.assert_allclose(group_advantage(x_KxT - 3.0), group_advantage(x_KxT), atol=1e-6)
 
 
 def test_whiten_by_hand():
@@ -107,7 +109,7 @@ def _steps():
 
 
 def test_loss_by_hand():
-    loss, metrics = grpo.clipped_loss(*_steps(), clip=0.2, entropy_coef=0.05)
+    loss, metrics = clipped_loss(*_steps(), clip=0.2, entropy_coef=0.05)
     # Surrogates: 1; 2 clipped to 1.2; -2, where clipping would help the schedule and is not allowed; 0.
     np.testing.assert_allclose(metrics["policy_loss"], -(1.0 + 1.2 - 2.0 + 0.0) / 4, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], LOG2, rtol=1e-6)
@@ -124,12 +126,12 @@ def test_loss_by_hand():
 def test_every_coefficient_is_read():
     args, settings_ = _steps(), {"clip": 0.2, "entropy_coef": 0.05}
     reference_NxA = jnp.tile(jnp.array([LOG2, 0.0]), (4, 1))  # probabilities 2/3 and 1/3
-    base, _ = grpo.clipped_loss(*args, **settings_)
-    tight, _ = grpo.clipped_loss(*args, **{**settings_, "clip": 0.1})
+    base, _ = clipped_loss(*args, **settings_)
+    tight, _ = clipped_loss(*args, **{**settings_, "clip": 0.1})
     np.testing.assert_allclose(tight - base, 0.1 / 4, rtol=1e-4)  # only the second step is clipped
-    calm, _ = grpo.clipped_loss(*args, **{**settings_, "entropy_coef": 0.0})
+    calm, _ = clipped_loss(*args, **{**settings_, "entropy_coef": 0.0})
     np.testing.assert_allclose(calm - base, 0.05 * LOG2, rtol=1e-4)
-    tied, metrics = grpo.clipped_loss(
+    tied, metrics = clipped_loss(
         *args, **settings_, reference_logits_NxA=reference_NxA, reference_kl_coef=2.0
     )
     kl = 0.5 * np.log(0.5 / (2 / 3)) + 0.5 * np.log(0.5 / (1 / 3))
@@ -143,8 +145,8 @@ def test_weights_of_zero_are_padding():
     padded = [jnp.concatenate([x, 3 * x[:2] - 1]) for x in args]
     padded[1] = padded[1].clip(0, 1)
     weight_N = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    loss, metrics = grpo.clipped_loss(*args, **settings_, reference_logits_NxA=args[0] + jnp.arange(2.0))
-    padded_loss, padded_metrics = grpo.clipped_loss(
+    loss, metrics = clipped_loss(*args, **settings_, reference_logits_NxA=args[0] + jnp.arange(2.0))
+    padded_loss, padded_metrics = clipped_loss(
         *padded, **settings_, reference_logits_NxA=padded[0] + jnp.arange(2.0), weight_N=weight_N
     )
     np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
@@ -195,16 +197,14 @@ def test_first_gradient_is_plain_policy_gradient():
 
     def loss(logits_NxA):
         args = (logits_NxA, action_N, logp(logits_NxA), adv_N)
-        return grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.0)[0]
+        return clipped_loss(*args, clip=0.2, entropy_coef=0.0)[0]
 
     expected_NxA = jax.grad(lambda x: -(logp(x) * adv_N).mean())(logits_NxA)
     np.testing.assert_allclose(jax.grad(loss)(logits_NxA), expected_NxA, atol=1e-6)
 
 
 def test_clipped_steps_get_no_gradient():
-    grad_NxA = jax.grad(lambda x, *rest: grpo.clipped_loss(x, *rest, clip=0.2, entropy_coef=0.0)[0])(
-        *_steps()
-    )
+    grad_NxA = jax.grad(lambda x, *rest: clipped_loss(x, *rest, clip=0.2, entropy_coef=0.0)[0])(*_steps())
     np.testing.assert_array_equal((grad_NxA != 0).any(axis=1), [True, False, True, False])
 
 
@@ -212,7 +212,7 @@ def test_only_the_logits_get_gradient():
     logits_NxA, action_N, logp_old_N, adv_N = _random_steps(1)
 
     def loss(logp_old_N, adv_N, reference_NxA):
-        return grpo.clipped_loss(
+        return clipped_loss(
             logits_NxA,
             action_N,
             logp_old_N,
@@ -231,30 +231,30 @@ def test_only_the_logits_get_gradient():
 def test_nan_shows(poisoned):
     args = list(_random_steps(2))
     args[poisoned] = args[poisoned].at[1].set(jnp.nan)
-    loss, metrics = grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.05)
+    loss, metrics = clipped_loss(*args, clip=0.2, entropy_coef=0.05)
     assert jnp.isnan(loss)
     if poisoned != 3:
         assert jnp.isnan(metrics["ratio_max"])
     assert jnp.isnan(grpo.whiten(jnp.array([1.0, jnp.nan]))).all()
-    assert jnp.isnan(grpo.group_advantage(jnp.array([[1.0], [jnp.nan]]), norm="zscore")).all()
+    assert jnp.isnan(group_advantage(jnp.array([[1.0], [jnp.nan]]), norm="zscore")).all()
 
 
 def test_wrong_ranks_shapes_and_names_are_refused():
     args = _steps()
     with pytest.raises(ValueError, match="x_KxT"):
-        grpo.group_advantage(jnp.zeros(3))
+        group_advantage(jnp.zeros(3))
     with pytest.raises(ValueError, match="level"):
-        grpo.group_advantage(jnp.zeros((2, 3)), "both")
+        group_advantage(jnp.zeros((2, 3)), "both")
     with pytest.raises(ValueError, match="norm"):
-        grpo.group_advantage(jnp.zeros((2, 3)), norm="rank")
+        group_advantage(jnp.zeros((2, 3)), norm="rank")
     with pytest.raises(ValueError, match="logits_A"):
         grpo.action_logp(jnp.zeros((2, 3)), jnp.int32(0))
     with pytest.raises(ValueError, match="differ in N"):
-        grpo.clipped_loss(*args[:3], args[3][:1], clip=0.2, entropy_coef=0.05)
+        clipped_loss(*args[:3], args[3][:1], clip=0.2, entropy_coef=0.05)
     with pytest.raises(ValueError, match="reference_logits_NxA"):
-        grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_kl_coef=0.1)
+        clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_kl_coef=0.1)
     with pytest.raises(ValueError, match="differ in shape"):
-        grpo.clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_logits_NxA=args[0][:1])
+        clipped_loss(*args, clip=0.2, entropy_coef=0.05, reference_logits_NxA=args[0][:1])
 
 
 def test_priced_costs_are_those_that_the_policy_expects():
@@ -264,7 +264,7 @@ def test_priced_costs_are_those_that_the_policy_expects():
     steps = (jnp.zeros(2, jnp.int32), jnp.log(jnp.full(2, 0.75)), jnp.zeros(2))
 
     def loss(logits_NxA):
-        return grpo.clipped_loss(
+        return clipped_loss(
             logits_NxA, *steps, clip=0.2, entropy_coef=0.0, cost_AxX=cost_AxX, price_NxX=price_NxX
         )
 
@@ -273,4 +273,4 @@ def test_priced_costs_are_those_that_the_policy_expects():
     slope = jax.grad(lambda x: loss(x)[0])(logits_NxA)
     np.testing.assert_allclose(slope, [[0.75 * 0.25, -0.75 * 0.25], [0.0, 0.0]], rtol=1e-5)
     with pytest.raises(ValueError, match="cost_AxX with as many axes"):
-        grpo.clipped_loss(logits_NxA, *steps, clip=0.2, entropy_coef=0.0, price_NxX=price_NxX)
+        clipped_loss(logits_NxA, *steps, clip=0.2, entropy_coef=0.0, price_NxX=price_NxX)

@@ -85,11 +85,13 @@ def test_the_likeliest_action_has_the_least_loss_plus_price_times_cost(policy):
     net, params = policy
     rng = np.random.default_rng(1)
     table_XxM = params["prices"]["cost"]
+    step = jax.jit(functools.partial(net.apply, params, method="step"))
+    predict = jax.jit(functools.partial(net.apply, params, method="losses"))
     for _ in range(20):
         obs = seen(rng, rng.uniform(0.3, 1.0, 3).astype(np.float32))
-        logits_A, _ = net.apply(params, obs, initial_carry(SPEC), method="step")
+        logits_A, _ = step(obs, initial_carry(SPEC))
         obs_1 = jax.tree.map(lambda leaf: leaf[None], obs)
-        _, losses = net.apply(params, obs_1, method="losses")
+        _, losses = predict(obs_1)
         prices = [float(loss_head.price_for(obs.target[x], table_XxM[x])) for x in range(3)]
         value = [np.asarray(loss[0]) + prices[x] * np.array(COSTS[x]) for x, loss in enumerate(losses)]
         joint = (value[0][:, None, None] + value[1][:, None] + value[2]).reshape(-1)
@@ -107,6 +109,7 @@ def test_what_is_asked_for_moves_prices_and_no_prediction(policy):
     spent = low._replace(gap=low.gap + 0.5, prev_action=jnp.int32(1), target=low.target)
     same = spent._replace(target=spent.target + 0.5, gap=spent.gap - 0.5)
 
+    @jax.jit
     def losses(obs):
         return jnp.concatenate(net.apply(params, jax.tree.map(lambda x: x[None], obs), method="losses")[1], 1)
 
@@ -122,6 +125,6 @@ def test_prices_get_no_gradient(policy):
     def value(params):
         return net.apply(params, obs, initial_carry(SPEC), method="step")[0][2]
 
-    grads = jax.grad(value)(params)
+    grads = jax.jit(jax.grad(value))(params)
     assert np.all(grads["prices"]["cost"] == 0)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads["params"])) > 0
