@@ -10,6 +10,9 @@ keeps memory that it has freed, so a later mode would seem to need less.  The ra
 of the same operands is measured in the same process, since absolute times differ from run to run.
 Stages are timed by jitting them alone, so they need not add up to the whole.  `policy_seconds` is the part of
 `rollout_seconds` in which actions are chosen: what the same rollout takes less without a policy.
+
+`loop_rate` compares the training loop, whose programs are those of one row of a mesh, with the whole update
+in one program: its speed as a share of that one's, the median of alternated rounds.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import dataclasses
 import functools
 import multiprocessing
 import pathlib
+import statistics
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -26,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
@@ -35,11 +40,13 @@ from sol_jax.costs import update as flops
 from sol_jax.files import path_argument
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig
+from sol_jax.models.sharding import make_mesh, weight_shardings
 from sol_jax.rl import collect, learn
 from sol_jax.rl.config import EpisodeConfig, GrpoConfig
 from sol_jax.rl.policy import PolicySpec
 from sol_jax.rl.rollout import Controller, EpisodeRules, PrefilledBlock, policy_controller, replay
 from sol_jax.rl.setup import Setup
+from sol_jax.rl.sharded_update import sharded_update
 from sol_jax.rl.train_step import init_state, train_step
 
 SMOLLM2 = LlamaConfig(
@@ -151,8 +158,39 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
         "compile_seconds": round(first - whole, 1),
         "peak_gib_beyond_weights": round(peak, 2),
         "running_peak_gib_beyond_weights": round(running_peak, 2),
+        "loop_rate": round(loop_rate(args, setup, weights, tokens, state, run), 3),
     }
     return row if args.scaling else row | stages(args, setup, weights, tokens, state)
+
+
+def loop_rate(
+    args: argparse.Namespace,
+    setup: Setup,
+    weights: Any,
+    tokens: jax.Array,
+    state: learn.TrainState,
+    run: Callable[..., Any],
+) -> float:
+    """Seconds of `run`, one program, over those of the same update as the training loop makes it."""
+    setup = dataclasses.replace(setup, grpo=dataclasses.replace(setup.grpo, batch_size=args.batch_size))
+    mesh, blocks = make_mesh(1, 1, jax.devices()[:1]), np.asarray(tokens)
+    on_mesh = jax.device_put(weights, weight_shardings(setup.model, mesh))
+
+    def loop() -> Any:
+        given = jax.tree.map(jnp.copy, state)  # it is donated
+        return sharded_update(given, on_mesh, blocks.__getitem__, setup, mesh, args.batch_size)
+
+    def seconds(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        return time.perf_counter() - start
+
+    def whole() -> Any:
+        return run(state, weights, tokens, setup=setup)
+
+    jax.block_until_ready((loop(), whole()))
+    rounds = [(seconds(whole), seconds(loop)) for _ in range(args.repeats)]
+    return statistics.median(one / parts for one, parts in rounds)
 
 
 def stages(

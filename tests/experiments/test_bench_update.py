@@ -24,5 +24,6 @@ def test_a_row(monkeypatch):
     assert {name: row[name] for name in SIZES} == SIZES
     assert row["episodes_per_prefix"] == 2
     assert {f"{stage}_seconds" for stage in ("prefill", "rollout", "policy", "head", "fit")} <= set(row)
+    assert row["loop_rate"] > 0
     assert row["policy_seconds"] <= row["rollout_seconds"]  # a part of it, to the millisecond
     assert row["running_peak_gib_beyond_weights"] <= row["peak_gib_beyond_weights"]
