@@ -24,10 +24,15 @@ gc.set_threshold(20_000, 20, 20)
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one test compiled, later ones and the processes that they start read from disk."""
+    """What one test compiled, later ones of any worker and the processes that they start read from disk."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
+        # A bound, never reached: with one, whoever reads waits for whoever writes.
+        "jax_compilation_cache_max_size": 100 * 2**30,
     }
     for name, value in options.items():
         jax.config.update(name, value)
