@@ -16,7 +16,9 @@ from experiments.colab import form, run
 from sol_jax.errors import UserError
 from sol_jax.training.from_config import train_policy
 
-HOSTILE = "<script>alert('a')</script>\n<script>alert('b')</script>\n<script>"
+# A model goes on with what repeats, so that its own text has all of this: markup, an end of the style sheet,
+# an entity, and characters that turn the direction of what follows.
+HOSTILE = 3 * "<script>alert('a')</script></style>&lt;\u202egnp\u2069\n"
 
 
 class Shown:
@@ -74,7 +76,8 @@ def roomy(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def policy(roomy, tiny_folder) -> pathlib.Path:
     """A run for that model, on other text."""
-    fields = {"model.path": str(roomy / "model"), "train.num_updates": 1, "eval.num_test_blocks": 0}
+    fields = {"model.path": str(roomy / "model"), "train.num_updates": 1}
+    fields |= {"eval.every": 0, "eval.num_test_blocks": 0}
     return train_policy(tiny.config_for(tiny_folder, **fields), roomy / "policy")
 
 
@@ -88,7 +91,7 @@ def test_quickstart(small, tmp_path):
     found = shown(
         "quickstart",
         PROMPT=HOSTILE,
-        MAX_TOKENS=20,
+        MAX_TOKENS=40,
         BUDGET=(0.7, 0.8, 0.8),
         CONFIG="default:smoke",
         WORKDIR=str(tmp_path / "run"),
@@ -98,8 +101,9 @@ def test_quickstart(small, tmp_path):
     published, own = (html for html in found.html if "net keep rate up to" in html)
     assert published.count("<span") >= 20 + 10
     assert published != own
-    assert "&lt;" in published
-    assert "<script" not in published
+    for escaped in ("&lt;script", "&lt;/style", "&amp;lt;"):
+        assert escaped in published
+    assert not re.search("<(?:script|/style)|[\u202a-\u202e\u2066-\u2069]", published)
     assert re.search(r"requested +kappa 0.700, rho 0.800, eta 0.800", found.printed)
     assert "ended by" in found.printed
     table = rows(tmp_path / "run" / "results.csv")
@@ -125,7 +129,7 @@ def test_where_does_compute_go(roomy, policy, tmp_path):
         FOLDER=str(tmp_path),
     )
     (shaded,) = (html for html in found.html if "net keep rate up to" in html)
-    assert shaded.count('title="net ') == 24
+    assert shaded.count('title="all ') == 24
     assert "smollm2-135m/sol-j-fl" in found.printed
     spent = re.findall(r"^([\d., ]{24}) ([\d., ]{24}) (\d\.\d\d)  +[\d.]+ MB a token", found.printed, re.M)
     assert [tuple(map(float, asked.split(","))) for asked, _, _ in spent] == budgets
@@ -168,7 +172,7 @@ def test_your_own_axis(small, roomy, tmp_path):
     assert policy["requested_omega"] == "0.8"
     assert 0.5 <= float(policy["cost_omega"]) <= 1
     (shaded,) = (html for html in found.html if "net keep rate up to" in html)
-    assert re.search(r'title="net [^"]*, omega 1\.00"', shaded)
+    assert re.search(r'title="all [^"]*, omega 1\.00"', shaded)
     assert len(found.png) == 1
 
 
