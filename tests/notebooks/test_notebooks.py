@@ -36,14 +36,14 @@ class Shown:
 
 def shown(name: str, folder: pathlib.Path = form.ROOT, **values) -> Shown:
     notebook = run.with_parameters(form.read(form.FOLDER / f"{name}.ipynb"), values)
-    return Shown(run.execute(notebook, folder, timeout=280))
+    return Shown(run.execute(notebook, folder, timeout=900))
 
 
 def sentence(name: str, **values) -> str:
     """The one line that a mistake ends in."""
     notebook = run.with_parameters(form.read(form.FOLDER / f"{name}.ipynb"), values)
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook, form.ROOT, timeout=120)
+        run.execute(notebook, form.ROOT, timeout=600)
     lines = [line for line in str(stopped.value).split("\n") if "error: " in line]
     assert "Traceback (most recent call last)" not in str(stopped.value)
     assert len(lines) == 1
@@ -262,7 +262,7 @@ def test_a_repository_that_cannot_be_fetched_is_told_in_a_sentence(tmp_path):
     gone = f'REPOSITORY = "{tmp_path / "gone"}"'
     cell["source"] = re.sub('REPOSITORY = ".*"', gone, form.source(cell))
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook | {"cells": [cell]}, tmp_path, install=True, timeout=60)
+        run.execute(notebook | {"cells": [cell]}, tmp_path, install=True, timeout=600)
     assert str(stopped.value).rstrip().endswith("check the runtime's network and the address above")
     assert "Traceback (most recent call last)" not in str(stopped.value)
 
@@ -273,7 +273,7 @@ def test_a_runtime_that_is_too_small_is_told_in_a_sentence(tmp_path):
     (cell,) = form.tagged(notebook, "install")
     cell["source"] = form.source(cell).replace('"--gigabytes", "4"', '"--gigabytes", "1e9"')
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook | {"cells": [cell]}, form.FOLDER, install=True, timeout=60)
+        run.execute(notebook | {"cells": [cell]}, form.FOLDER, install=True, timeout=600)
     assert re.search(
         r"the runtime has [\d.]+ GB of free memory, and this notebook needs 1e\+09 GB; restart it",
         str(stopped.value),
