@@ -5,6 +5,7 @@ What the cells show is held to what they must show; mistakes end in one sentence
 
 import base64
 import csv
+import html
 import pathlib
 import re
 
@@ -16,8 +17,7 @@ from experiments.colab import form, run
 from sol_jax.errors import UserError
 from sol_jax.training.from_config import train_policy
 
-# A model goes on with what repeats, so that its own text has all of this: markup, an end of the style sheet,
-# an entity, and characters that turn the direction of what follows.
+# A model goes on with what repeats, so that its own text has markup in it.
 HOSTILE = 3 * "<script>alert('a')</script></style>&lt;\u202egnp\u2069\n"
 
 
@@ -98,12 +98,13 @@ def test_quickstart(small, tmp_path):
         FIELDS=small,
         OWN_BUDGET=(0.5, 0.8, 0.6),
     )
-    published, own = (html for html in found.html if "net keep rate up to" in html)
+    published, own = (part for part in found.html if "net keep rate up to" in part)
     assert published.count("<span") >= 20 + 10
     assert published != own
-    for escaped in ("&lt;script", "&lt;/style", "&amp;lt;"):
-        assert escaped in published
-    assert not re.search("<(?:script|/style)|[\u202a-\u202e\u2066-\u2069]", published)
+    written = html.unescape(re.sub(r"<[^>]*>", "", published))
+    assert re.search(r"</?\w+>", written), "the prompt no longer makes the model write markup"
+    assert {*re.findall(r"<(/?\w+)", published)} == {"div", "/div", "span", "/span"}
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", published)
     assert re.search(r"requested +kappa 0.700, rho 0.800, eta 0.800", found.printed)
     assert "ended by" in found.printed
     table = rows(tmp_path / "run" / "results.csv")
