@@ -12,7 +12,6 @@ flags with which it would.  Rows that were compiled stay when the others are mad
 
 import argparse
 import csv
-import dataclasses
 import importlib
 import pathlib
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "h100:8")
 # Of many chips: the paper's batch, and one that gives every row of the mesh a block.
 SCALE = ("v5e:2x4", "v5e:16x16", "v5e:16x16*16", "v5p:8x8x4", "v5p:16x16x16")
 SCALED = ("sol_j_fl:1b", "sol_j_fl:8b")
-SCALE_COLUMNS = ("batch", *COLUMNS)
+SCALE_COLUMNS = ("batch", *COLUMNS, "playing_seconds")
 
 
 def config_of(name: str) -> RunConfig:
@@ -96,19 +95,22 @@ def _order() -> Iterator[tuple[str, str]]:
 
 
 def scale(path: pathlib.Path) -> None:
-    """Makes the rows of many chips, in bfloat16, with models cut where they must be."""
+    """Makes the rows of many chips, in bfloat16; 8B is cut in two where it must be."""
     rows: list[dict[str, Any]] = []
     for name in SCALED:
         for topology_name in SCALE:
             topology = parse_topology(topology_name)
-            config = config_of(name).with_fields({"model.dtype": "bfloat16", "memory.prefill_batch": 1})
+            model = 2 if name.endswith("8b") and topology_name.startswith("v5e") else 1
+            fields = {"model.dtype": "bfloat16", "memory.prefill_batch": 1, "mesh.model": model}
+            config = config_of(name).with_fields(fields)
             for whole in (False, True):
-                devices = topology.num_devices
-                batch = max(devices, config.grpo.batch_size) if whole else config.grpo.batch_size
+                batch = config.grpo.batch_size
+                batch = max(topology.num_devices // model, batch) if whole else batch
                 asked = config.with_fields({"grpo.batch_size": batch, "mesh.chunk": 1})
                 plan = make_plan(asked, topology, compiling=False)
-                rows.append({"batch": batch, **row(name, plan)})
-                print(dataclasses.replace(plan.seconds), rows[-1]["needs_gib"], flush=True)
+                playing = plan.seconds.total - plan.seconds.learn - plan.seconds.network
+                rows.append({"batch": batch, **row(name, plan), "playing_seconds": f"{playing:.3g}"})
+                print(plan.seconds, rows[-1]["needs_gib"], flush=True)
     write(path, SCALE_COLUMNS, rows)
 
 
@@ -124,11 +126,9 @@ def shown() -> Iterator[str]:
     yield "| config | chips | blocks | GiB | playing, s | learning, s | to all, s | |"
     yield "|---|---|---|---|---|---|---|---|"
     for line in read(RESULTS / "plans-scale.csv"):
-        learn, network = float(line["learn_seconds"]), float(line["network_seconds"])
-        playing = float(line["least_seconds"]) - learn - network
         fits = "" if line["fits"] == "yes" else f"does not fit {float(line['has_gib']):.1f}"
         parts = line["topology"], line["batch"], line["needs_gib"]
-        times = (f"{seconds:.3g}" for seconds in (playing, learn, network))
+        times = (line[f"{part}_seconds"] for part in ("playing", "learn", "network"))
         yield f"| `{line['config']}` | `{' | '.join((parts[0] + '`', *parts[1:], *times, fits))} |"
 
 

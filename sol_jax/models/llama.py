@@ -360,7 +360,8 @@ def decode_step(
     def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
         x_D, normed_D, suffix = carry
         with jax.named_scope("attention"):
-            q, k, v = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
+            parts = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
+            q, k, v = map(row_major, parts)
             q_Hxd, k_Hxd, v_Hxd = _rotated(q, k, v, rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)

@@ -1,6 +1,7 @@
 """Plans by arithmetic: what fits, what would, and what cannot be planned."""
 
 import dataclasses
+import functools
 
 import pytest
 from in_process import run_program
@@ -20,6 +21,7 @@ def config(variants: str = "", **fields) -> RunConfig:
     return made.with_fields({name.replace("__", "."): value for name, value in fields.items()})
 
 
+@functools.cache
 def planned(topology: str, variants: str = "", **fields) -> planning.Plan:
     return make_plan(config(variants, **fields), parse_topology(topology), compiling=False)
 
@@ -42,8 +44,8 @@ def test_an_8b_model_in_bfloat16_by_hand():
     ("topology", "fields"),
     [
         ("v5e:2x4", {}),  # weights of 30 GiB
-        ("h100:8", {"episode__prefix_len": 8192}),  # and scores of 24
-        ("a100:8", {"mesh__chunk": 8, "episode__prefix_len": 3072}),  # of eight blocks at once
+        # and scores of 27, of eight blocks at once
+        ("h100:8", {"mesh__chunk": 8, "memory__prefill_batch": 8, "episode__prefix_len": 3072}),
     ],
 )
 def test_what_would_fit_does(topology, fields):

@@ -129,8 +129,9 @@ def test_a_cpu_takes_what_the_arithmetic_says(peaks, case):
 
 
 def test_a_tpu_takes_what_the_arithmetic_says():
-    """What libtpu allots to the program that plays, as `tpu_check` wrote it down: no more than is counted, and
-    not so much less that the margin of plans would not hold it.
+    """What libtpu allots to the program that plays, as `tpu_check` wrote it down: no more than is counted.
+
+    Nor is it so much less that the margin which plans leave would not hold the difference.
     """
     played = {key: row for key, row in read_table().items() if key[0].startswith("play ")}
     assert played
