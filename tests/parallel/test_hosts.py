@@ -17,6 +17,7 @@ from configs import default
 from sol_jax.errors import UserError
 from sol_jax.hosts import HostOptions, refuse_several
 from sol_jax.runs.orbax_store import StepStore, complete_steps
+from sol_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 BOUND = 120  # seconds in which a process must notice that another one has gone
@@ -126,9 +127,7 @@ def test_runs_that_are_stopped_and_killed_end_as_one_that_is_not(tiny_folder, tm
     last, found = saved(tmp_path)
     assert last > middle
     again = tmp_path / "again"
-    codes, told = ended(start(1, flags(tiny_folder, again, **{"train.num_updates": last})))
-    assert codes == [0], told
-    assert "1 process, 1 device" in told[0]
+    train(tiny.config_for(tiny_folder, **(RUN | {"train.num_updates": last})), again)
     step, wanted = saved(again)
     assert step == last
     for name, array in wanted.items():
