@@ -72,7 +72,8 @@ gpu-check:
 	$(PYTHON) -m experiments.benchmarks.gpu_check --minutes 8
 
 # Kernels and programs compiled for TPUs, on any machine: libtpu has the compiler.  It gets a folder of its own,
-# for beside jax every program would look for a TPU.  ARGS=--quick takes minutes; everything takes an hour.
+# for beside jax every program would look for a TPU.  ARGS=--quick takes minutes; everything takes hours,
+# and ARGS=--resume goes on where a check was stopped.
 tpu-check: $(VENV)/.ready build/libtpu/.ready
 	PYTHONPATH=.:build/libtpu $(BIN)/python -m experiments.benchmarks.tpu_check $(ARGS)
 

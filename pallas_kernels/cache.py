@@ -8,6 +8,7 @@ more, for the reinterpretation is not free there.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.dispatch import current_platform
 
@@ -39,3 +40,14 @@ def as_numbers(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns what `as_bits` made of numbers of `dtype` as such numbers again."""
     bits = dtype == jnp.bfloat16 and x.dtype == jnp.uint16
     return lax.bitcast_convert_type(x, jnp.bfloat16) if bits else x
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Returns x; where a TPU is traced for, with the last axis innermost in memory.
+
+    Of products with weights: without it the compiler wants q, k and v of a prefill turned around, and for
+    that holds the weights of all layers a second time, turned around too.
+    """
+    if current_platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

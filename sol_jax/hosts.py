@@ -107,14 +107,20 @@ def joined(options: HostOptions) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
+def launcher() -> str:
+    """The variable by which a launcher says that it started several processes, as NAME=VALUE; or nothing."""
+    for name, says in _LAUNCHERS.items():
+        with contextlib.suppress(ValueError):  # a number that is none
+            if name in os.environ and says(os.environ[name]):
+                return f"{name}={os.environ[name]}"
+    return ""
+
+
 def _is_one_of_several(options: HostOptions) -> bool:
     if options.distributed != "auto":
         return options.distributed == "on"
-    if options.coordinator:
+    if options.coordinator or launcher():
         return True
-    with contextlib.suppress(ValueError):  # of a launcher whose numbers are none
-        if any(says(os.environ[name]) for name, says in _LAUNCHERS.items() if name in os.environ):
-            return True
     # On a TPU's host JAX finds the others by itself.
     return importlib.util.find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
 
@@ -263,6 +269,15 @@ def check_same(what: str, value: Mapping[str, Any]) -> None:
                     f"{what}{name} is {here!r} in process 0 and {there!r} in process {process}; "
                     "they must agree"
                 )
+
+
+def refuse_several(program: str) -> None:
+    """Raises `UserError` in a program that runs in one process, if a launcher has started several."""
+    if said := launcher() or (f"{jax.process_count()} processes" if jax.process_count() > 1 else ""):
+        raise UserError(
+            f"{program} runs in one process, on all devices of one host, and this is one of several "
+            f"({said}); start it once"
+        )
 
 
 def summary() -> str:

@@ -3,6 +3,7 @@
     python -m experiments.benchmarks.tpu_check             # everything, for every chip
     python -m experiments.benchmarks.tpu_check --quick     # what CI compiles, in minutes
     python -m experiments.benchmarks.tpu_check --only decode_step --chips v5e,v4
+    python -m experiments.benchmarks.tpu_check --resume    # goes on where one before was stopped
 
 It needs libtpu and no TPU.  What does not compile fails, and what holds a second copy: of weights or caches,
 or, a kernel, of half of its largest operand.  Whole programs have tighter bounds on temporaries besides, if
@@ -34,6 +35,7 @@ TOPOLOGIES = {
     "tpu7x": "tpu7x:2x2x1",
 }
 TABLE = RESULTS / "tpu_check.csv"
+DONE = pathlib.Path("build/tpu_check_done.csv")  # a row for each program of this check that was right
 COLUMNS = ("check", "chip", "arguments_mib", "temporaries_mib", "bound_mib")
 MIB = 2**20
 # Temporaries of a kernel that is given little: rounding up, masks, what is known by page.
@@ -55,6 +57,27 @@ def write_table(rows: Rows, path: pathlib.Path = TABLE) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
+
+
+class Done:
+    """The programs that were right so far, in a file, so that a check that was stopped goes on."""
+
+    def __init__(self, path: pathlib.Path, resume: bool):
+        self._path = path
+        self._rows: set[tuple[str, ...]] = set()
+        path.parent.mkdir(exist_ok=True)
+        if resume and path.exists():
+            with path.open(newline="") as file:
+                self._rows = {tuple(row) for row in csv.reader(file)}
+        else:
+            path.write_text("")
+
+    def __contains__(self, name_and_chip: tuple[str, str]) -> bool:
+        return name_and_chip in self._rows
+
+    def add(self, name: str, chip: str) -> None:
+        with self._path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow((name, chip))
 
 
 def second_copy(check: Check, largest: int) -> float:
@@ -109,15 +132,18 @@ def run(
     chips_of: Callable[[Check], Iterable[str]],
     table: Rows,
     keep: Callable[[Rows], None] = lambda measured: None,
+    done: Done | None = None,
 ) -> tuple[Rows, list[str], int]:
     """The rows of whole programs, a line for each failure, and how many programs compiled.
 
-    Rows so far are given to `keep` after each, since the whole takes long.
+    Rows so far are given to `keep` after each, since the whole takes long; what is in `done` is left out.
     """
     measured: Rows = {}
     failed, compiled = [], 0
     for check in chosen:
         for chip in chips_of(check):
+            if done is not None and (check.name, chip) in done:
+                continue
             start = time.perf_counter()
             try:
                 row, wrong = compile_check(check, chip)
@@ -129,12 +155,15 @@ def run(
             else:
                 compiled += 1
                 if check.never is not None:
-                    measured[check.name, chip] = row
                     bound = table.get((check.name, chip), {}).get("bound_mib")
+                    if not wrong:  # what is there twice gets no bound
+                        measured[check.name, chip] = row
+                        keep(measured)
                     wrong = wrong or _beyond(row["temporaries_mib"], bound)
-                    keep(measured)
             if wrong:
                 failed.append(f"{check.name} on {chip}: {wrong}")
+            elif done is not None:
+                done.add(check.name, chip)
             took = time.perf_counter() - start
             said = f"FAILED: {wrong}" if wrong else f"{row['temporaries_mib']} MiB of temporaries"
             print(f"{check.name} on {chip}: {said} ({took:.1f} s)", flush=True)
@@ -147,6 +176,7 @@ def main() -> None:
     parser.add_argument("--chips", default="", help=f"of {', '.join(TOPOLOGIES)}, with commas between")
     parser.add_argument("--only", default="", help="what has this in its name")
     parser.add_argument("--write", action="store_true", help="make bounds of what is measured")
+    parser.add_argument("--resume", action="store_true", help="leave out what the check before found right")
     args = parser.parse_args()
     if (problem := tpu.problem()) is not None:
         sys.exit(f"tpu-check: {problem}")
@@ -161,7 +191,8 @@ def main() -> None:
         if args.write:
             write_table(table | measured)
 
-    _, failed, compiled = run(chosen, chips_of, table, keep)
+    done = None if args.quick else Done(DONE, args.resume)
+    _, failed, compiled = run(chosen, chips_of, table, keep, done)
     print(f"{compiled} programs compiled in {time.monotonic() - start:.0f} s, {len(failed)} failures")
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)

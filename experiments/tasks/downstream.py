@@ -10,12 +10,16 @@ on the same items, nats per token of the right answer, and realised costs.  Reco
 `NAME-items/` beside the CSV, so that a killed sweep goes on; they are not committed.  Schedules are matched
 to the costs that the policy realised on the task.  `random_best` is the draw that was right most often on
 the very items it is judged by, which favours it.
+
+On several hosts the same command runs on each (docs/pods.md): they share requests out, and the first writes.
 """
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import random
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +28,8 @@ import numpy as np
 from experiments.tasks import item_records, prompts
 from experiments.tasks.item_records import ItemRecord
 from experiments.tasks.sweep import TaskRun, TaskSweep
+from sol_jax import hosts
+from sol_jax.digests import array_digest, digest
 from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.evaluation import budget_grid as budgets
 from sol_jax.evaluation import results_csv as results
@@ -31,9 +37,16 @@ from sol_jax.evaluation.statistics import document_bootstrap, mcnemar, wilson
 from sol_jax.files import path_argument
 from sol_jax.generation.engine import Engine
 from sol_jax.generation.load_engine import open_engine, show_log
+from sol_jax.hosts import HostOptions
+from sol_jax.options import described
 from sol_jax.runs.metrics import progress
 from sol_jax.runs.session import commit
 
+# What all processes must be given alike; --data need not be one folder, but its items must be the same.
+AGREED = (
+    "policy", "model", "tasks", "limit", "budgets", "random", "seed", "batch_size", "dtype", "kernels",
+    "output",
+)  # fmt: skip
 # Rows that differ in one of these never share a file.
 IDENTITY = ("run", "model", "dtype", "limit", "seed", "horizon")
 
@@ -128,7 +141,10 @@ def downstream(args: argparse.Namespace) -> None:
     names = prompts.named(args.tasks.split(","))
     if min(args.limit, args.random, args.seed) < 0 or args.batch_size < 1:
         raise UserError("--limit, --random and --seed must be at least 0, and --batch_size at least 1")
-    examples = {name: sample(prompts.load(args.data, name), args.limit, args.seed) for name in names}
+    hosts.check_same("--", {name: str(getattr(args, name)) for name in AGREED})
+    examples = hosts.together(
+        lambda: {name: sample(prompts.load(args.data, name), args.limit, args.seed) for name in names}
+    )
     asked: list[budgets.Budgets] = []
 
     def check(policy: Engine) -> None:
@@ -137,11 +153,20 @@ def downstream(args: argparse.Namespace) -> None:
             budgets.parse(args.budgets, space, "--budgets") if args.budgets else budgets.diagonal(space, 3)
         )
 
-    policy = open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
+    policy = hosts.together(
+        lambda: open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
+    )
+    seen = {
+        f"items of {name}": digest([dataclasses.astuple(x) for x in mine]) for name, mine in examples.items()
+    }
+    seen |= {"model": policy.identity, "policy": array_digest(policy.params)}
+    hosts.check_same("the content of the ", seen)
     model = pathlib.PurePath(args.model.removeprefix("hub:")).name
     about = {"run": args.policy, "model": model, "dtype": args.dtype, "limit": args.limit, "seed": args.seed}
     about |= {"horizon": policy.cfg.horizon, "draws": args.random, "commit": commit()}
-    kept = rows_of_other_tasks(args.output, about, names)
+    kept = hosts.together(
+        lambda: rows_of_other_tasks(args.output, about, names) if hosts.first() else []
+    )  # of which the first process alone makes use
     under, folder = engines(policy), args.output.with_name(f"{args.output.stem}-items")
     sweeps = [
         TaskSweep(name, examples[name], under, folder, args.batch_size, args.random, args.seed)
@@ -157,9 +182,15 @@ def downstream(args: argparse.Namespace) -> None:
 
     for sweep in sweeps:
         kept += [results.texts(line | about) for line in rows(sweep, asked[0], report)]
-        results.write(args.output, kept)
+        hosts.together(functools.partial(_write, args.output, kept))
     bar.close()
-    print(table(kept))
+    if hosts.first():
+        print(table(kept))
+
+
+def _write(path: pathlib.Path, lines: Sequence[dict[str, str]]) -> None:
+    if hosts.first():
+        results.write(path, lines)
 
 
 def _count_on_disk(sweep: TaskSweep, asked: budgets.Budgets) -> int:
@@ -207,9 +238,21 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kernels", default="auto")
+    joining = list(described(HostOptions()))
+    for flag in joining:
+        kind = int if flag.kind in (int, int | None) else str
+        parser.add_argument(
+            f"--{flag.name}", type=kind, default=flag.value, help=flag.meaning, choices=_choices(flag.kind)
+        )
     args = parser.parse_args()
-    show_log()
-    downstream(args)
+    with hosts.joined(HostOptions(**{flag.name: getattr(args, flag.name) for flag in joining})):
+        if hosts.first():
+            show_log()
+        downstream(args)
+
+
+def _choices(kind: Any) -> tuple[Any, ...] | None:
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sol_jax import hosts
 from sol_jax.errors import UserError
 from sol_jax.files import parse_json
 
@@ -33,11 +34,19 @@ def read(path: pathlib.Path) -> list[ItemRecord]:
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not what a killed process began to write
-        return [
-            ItemRecord(**{name: _tuple(value) for name, value in parse_json(line).items()}) for line in lines
-        ]
+        return [_of_fields(parse_json(line)) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; delete it, and its items are run again") from None
+
+
+def read_for_all(path: pathlib.Path) -> list[ItemRecord]:
+    """`read`, in all processes of a run; the first reads, and tells the others."""
+    found = hosts.together(lambda: read(path) if hosts.first() else [])
+    return [_of_fields(fields) for fields in hosts.tell([record._asdict() for record in found])]
+
+
+def _of_fields(fields: Mapping[str, Any]) -> ItemRecord:
+    return ItemRecord(**{name: _tuple(value) for name, value in fields.items()})
 
 
 def _tuple(value: Any) -> Any:

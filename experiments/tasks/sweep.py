@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.tasks import item_records, prompts
 from experiments.tasks.item_records import ItemRecord
+from sol_jax import hosts
 from sol_jax.axes.base import Work
 from sol_jax.digests import array_digest, digest
 from sol_jax.downstream import continuations
@@ -63,7 +64,7 @@ class TaskSweep:
 
     def records_on_disk(self, task_run: TaskRun) -> list[ItemRecord]:
         """The records that are there, in the order of the items."""
-        by_item = {record.item: record for record in item_records.read(self.file(task_run))}
+        by_item = {record.item: record for record in item_records.read_for_all(self.file(task_run))}
         return [by_item[example.name] for example in self.examples if example.name in by_item]
 
     def matched_schedules(self, policy: Sequence[ItemRecord]) -> list[TaskRun]:
@@ -80,9 +81,18 @@ class TaskSweep:
             chunk = left[start : start + CHUNK]
             free = prompts.TASKS[self.task].free
             records = self._write_answers(task_run, chunk) if free else self._score(task_run, chunk, plan_NxM)
-            item_records.append_records(self.file(task_run), records)
+            self._append(task_run, records)
             report(len(chunk))
         return self.records_on_disk(task_run)
+
+    def _append(self, task_run: TaskRun, records: list[ItemRecord]) -> None:
+        """Writes records; of several processes, the first does."""
+
+        def write() -> None:
+            if hosts.first():
+                item_records.append_records(self.file(task_run), records)
+
+        hosts.together(write)
 
     def _plan(self, task_run: TaskRun) -> np.ndarray | None:
         """The schedule of all requests of all items; of a free answer, the engine makes it."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sol_jax import hosts
 from sol_jax.axes.base import Work
 from sol_jax.downstream.continuations import (
     Continuation,
@@ -87,6 +88,7 @@ class SolJax(TemplateLM):
         device: str | None = None,
     ):
         super().__init__()
+        hosts.refuse_several("lm_eval with sol_jax")  # each would write the harness' results
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size={batch_size}: it must be a number, at least 1")
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))

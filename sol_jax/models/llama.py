@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention import attend, split_attention
-from pallas_kernels.cache import as_bits, as_numbers, take_layer
+from pallas_kernels.cache import as_bits, as_numbers, row_major, take_layer
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.linear import match, project
@@ -225,7 +225,8 @@ def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Arr
 
 def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
     """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
-    return _rotated(dot(x, layer["q"]), dot(x, layer["k"]), dot(x, layer["v"]), rope, cfg)
+    q, k, v = (row_major(dot(x, layer[name])) for name in ("q", "k", "v"))
+    return _rotated(q, k, v, rope, cfg)
 
 
 def _rotated(q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
@@ -359,7 +360,8 @@ def decode_step(
     def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
         x_D, normed_D, suffix = carry
         with jax.named_scope("attention"):
-            q, k, v = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
+            parts = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
+            q, k, v = map(row_major, parts)
             q_Hxd, k_Hxd, v_Hxd = _rotated(q, k, v, rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)

@@ -19,6 +19,8 @@ from sol_jax.planning.sizes import Shares, Sizes, played_bytes, sizes
 from sol_jax.planning.topology import Topology
 from sol_jax.runs.config import RunConfig
 
+# Of a device's memory, what a plan by arithmetic may fill: its temporaries are right to a third or so.
+FILLED = 0.95
 COPY_RATE = 5e9  # bytes a second that one core of a CPU copies: of the right size, no more
 
 
@@ -40,8 +42,13 @@ class Plan:
         return max(self.sizes.total, self.refused_bytes)
 
     @property
+    def room(self) -> float:
+        """Bytes that may be filled: all, if that was compiled."""
+        return self.topology.chip.memory * (1.0 if self.compiled else FILLED)
+
+    @property
     def fits(self) -> bool:
-        return not self.refused and self.needs <= self.topology.chip.memory
+        return not self.refused and self.needs <= self.room
 
     @property
     def compile_seconds(self) -> float | None:
@@ -156,7 +163,7 @@ def remedies(plan: Plan) -> list[tuple[str, Plan]]:
             continue
         # What the estimate misses is among the temporaries, and grows with them.
         grown = other.sizes.play_temporaries / max(estimate.play_temporaries, 1.0)
-        if other.needs + excess * min(grown, 1.0) <= 0.95 * plan.topology.chip.memory:
+        if other.needs + excess * min(grown, 1.0) <= other.room:
             named = " ".join(f"--config.{name}={value}" for name, value in flags.items())
             found.append((named, other))
     return found

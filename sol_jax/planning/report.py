@@ -3,7 +3,7 @@
 from typing import Any
 
 from sol_jax.planning.chips import GIB
-from sol_jax.planning.plan import Plan, gib, remedies
+from sol_jax.planning.plan import FILLED, Plan, gib, remedies
 
 # Of the table that experiments write.
 COLUMNS = (
@@ -106,6 +106,8 @@ def _parts(plan: Plan) -> list[tuple[str, float]]:
 
 
 def _verdict(plan: Plan) -> str:
+    if not plan.fits and not plan.refused and plan.needs <= plan.topology.chip.memory:
+        return f"too near for arithmetic, which leaves {1 - FILLED:.0%}; it may not fit"
     return "it fits" if plan.fits else "it does not fit"
 
 

@@ -197,10 +197,11 @@ def _play_temporaries(shares: Shares, platform: str) -> float:
     R, T = rows_of_chunk(shares), setup.episode.horizon
     decode = R * (H * (N + T) * (4 + 4 + item) + 3 * F * 4)
     hidden = R * T * D * 4.0  # of every step, which the head reads when all are done
-    rows = min(memory.head_rows, R * T)
-    head = rows * V * 4 * 3
     observed = played_bytes(setup) / setup.grpo.batch_size * shares.chunk
-    return max(prefill, decode + hidden + observed, 2 * hidden + head + observed)
+    # Logits are there once, beside hidden states and labels in order; caches no longer.
+    head = min(memory.head_rows, R * T) * V * 4 + 2 * hidden + observed
+    head -= shares.chunk * cache_bytes(setup) / m
+    return max(prefill, decode + hidden + observed, head)
 
 
 def _learn_temporaries(shares: Shares, played: float, params: float) -> float:

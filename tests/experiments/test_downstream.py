@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import pathlib
+import socket
 import subprocess
 import sys
 import types
@@ -148,6 +149,49 @@ def test_a_sweep_and_its_rows(options, capsys):
     for mine, other in zip(item_records.read(damaged), policy, strict=True):
         assert mine.logp == pytest.approx(other.logp, abs=1e-4)
     assert len(options.output.read_bytes()) == pytest.approx(len(before), abs=20)
+
+
+def test_two_processes_share_a_sweep_that_goes_on(options, tmp_path):
+    """With records of a killed one: what one process writes, and only the first writes and speaks."""
+    given = vars(options) | {"output": tmp_path / "x.csv", "random": 0}
+    downstream.downstream(types.SimpleNamespace(**given))
+    alone = {path.name: item_records.read(path) for path in (tmp_path / "x-items").iterdir()}
+    (tmp_path / "x.csv").unlink()
+    kept = None
+    for path in (tmp_path / "x-items").iterdir():
+        if "policy" in path.name:  # half of it is there
+            kept = path.read_bytes()[: path.stat().st_size // 2]
+            path.write_bytes(kept)
+        else:
+            path.unlink()
+    assert kept
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.tasks.downstream", f"--coordinator=127.0.0.1:{port}"]
+    command += ["--num_processes=2", *(f"--{name}={value}" for name, value in given.items())]
+    both = [
+        subprocess.Popen(
+            [*command, f"--process_id={n}"],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "fixed" in told[0][0]
+    assert "fixed" not in told[1][0]
+    found = {path.name: item_records.read(path) for path in (tmp_path / "x-items").iterdir()}
+    policy = next(name for name in alone if "policy" in name)
+    assert (tmp_path / "x-items" / policy).read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    # Schedules are matched to realised costs, whose last digits may differ, and so their names.
+    assert len(found) == len(alone)
+    for mine, other in zip(found[policy], alone[policy], strict=True):
+        assert mine.item == other.item
+        assert mine.logp == pytest.approx(other.logp, abs=1e-4)
+        assert mine.cost == other.cost
+    with open(tmp_path / "x.csv", newline="") as file:
+        assert [row["controller"] for row in csv.DictReader(file)] == ["policy", "fixed", "dense"]
 
 
 def test_another_task_is_added_and_another_sample_refused(options, monkeypatch):

@@ -15,8 +15,9 @@ import tiny
 
 from configs import default
 from sol_jax.errors import UserError
-from sol_jax.hosts import HostOptions
+from sol_jax.hosts import HostOptions, refuse_several
 from sol_jax.runs.orbax_store import StepStore, complete_steps
+from sol_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 BOUND = 120  # seconds in which a process must notice that another one has gone
@@ -43,31 +44,28 @@ def flags(folder, workdir, **fields):
     return ["--config", "configs/default.py:smoke", "--workdir", str(workdir), *told]
 
 
-def start(count, commands, devices=1, port=None):
-    """`count` processes of the training program; `commands` are the flags of each, or of all."""
-    port = port or free_port()
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    several = commands if isinstance(commands[0], list) else [commands] * count
-    joins = [
-        [
-            f"--coordinator=127.0.0.1:{port}",
-            f"--num_processes={count}",
-            f"--process_id={n}",
-            "--init_timeout=90",
-        ]
-        for n in range(count)
-    ]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "sol_jax.train", *given, *(join if count > 1 else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=ROOT,
-        )
-        for given, join in zip(several, joins, strict=False)
-    ]
+def joining(count, n, port, seconds=180):
+    return {
+        "coordinator": f"127.0.0.1:{port}",
+        "num_processes": count,
+        "process_id": n,
+        "init_timeout": seconds,
+    }
+
+
+def run(command, devices=1, cwd=ROOT):
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], **pipes, text=True, env=env, cwd=cwd)
+
+
+def start(count, given, devices=1):
+    """`count` processes of the training program."""
+    port, command = free_port(), ["-m", "sol_jax.train", *given]
+    if count == 1:
+        return [run(command, devices)]
+    joins = [[f"--{name}={x}" for name, x in joining(count, n, port).items()] for n in range(count)]
+    return [run([*command, *join], devices) for join in joins]
 
 
 def ended(processes, seconds=300):
@@ -97,8 +95,11 @@ def saved(workdir):
     return step, arrays
 
 
-def test_sigterm_to_one_stops_both_and_any_mesh_goes_on(tiny_folder, tmp_path):
-    """2 processes -> 1 process with 3 devices -> 2 processes: what one process ends with, bit for bit."""
+def test_runs_that_are_stopped_and_killed_end_as_one_that_is_not(tiny_folder, tmp_path):
+    """2 processes -> 1 process with 3 devices -> 2 processes: what one process comes to, bit for bit.
+
+    The first two are stopped by SIGTERM to one of them; of the last two, one dies.
+    """
     both = start(2, flags(tiny_folder, tmp_path, **{"train.num_updates": 100_000}))
     wait_for(tmp_path, 2, both)
     both[1].send_signal(signal.SIGTERM)
@@ -113,23 +114,8 @@ def test_sigterm_to_one_stops_both_and_any_mesh_goes_on(tiny_folder, tmp_path):
     middle = first + 3
     codes, told = ended(start(1, flags(tiny_folder, tmp_path, **{"train.num_updates": middle}), devices=3))
     assert codes == [0], told
-    last = middle + 3
-    codes, told = ended(start(2, flags(tiny_folder, tmp_path, **{"train.num_updates": last})))
-    assert codes == [0, 0], told
-    assert saved(tmp_path)[0] == last
-    again = tmp_path / "again"
-    codes, told = ended(start(1, flags(tiny_folder, again, **{"train.num_updates": last})))
-    assert codes == [0], told
-    assert "1 process, 1 device" in told[0]
-    _, wanted = saved(again)
-    _, found = saved(tmp_path)
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-
-
-def test_a_process_that_dies_does_not_leave_the_other_hanging(tiny_folder, tmp_path):
     both = start(2, flags(tiny_folder, tmp_path, **{"train.num_updates": 100_000}))
-    wait_for(tmp_path, 2, both)
+    wait_for(tmp_path, middle + RUN["train.checkpoint_every"] + 1, both)
     both[1].kill()
     begin = time.monotonic()
     code, told = ended(both[:1], BOUND)
@@ -137,59 +123,90 @@ def test_a_process_that_dies_does_not_leave_the_other_hanging(tiny_folder, tmp_p
     assert time.monotonic() - begin < BOUND
     assert "has lost another one" in told[0] or "another task died" in told[0], told
     assert "Traceback" not in told[0]
+    ended(both[1:])
+    last, found = saved(tmp_path)
+    assert last > middle
+    again = tmp_path / "again"
+    train(tiny.config_for(tiny_folder, **(RUN | {"train.num_updates": last})), again)
+    step, wanted = saved(again)
+    assert step == last
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_what_hosts_do_not_agree_on_is_refused(tiny_folder, tmp_path):
+    """All know of each mistake, and one tells of it for all."""
+    right = tiny.config_for(tiny_folder, **RUN)
+    wrong = [
+        ({"optim.learning_rate": 0.5}, "run", "config.optim.learning_rate is 0.001 in process 0 and 0.5 in"),
+        ({"model.path": "/nowhere"}, "run", "config.model.path is"),
+        ({}, str(tmp_path / "other"), "--workdir is"),
+        ({}, "run", "--workdir run is not the same folder for all hosts: process 1 does not see"),
+    ]
+    both, port = [], free_port()
+    for n in range(2):
+        (here := tmp_path / f"host{n}").mkdir()
+        runs = [
+            (right.with_fields(fields if n else {}).to_dict(), workdir if n else "run")
+            for fields, workdir, _ in wrong
+        ]
+        runs += [(right.with_fields({"grpo.batch_size": 1}).to_dict(), "run")]
+        given = json.dumps(joining(2, n, port)), json.dumps(runs)
+        both.append(run([str(pathlib.Path(__file__).with_name("refused_runs.py")), *given], cwd=here))
+    codes, told = ended(both)
+    assert codes == [2, 2], told
+    for text in told:
+        for n, (_, _, said) in enumerate(wrong):
+            assert f"{n}: {said}" in text
+    assert "error: there are 2 processes and config.grpo.batch_size is 1" in told[0]
+    assert "error:" not in told[1]
+
+
+JOIN = """
+import json, sys
+from sol_jax.errors import exits_on_user_error
+from sol_jax.hosts import HostOptions, joined
+@exits_on_user_error
+def main():
+    with joined(HostOptions(**json.loads(sys.argv[1]))):
+        pass
+main()
+"""
+
+
+def test_hosts_that_are_not_found():
+    """Nobody at the address; nothing that says where; and nobody else."""
+    port = free_port()
+    cases = [
+        (joining(2, 1, port, seconds=2), f"the coordinator 127.0.0.1:{port} was not reached"),
+        ({"distributed": "on"}, "nothing here says where"),
+        ({"distributed": "on", **joining(1, 0, free_port())}, "there is one process"),
+    ]
+    started = [run(["-c", JOIN, json.dumps(options)]) for options, _ in cases]
+    codes, told = ended(started)
+    assert codes == [2, 2, 2], told
+    for (_, said), text in zip(cases, told, strict=True):
+        assert said in text
+        assert "Traceback" not in text
+    assert "within 2 seconds (--init_timeout)" in told[0]
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("variables", "said"),
     [
-        (
-            {"optim.learning_rate": 0.5},
-            "config.optim.learning_rate is 0.001 in process 0 and 0.5 in process 1",
-        ),
-        ({"model.path": "/nowhere"}, "config.model.path is"),
+        ({"SLURM_NTASKS": "2"}, r"one of several \(SLURM_NTASKS=2\); start it once$"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, r"\(TPU_WORKER_HOSTNAMES=a,b\)"),
+        ({"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "many", "TPU_WORKER_HOSTNAMES": "a"}, None),
     ],
 )
-def test_hosts_with_different_configs(tiny_folder, tmp_path, fields, message):
-    commands = [flags(tiny_folder, tmp_path), flags(tiny_folder, tmp_path, **fields)]
-    codes, told = ended(start(2, commands), BOUND)
-    assert codes == [2, 2], told
-    assert message in told[0]
-    assert "error:" not in told[1]  # one host tells it for all
-
-
-def test_hosts_with_different_workdirs(tiny_folder, tmp_path):
-    commands = [flags(tiny_folder, tmp_path / name) for name in ("one", "two")]
-    codes, told = ended(start(2, commands), BOUND)
-    assert codes == [2, 2], told
-    assert "--workdir is" in told[0]
-
-
-def test_more_processes_than_blocks(tiny_folder, tmp_path):
-    codes, told = ended(start(2, flags(tiny_folder, tmp_path, **{"grpo.batch_size": 1})), BOUND)
-    assert codes == [2, 2], told
-    assert "there are 2 processes and config.grpo.batch_size is 1" in told[0]
-
-
-def test_a_coordinator_that_cannot_be_reached(tiny_folder, tmp_path):
-    port = free_port()
-    join = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=1", "--init_timeout=3"]
-    command = [sys.executable, "-m", "sol_jax.train", *flags(tiny_folder, tmp_path), *join]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=BOUND, check=False)
-    assert done.returncode == 2
-    assert f"127.0.0.1:{port}" in done.stderr
-    assert "within 3 seconds (--init_timeout)" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_distributed_with_nobody_else(tiny_folder, tmp_path):
-    command = [sys.executable, "-m", "sol_jax.train", *flags(tiny_folder, tmp_path), "--distributed=on"]
-    alone = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0"]
-    for extra, message in (([], "nothing here says where"), (alone, "there is one process")):
-        done = subprocess.run(
-            [*command, *extra], capture_output=True, text=True, cwd=ROOT, timeout=BOUND, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
+def test_programs_of_one_process(variables, said, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        refuse_several("lm_eval")
+        return
+    with pytest.raises(UserError, match=said):
+        refuse_several("lm_eval")
 
 
 @pytest.mark.parametrize(
