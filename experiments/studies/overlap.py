@@ -1,7 +1,7 @@
 """Does text that is scored on share runs of words with text that was trained on?
 
     python -m experiments.studies.overlap --source wiki.test.raw.gz --document_start '^ = [^=].* = $' \\
-        --train_source books.jsonl.gz,paragraphs.jsonl.gz --output experiments/results/overlap.csv
+        --train_source books.jsonl.gz,paragraphs.jsonl.gz --output overlap.csv
 
 An evaluation refuses documents that a policy was trained on, but knows them as wholes: an article that was
 cut or spelled otherwise passes.  Here words are compared, in lower case, without punctuation.  The CSV has a
