@@ -103,9 +103,8 @@ def scale(path: pathlib.Path) -> None:
             model = 2 if name.endswith("8b") and topology_name.startswith("v5e") else 1
             fields = {"model.dtype": "bfloat16", "memory.prefill_batch": 1, "mesh.model": model}
             config = config_of(name).with_fields(fields)
-            for whole in (False, True):
-                batch = config.grpo.batch_size
-                batch = max(topology.num_devices // model, batch) if whole else batch
+            papers = config.grpo.batch_size
+            for batch in dict.fromkeys((papers, max(topology.num_devices // model, papers))):
                 asked = config.with_fields({"grpo.batch_size": batch, "mesh.chunk": 1})
                 plan = make_plan(asked, topology, compiling=False)
                 playing = plan.seconds.total - plan.seconds.learn - plan.seconds.network

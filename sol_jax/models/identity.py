@@ -32,7 +32,7 @@ def model_identity(path: pathlib.Path, config: LlamaConfig, tokenizer: Tokenizer
 def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     """What of two identities differs, for people; empty if nothing, or if one does not say."""
     told = [
-        f"its {name} have the digest {theirs[name]}, and here it is {ours[name]}"
+        f"the digest of its {name} is {theirs[name]}, and here it is {ours[name]}"
         for name in sorted({*theirs} & {*ours})
         if theirs[name] != ours[name]
     ]

@@ -170,7 +170,7 @@ def test_a_policy_goes_with_copies_of_its_model_and_with_no_other(tiny_folder, t
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(UserError) as mistake:
         opened(tiny_folder, model=str(copy), **asked)
-    differ = f"its weights have the digest {tiny_session.identity['weights']}, and here it is "
+    differ = f"the digest of its weights is {tiny_session.identity['weights']}, and here it is "
     assert differ in str(mistake.value)
     assert "another model" in str(mistake.value)
     assert "tokenizer" not in str(mistake.value)

@@ -172,13 +172,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(tmp_path):
         assert checkpoints.identity_of(1) == ours
         checkpoints.bind(ours | {"weights": "cccc"})
         told = (
-            "/checkpoints: the checkpoint of step 1 is of another model: its weights have the digest aaaa, "
+            "/checkpoints: the checkpoint of step 1 is of another model: the digest of its weights is aaaa, "
             "and here it is cccc; use another workdir, or the model files that the run began with$"
         )
         with pytest.raises(UserError, match=told):
             checkpoints.restore(first_state())
         checkpoints.bind({"weights": "cccc", "tokenizer": "dddd"})
-        with pytest.raises(UserError, match=r"its tokenizer have the digest bbbb.*; its weights have"):
+        with pytest.raises(UserError, match=r"the digest of its tokenizer is bbbb.*; the digest of its weights is"):
             checkpoints.restore(first_state())
         assert tree_of(tmp_path) == before
         checkpoints.bind(ours)
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_cost_model_is_refused_wherever_the_file_is(tmp_
     with opened(tmp_path, config) as checkpoints:
         checkpoints.bind({"weights": "aaaa", "prices": "cccc"})
         told = (
-            "step 1 is of another cost model: its prices have the digest bbbb, and here it is cccc; use "
+            "step 1 is of another cost model: the digest of its prices is bbbb, and here it is cccc; use "
             r"another workdir, or the config\.axes\.prices that the run began with$"
         )
         with pytest.raises(UserError, match=told):

@@ -183,7 +183,7 @@ def test_what_makes_another_model(tiny_folder, tiny_session, tmp_path, part, har
     changed = {name for name, digest in found.items() if digest != tiny_session.identity[name]}
     assert changed == {part}
     assert differences(tiny_session.identity, found) == (
-        f"its {part} have the digest {tiny_session.identity[part]}, and here it is {found[part]}"
+        f"the digest of its {part} is {tiny_session.identity[part]}, and here it is {found[part]}"
     )
 
 

@@ -160,7 +160,7 @@ def test_a_policy_is_for_a_model_by_its_content(tiny_folder, params, tiny_sessio
     ):
         with pytest.raises(UserError) as mistake:
             fits(tiny_session, params, config, ABOUT | {"identity": theirs})
-        differ = [f"its {x} have the digest {theirs[x]}, and here it is {own[x]}" for x in told_of]
+        differ = [f"the digest of its {x} is {theirs[x]}, and here it is {own[x]}" for x in told_of]
         path = config.model.path
         assert told(mistake) == f"the policy P is for another model than {path}: {'; '.join(differ)}"
 

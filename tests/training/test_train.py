@@ -317,7 +317,7 @@ def test_a_model_replaced_under_its_name_is_refused_and_the_run_left_alone(
     finally:
         shutil.copy2(tmp_path / "old", file)
     told = str(mistake.value)
-    assert f"the checkpoint of step {UPDATES} is of another model: its weights have the digest " in told
+    assert f"the checkpoint of step {UPDATES} is of another model: the digest of its weights is " in told
     assert f"{tiny_session.identity['weights']}, and here it is " in told
     assert "tokenizer" not in told
     assert told.endswith("; use another workdir, or the model files that the run began with")
