@@ -115,6 +115,16 @@ def test_a_decode_step_compiles_within_its_bounds():
     assert run([check], on_v5e, read_table())[1] == []
 
 
+def test_a_check_that_was_stopped_goes_on(tmp_path):
+    """What was right is left out, whether or not libtpu is here; a new check begins anew."""
+    path = tmp_path / "build" / "done.csv"
+    tpu_check.Done(path, resume=False).add("made up", "v5e")
+    done = tpu_check.Done(path, resume=True)
+    assert run([doubling(False)], on_v5e, {}, done=done) == ({}, [], 0)
+    assert ("made up", "v4") not in done
+    assert ("made up", "v5e") not in tpu_check.Done(path, resume=False)
+
+
 def test_without_libtpu_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["tpu_check"])

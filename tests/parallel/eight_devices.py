@@ -54,9 +54,8 @@ def setup_of(learner: str, jitter: int = 0, kernels: str = "auto") -> Setup:
     return Setup(rules, policy, grpo, optim, learner=learner)
 
 
-# Compiling is all that this takes, so that what can share programs does: rows of several devices need XLA's.
-SETUPS = {"grpo": setup_of("grpo", jitter=3, kernels="xla"), "counterfactual": setup_of("counterfactual")}
-MESHES = {"grpo": {1: (1, 2, 3, 8), 2: (1, 2)}, "counterfactual": {1: (1, 3)}}  # by chunk
+SETUPS = {"grpo": setup_of("grpo", jitter=3), "counterfactual": setup_of("counterfactual")}
+MESHES = {"grpo": {1: (1, 2, 3, 8), 2: (1, 3)}, "counterfactual": {1: (1, 3)}}  # by chunk
 TOKENS_BxN = np.random.default_rng(0).integers(0, 64, (BATCH, SETUPS["grpo"].episode.block_length), np.int32)
 WEIGHTS = llama.init_weights(jax.random.key(7), MODEL)
 
@@ -92,11 +91,11 @@ def updated(setup: Setup, data: int, model: int = 1, chunk: int = 1, updates: in
 def compiled(model: int = 1, chunk: int = 1):
     """The program that a row runs for a chunk."""
     mesh, weights = on_mesh(8 // model, model)
-    setup = SETUPS["grpo"]
+    setup = setup_of("grpo", kernels="xla")
     state = init_state(jax.random.key(0), setup)
     drawn = draw_batch(state.key, state.step, setup=setup)
     drawn = drawn._replace(key_BxWxK=jax.random.key_data(drawn.key_BxWxK))
-    row = sharding.rows_here(mesh)[0]
+    row = sharding.rows_here(mesh)[-1]
     places = np.arange(chunk)
     given = row.put(((state.params, drawn), TOKENS_BxN[places], places))
     return play_chunk.lower(given[0], row.of(weights), *given[1:], setup=setup).compile()
@@ -112,38 +111,39 @@ def collectives(program) -> list[str]:
     return sorted(re.findall(found, program.as_text()))
 
 
-def scores(data: int, model: int, controller: str) -> np.ndarray:
-    """Of a policy or of given schedules, on blocks that no mesh divides; on one device for no rows."""
-    setup = SETUPS["grpo"]
+def scores(data: int, model: int, tokens_BxN: np.ndarray) -> dict[str, np.ndarray]:
+    """Of a policy and of given schedules, on blocks that no mesh divides."""
+    setup = setup_of("grpo", kernels="xla") if model > 1 else SETUPS["grpo"]
     weights = WEIGHTS if data == 0 else on_mesh(data, model)[1]
     params = init_state(jax.random.key(0), setup).params
-    scorer = BatchScorer(weights, params, TOKENS_BxN, setup, len(TOKENS_BxN), 4)
-    if controller == POLICY:
-        budget = np.broadcast_to(np.float32([0.5, 0.7, 0.6]), (len(TOKENS_BxN), 2, 1, 3))
-        played = scorer.play(budget, ControllerSpec(POLICY, with_entropy=True))
-        return np.stack([played.logp_NxWxJxT, played.entropy_NxWxJxT, played.action_NxWxJxT])
-    given = np.random.default_rng(1).integers(0, SPACE.num_actions, (len(TOKENS_BxN), 2, 4, 4))
-    return scorer.play(given, ControllerSpec(REPLAY)).logp_NxWxJxT
+    scorer = BatchScorer(weights, params, tokens_BxN, setup, len(tokens_BxN), 3)
+    budget = np.broadcast_to(np.float32([0.5, 0.7, 0.6]), (len(tokens_BxN), 2, 1, 3))
+    given = np.random.default_rng(1).integers(0, SPACE.num_actions, (len(tokens_BxN), 2, 4, 4))
+    by_policy = scorer.play(budget, ControllerSpec(POLICY, with_entropy=True))
+    replayed = scorer.play(given, ControllerSpec(REPLAY))
+    return {
+        "policy": by_policy.logp_NxWxJxT,
+        "entropy": by_policy.entropy_NxWxJxT,
+        "action": by_policy.action_NxWxJxT,
+        "replayed": replayed.logp_NxWxJxT,
+    }
 
 
-def engine_on(weights) -> Engine:
-    setup = SETUPS["grpo"]
-    params = init_state(jax.random.key(0), setup).params
-    decoder = Decoder(setup.rules, setup.policy, Sampling(temperature=1.0))
-    return Engine(weights, Bytes(), decoder, "policy", params)
-
-
-def texts(weights) -> list[list[int]]:
-    """Three texts as they are drawn."""
+def texts() -> dict[str, dict]:
+    """Three texts as they are drawn, and given ones as they are scored: alone, and shared out."""
+    found = {}
     requests = [Request([3, 5, 7 + n], (0.5, 0.7, 0.6), max_tokens=6, seed=n) for n in range(3)]
-    return [output.transcript.ids for output in generate(engine_on(weights), requests)]
-
-
-def given_texts(weights) -> list[float]:
-    """How likely three given texts are."""
     given = [Continuation(tuple(range(4, 12 + n)), tuple(range(20, 25 + n))) for n in range(3)]
-    found = score(engine_on(weights), given, (0.5, 0.7, 0.6), batch_size=2)
-    return np.concatenate([score.logp_N for score in found]).tolist()
+    setup = setup_of("grpo", kernels="xla")
+    params = init_state(jax.random.key(0), setup).params
+    for name, weights in {"alone": WEIGHTS, "3x1": on_mesh(3)[1], "2x4": on_mesh(2, 4)[1]}.items():
+        decoder = Decoder(setup.rules, setup.policy, Sampling(temperature=1.0))
+        engine = Engine(weights, Bytes(), decoder, "policy", params)
+        outputs = generate(engine, requests)
+        scores = score(engine, given, (0.5, 0.7, 0.6), batch_size=2)
+        logp = np.concatenate([score.logp_N for score in scores]).tolist()
+        found[name] = {"tokens": [output.transcript.ids for output in outputs], "logp": logp}
+    return found
 
 
 def loaded() -> dict[str, float]:
@@ -201,9 +201,9 @@ def told(learner: str) -> dict:
 
 def main() -> None:
     found = {learner: told(learner) for learner in SETUPS}
-    grpo = SETUPS["grpo"]
-    one = updated(grpo, 1)
-    by_model = {(data, model): updated(grpo, data, model) for data, model in ((1, 2), (3, 2), (2, 4))}
+    by_xla = setup_of("grpo", kernels="xla")
+    one = updated(by_xla, 1)
+    by_model = {(data, model): updated(by_xla, data, model) for data, model in ((1, 2), (3, 2), (2, 4))}
     found["model"] = {
         "names": {f"{data}x{model}": name_of(values) for (data, model), values in by_model.items()},
         "off": {
@@ -213,16 +213,15 @@ def main() -> None:
     programs = {model: compiled(model) for model in (1, 2, 4)}
     found["flops"] = {model: flops(program) for model, program in programs.items()}
     found["collectives"] = {model: collectives(program) for model, program in programs.items()}
-    # Rows of one device and rows of several are shared out in two ways: each is tried by half of what is.
-    several, cut = on_mesh(3)[1], on_mesh(2, 4)[1]
+    alone = scores(0, 1, TOKENS_BxN)
     found["evaluation"] = {
-        f"{controller} {data}x{model}": float(
-            np.abs(scores(data, model, controller) - scores(0, 1, controller)).max()
-        )
-        for data, model, controller in ((3, 1, POLICY), (2, 4, REPLAY))
+        f"{data}x{model}": {
+            name: float(np.abs(values - alone[name]).max())
+            for name, values in scores(data, model, TOKENS_BxN).items()
+        }
+        for data, model in ((3, 1), (2, 4))
     }
-    found["texts"] = {"3x1": texts(several), "alone": texts(WEIGHTS)}
-    found["given texts"] = {"2x4": given_texts(cut), "alone": given_texts(WEIGHTS)}
+    found["texts"] = texts()
     found["weights"] = loaded()
     print(json.dumps(found))
 
