@@ -156,7 +156,7 @@ def downstream(args: argparse.Namespace) -> None:
     policy = hosts.together(
         lambda: open_engine(args.model, args.policy, "policy", args.dtype, args.kernels, check)
     )
-    seen = {
+    seen: dict[str, Any] = {
         f"items of {name}": digest([dataclasses.astuple(x) for x in mine]) for name, mine in examples.items()
     }
     seen |= {"model": policy.identity, "policy": array_digest(policy.params)}
