@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+import sol_jax
 from experiments.colab import form, install
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,6 +31,17 @@ def test_these_are_all():
 @pytest.mark.parametrize("name", form.NAMES)
 def test_a_notebook_has_its_form(name):
     assert form.faults(name, notebook(name), WHERE) == []
+
+
+@pytest.mark.parametrize("name", form.NAMES)
+def test_what_a_notebook_sets_can_be_set(name):
+    """At its own size, which `make notebooks` does not run; an axis of one's own comes later than the config."""
+    tagged = [cell for cell in notebook(name)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
+    given = form.parameters_of(tagged[0])
+    fields = given.get("FIELDS", {})
+    if own := {field for field in fields if field.startswith("axes.omega.")}:
+        fields = {field: value for field, value in fields.items() if field not in {*own, "eval.budgets"}}
+    sol_jax.load_config(given.get("CONFIG", "demo")).with_fields(fields)
 
 
 def code(text: str, **fields) -> dict:
