@@ -35,7 +35,7 @@ def test_a_notebook_has_its_form(name):
 
 @pytest.mark.parametrize("name", form.NAMES)
 def test_what_a_notebook_sets_can_be_set(name):
-    """At its own size, which `make notebooks` does not run; an axis of one's own comes later than the config."""
+    """At its own size, which `make notebooks` does not run; an axis of one's own comes after the config."""
     tagged = [cell for cell in notebook(name)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
     given = form.parameters_of(tagged[0])
     fields = given.get("FIELDS", {})
