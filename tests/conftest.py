@@ -15,8 +15,13 @@ os.environ.setdefault(
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
+import hypothesis
 import jax
 import pytest
+
+# No test depends on the clock: a machine that is busy for a moment is no fault.
+hypothesis.settings.register_profile("without a clock", deadline=None)
+hypothesis.settings.load_profile("without a clock")
 
 # Tracing makes many objects, and they live: looking through them less often saves a fifth of it.
 gc.set_threshold(20_000, 20, 20)
