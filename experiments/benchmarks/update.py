@@ -274,8 +274,10 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch_size", type=int, default=SIZES["batch_size"])
+    parser.add_argument("--num_schedules", type=int, default=SIZES["num_schedules"])
+    parser.add_argument("--horizon", type=int, default=SIZES["horizon"])
+    parser.add_argument("--prefix_len", type=int, default=SIZES["prefix_len"])
     parser.add_argument("--scaling", action="store_true", help="vary K and T instead of the mode")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
     parser.add_argument("--csv", type=path_argument, help="file to write the rows to")
