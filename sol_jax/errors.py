@@ -64,9 +64,13 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left: JAX has no type of its own for it."""
+    """Whether a device or the machine had no memory left: JAX has no type of its own for it.
+
+    A program on a CPU that cannot have its temporaries says INTERNAL in place of RESOURCE_EXHAUSTED.
+    """
     return isinstance(error, MemoryError) or (
-        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+        and any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory allocating"))
     )
 
 

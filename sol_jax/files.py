@@ -70,7 +70,9 @@ def path_of(given: str | os.PathLike, name: str) -> pathlib.Path:
     from etils import epath
 
     path: Any = epath.Path(text)
-    bucket, scheme = _URL.match(text)[0], _URL.match(text)[1]  # type: ignore[index]
+    found = _URL.match(text)
+    assert found is not None  # `_is_known` matched it
+    bucket, scheme = found[0], found[1]
     if bucket not in _reached:
         _see_what_others_write(scheme)
         try:

@@ -107,7 +107,7 @@ def joined(options: HostOptions) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def launcher() -> str:
+def _launcher() -> str:
     """The variable by which a launcher says that it started several processes, as NAME=VALUE; or nothing."""
     for name, says in _LAUNCHERS.items():
         with contextlib.suppress(ValueError):  # a number that is none
@@ -119,7 +119,7 @@ def launcher() -> str:
 def _is_one_of_several(options: HostOptions) -> bool:
     if options.distributed != "auto":
         return options.distributed == "on"
-    if options.coordinator or launcher():
+    if options.coordinator or _launcher():
         return True
     # On a TPU's host JAX finds the others by itself.
     return importlib.util.find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
@@ -273,7 +273,7 @@ def check_same(what: str, value: Mapping[str, Any]) -> None:
 
 def refuse_several(program: str) -> None:
     """Raises `UserError` in a program that runs in one process, if a launcher has started several."""
-    if said := launcher() or (f"{jax.process_count()} processes" if jax.process_count() > 1 else ""):
+    if said := _launcher() or (f"{jax.process_count()} processes" if jax.process_count() > 1 else ""):
         raise UserError(
             f"{program} runs in one process, on all devices of one host, and this is one of several "
             f"({said}); start it once"

@@ -42,11 +42,8 @@ from sol_jax.options import described
 from sol_jax.runs.metrics import progress
 from sol_jax.runs.session import commit
 
-# What all processes must be given alike; --data need not be one folder, but its items must be the same.
-AGREED = (
-    "policy", "model", "tasks", "limit", "budgets", "random", "seed", "batch_size", "dtype", "kernels",
-    "output",
-)  # fmt: skip
+# By which processes join; they and --data differ, whose items must be the same.
+JOINING = tuple(described(HostOptions()))
 # Rows that differ in one of these never share a file.
 IDENTITY = ("run", "model", "dtype", "limit", "seed", "horizon")
 
@@ -141,7 +138,8 @@ def downstream(args: argparse.Namespace) -> None:
     names = prompts.named(args.tasks.split(","))
     if min(args.limit, args.random, args.seed) < 0 or args.batch_size < 1:
         raise UserError("--limit, --random and --seed must be at least 0, and --batch_size at least 1")
-    hosts.check_same("--", {name: str(getattr(args, name)) for name in AGREED})
+    apart = {"data", *(flag.name for flag in JOINING)}
+    hosts.check_same("--", {name: str(value) for name, value in vars(args).items() if name not in apart})
     examples = hosts.together(
         lambda: {name: sample(prompts.load(args.data, name), args.limit, args.seed) for name in names}
     )
@@ -238,14 +236,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kernels", default="auto")
-    joining = list(described(HostOptions()))
-    for flag in joining:
+    for flag in JOINING:
         kind = int if flag.kind in (int, int | None) else str
         parser.add_argument(
             f"--{flag.name}", type=kind, default=flag.value, help=flag.meaning, choices=_choices(flag.kind)
         )
     args = parser.parse_args()
-    with hosts.joined(HostOptions(**{flag.name: getattr(args, flag.name) for flag in joining})):
+    with hosts.joined(HostOptions(**{flag.name: getattr(args, flag.name) for flag in JOINING})):
         if hosts.first():
             show_log()
         downstream(args)

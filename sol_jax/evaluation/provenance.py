@@ -39,13 +39,14 @@ def open_text(
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
     `restate` and `restate_steps` how its policy is asked, and `prefix_len` what precedes its episodes.
     """
+    asked = config.policy.asked(restate, restate_steps)
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
         "kernels": kernels,
         "mesh.data": -1,  # whatever the run had: the devices of now
         "mesh.model": mesh_model,
-        "policy.restate": restate,
-        "policy.restate_steps": 1 if restate is False else restate_steps,
+        "policy.restate": asked.restate,
+        "policy.restate_steps": asked.restate_steps,
         "episode.prefix_len": prefix_len,
     }
     if source:

@@ -178,9 +178,8 @@ def _opened(
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = (read_config(workdir) if options.workdir else own).with_fields(moved)
-        restate = own.policy.restate if options.restate is None else options.restate
-        over = own.policy.restate_steps if options.restate_steps is None else options.restate_steps
-        session = open_text(config, *text, restate, over, options.prefix_len)
+        asked = own.policy.asked(options.restate, options.restate_steps)
+        session = open_text(config, *text, asked.restate, asked.restate_steps, options.prefix_len)
         policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
         policy = TrainedPolicy(params, own, options.policy, about["updates"])
         return policy, session, about["documents"], {}

@@ -94,7 +94,7 @@ class ScoreCache:
 def _packed(**arrays: np.ndarray) -> bytes:
     """The arrays as an .npz file has them."""
     out = io.BytesIO()
-    np.savez(out, **arrays)  # type: ignore[arg-type]
+    np.savez(out, **arrays)  # type: ignore[arg-type]  # its stubs take `allow_pickle` for any name
     return out.getvalue()
 
 

@@ -98,9 +98,7 @@ def open_engine(
         params, setup = open_policy(policy, opened, cfg)
         params = with_dtype(params, policy_dtype)
         space, episode, network = setup.space, setup.episode, setup.policy
-        if restate is not None:
-            asked = dataclasses.replace(network.config, restate=restate)
-            network = dataclasses.replace(network, config=asked)
+        network = dataclasses.replace(network, config=network.config.asked(restate))
     else:
         space, episode = ActionSpace(full_levels().build(AxisContext(kernels))), EpisodeConfig()
     space = ActionSpace(tuple(dataclasses.replace(axis, kernels=kernels) for axis in space.axes))

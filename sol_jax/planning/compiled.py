@@ -99,6 +99,6 @@ def _bytes(shapes: str, started: bool) -> float:
     """Of the shapes of a result; one that is started has its operands in front of its results."""
     sizes = []
     for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        bits = _BITS.get(kind, int(re.search(r"\d+|$", kind)[0] or 0))  # type: ignore[index]
+        bits = _BITS.get(kind) or int("".join(re.findall(r"\d+", kind)[:1]) or 0)
         sizes.append(bits / 8 * math.prod(int(size) for size in dims.split(",") if size))
     return sum(sizes[len(sizes) // 2 :]) if started and len(sizes) > 1 else sum(sizes)

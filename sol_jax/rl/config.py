@@ -5,7 +5,7 @@ says so and is off.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 from sol_jax.errors import UserError
 from sol_jax.options import Options, option
@@ -91,6 +91,15 @@ class PolicyConfig(Options):
             raise self.wrong("restate_steps", "1 where policy.restate is false")
         if self.predict_losses and self.factored_head:
             raise self.wrong("factored_head", "false where policy.predict_losses is true")
+
+    def asked(self, restate: bool | None, steps: int | None = None) -> Self:
+        """The same policy, asked otherwise: `restate`, and over so many steps; what is None stays as it is.
+
+        Raises `UserError` for steps where the policy is not asked for what is left.
+        """
+        restate = self.restate if restate is None else restate
+        usual = self.restate_steps if restate else 1
+        return dataclasses.replace(self, restate=restate, restate_steps=usual if steps is None else steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ from sol_jax.rl.policy import PolicySpec
 from sol_jax.rl.rollout import EpisodeRules
 from sol_jax.rl.setup import Setup
 
+MOST_STEPS = 2**31 - 1  # of an update: what arrays are indexed by
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Options):
@@ -57,6 +59,9 @@ class DataConfig(Options):
     validation_fraction: float = option(0.05, "of the documents", at_least=0, at_most=1)
     test_fraction: float = option(0.05, "of the documents", at_least=0, at_most=1)
     cache_dir: str = option("", "of prepared blocks; empty: ~/.cache/sol_jax", path=True)
+
+
+MOST_STEPS = 2**31 - 1  # of an update: what arrays are indexed by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,14 @@ class RunConfig(Options):
         return AxisContext(self.kernels, self.episode.sinks, self.episode.window)
 
     def check(self) -> None:
+        steps = self.grpo.batch_size * self.grpo.num_schedules
+        steps *= self.episode.episodes_per_prefix * self.episode.horizon
+        if steps > MOST_STEPS:  # where sizes overflow, XLA ends the process without a word
+            raise self.grpo.wrong(
+                "num_schedules",
+                "less: grpo.batch_size * grpo.num_schedules * episode.episodes_per_prefix * episode.horizon "
+                f"= {steps} steps of an update, and arrays count to {MOST_STEPS}",
+            )
         if self.mesh.chunk > self.grpo.batch_size:
             raise self.mesh.wrong("chunk", f"at most config.grpo.batch_size = {self.grpo.batch_size}")
         if self.mesh.model > 1 and self.kernels not in ("auto", "xla"):

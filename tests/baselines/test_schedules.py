@@ -60,7 +60,6 @@ def spans(space, target_X):
 
 
 @given(problems())
-@settings(deadline=None)
 def test_fixed_meets_its_target(problem):
     space, target_X, N, T = problem
     cost_NxTxX = space.costs_AxX[schedules.fixed(space, target_X, every(N, T))].astype(float)

@@ -6,7 +6,7 @@ python -m chaos --kills 10 --inputs 500 --every 20 --trials 2 --seed 1
 A trial is a function of the seed and of its number.  In a folder that is kept, nothing is done twice,
 so that a long measurement can be made in portions:
 
-python -m chaos --folder /tmp/chaos --minutes 4    # again and again, until it has done everything
+python -m chaos --folder chaos --minutes 4    # again and again, until it has done everything
 """
 
 import argparse

@@ -227,11 +227,11 @@ def test_texts_of_one_name_and_different_content_share_no_csv(session, workdir, 
     assert {row["tokenizer"] for row in first} == {session.identity["tokenizer"]}
 
 
-@pytest.mark.parametrize(("given", "said"), [((), "True"), (("--norestate",), "False")])
+@pytest.mark.parametrize(("given", "said"), [((), "3"), (("--norestate",), "False")])
 def test_a_policy_is_asked_as_it_was_trained_on_any_run_s_text(
     given, said, session, state, workdir, tmp_path
 ):
-    config = session.config.with_fields({"policy.restate": True})
+    config = session.config.with_fields({"policy.restate": True, "policy.restate_steps": 3})
     about = {
         "title": "tiny/restated", "model": "tiny", "command": "none", "updates": 7, "seed": 0, "commit": "a",
         "documents": policy_files.document_names(session.blocks["train"].documents), "results": [],

@@ -71,6 +71,7 @@ def test_policies_come_from_folders_and_from_runs(tiny_folder, tiny_session, pol
     restated, _ = opened(tiny_folder, policy=getattr(policy, kind), budget="0.5,0.7,0.5", restate=True)
     asked = dataclasses.replace(tiny_session.setup.policy.config, restate=True)
     assert restated.cfg.policy == dataclasses.replace(tiny_session.setup.policy, config=asked)
+    assert restated.cfg.policy.config.asked(False) == engine.cfg.policy.config
     assert engine.cfg.space == tiny_session.setup.space
     assert engine.cfg.horizon == tiny_session.setup.episode.horizon
     assert request.budget == (0.5, 0.7, 0.5)

@@ -60,7 +60,7 @@ TEXTS = st.text(alphabet="abé€🙂�\nz", max_size=12)
 BYTES = st.binary(max_size=8).map(list)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     parts=st.lists(TEXTS | BYTES, max_size=4),
     end=st.booleans(),
@@ -139,7 +139,7 @@ def of_kind(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_token_by_token_is_all_at_once(kind, data):
     tokenizer = of_kind(kind)
@@ -162,7 +162,7 @@ def test_token_by_token_is_all_at_once(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_what_is_whole_is_decoded_as_the_library_does(kind, data):
     tokenizer = of_kind(kind)

@@ -1,5 +1,6 @@
 """A text for notebooks: what it says of itself is what its episodes did."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,13 @@ def test_a_device_without_enough_memory_is_told_in_a_sentence():
 def test_other_errors_are_left_alone():
     with pytest.raises(RuntimeError, match="INTERNAL: else"), telling_of_memory():
         raise RuntimeError("INTERNAL: else")
+
+
+def test_programs_that_run_out_on_a_cpu_tell_of_memory():
+    """They say INTERNAL: JAX's own words, of a program whose temporaries no machine has."""
+    sums = jax.jit(lambda x: jnp.sort(jnp.zeros(1 << 47, jnp.float32) + x)[0])
+    with pytest.raises(UserError, match="memory has run out"), telling_of_memory():
+        sums(1.0).block_until_ready()
 
 
 def test_generation_tells_of_memory(tiny_folder, monkeypatch):

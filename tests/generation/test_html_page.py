@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sol_jax.errors import UserError
@@ -82,7 +82,6 @@ def sides(pieces):
     ]
 
 
-@settings(deadline=None)  # a busy machine is no fault of the page
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=5), st.text(max_size=20))
 def test_any_text_is_shown_as_itself(pieces, prompt):
     """Every character, but those that are shown by a picture or by name.

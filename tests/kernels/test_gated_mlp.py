@@ -18,7 +18,7 @@ from pallas_kernels.errors import UnavailableError
 from pallas_kernels.gated_mlp import MAX_ROWS, gated_hidden, gpu, tpu
 from pallas_kernels.shapes import distinct
 
-quick = settings(max_examples=12, deadline=None, derandomize=True)
+quick = settings(max_examples=12, derandomize=True)
 kernels = devices.either(gpu, tpu)
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 

@@ -15,7 +15,7 @@ from pallas_kernels.dispatch import choose
 from pallas_kernels.errors import UnavailableError
 from sol_jax.models import llama
 
-quick = settings(max_examples=15, deadline=None, derandomize=True)
+quick = settings(max_examples=15, derandomize=True)
 built = pytest.mark.skipif(native.problem() is not None, reason=f"no library: {native.problem()}")
 KERNELS = ("baseline", "avx2", "avx512")
 DTYPES = ("float32", "bfloat16")

@@ -17,7 +17,7 @@ from pallas_kernels import prune
 from pallas_kernels.prune import gpu, tpu
 from pallas_kernels.shapes import distinct
 
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = settings(max_examples=25, derandomize=True)
 kernels = devices.either(gpu, tpu)
 EPS = 1e-5
 

@@ -68,7 +68,7 @@ def backend(request):
 PIECES = st.sampled_from([*WORDS, " ", "  ", "\n", "\n\n", "aaaaaaa", "<|end|>", "            "])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=st.lists(PIECES | st.text(max_size=4), min_size=40, max_size=200).map(" ".join))
 def test_pieces_give_the_ids_of_the_whole(backend, text):
     def encode(part):

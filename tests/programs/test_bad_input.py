@@ -179,6 +179,12 @@ def test_what_a_learner_does_not_look_at_is_refused(fields, named, tmp_path):
     assert "has no use for it" in told(mistake)
 
 
+def test_more_steps_than_arrays_count_to(tmp_path):
+    with pytest.raises(UserError) as mistake:
+        tiny.config_for(tmp_path, **{"grpo.num_schedules": 2**28})
+    assert f"config.grpo.num_schedules is {2**28}; it must be less" in told(mistake)
+
+
 def test_decay_must_end_after_the_warmup(tmp_path):
     with pytest.raises(UserError) as mistake:
         tiny.config_for(tmp_path, **{"optim.warmup": 20, "optim.decay_steps": 10})

@@ -234,7 +234,7 @@ inners = st.builds(
 outers = st.builds(Outer, low=st.integers(-9, 0), high=st.integers(1, 9), inner=inners)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(outers)
 def test_options_survive_dictionaries_and_json(options):
     nested, flat = options.to_dict(), options.flat()

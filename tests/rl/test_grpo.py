@@ -13,7 +13,7 @@ from sol_jax.rl import grpo
 
 clipped_loss = jax.jit(grpo.clipped_loss, static_argnames=("clip", "entropy_coef", "reference_kl_coef"))
 group_advantage = jax.jit(grpo.group_advantage, static_argnames=("level", "norm"))
-LESS = settings(max_examples=25, deadline=None)
+LESS = settings(max_examples=25)
 groups = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.floats(-50, 50, width=32)
 )

@@ -157,7 +157,7 @@ def _step_through(spec, params, obs_T):
     return jax.lax.scan(step, initial_carry(spec), obs_T)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(specs, st.integers(0, 1000), st.data())
 def test_stepping_equals_the_whole_episode(spec, seed, data):
     num_steps = data.draw(st.integers(1, spec.horizon))
@@ -418,7 +418,7 @@ def test_numbers_reach_the_network_in_the_order_of_the_authors():
     np.testing.assert_allclose(numbers_1xN[0], [0.75, 1, 0.5, 0.7, 0.4, -0.2, 0.3, 0.05], atol=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.integers(0, 9))
 def test_numbers_fill_the_spec(num_axes, step):
     budget_X = jnp.linspace(0.2, 0.8, num_axes)
@@ -443,6 +443,15 @@ def test_a_restated_target_is_what_is_left_per_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restated(first, 4), first)
     late = _told(3, 4, [0.2, 0.9], [1.8, 1.2], 3)
     np.testing.assert_allclose(restated(late, 4).target, [0.0, 1.0])
+
+
+def test_a_policy_is_asked_otherwise():
+    plain, over = PolicyConfig(), PolicyConfig(restate=True, restate_steps=8)
+    assert plain.asked(None) == plain == over.asked(False)
+    assert over.asked(None) == over == plain.asked(True, 8) == over.asked(True)
+    assert over.asked(None, 1) == PolicyConfig(restate=True)
+    with pytest.raises(UserError, match=r"restate_steps is 8; it must be 1 where policy.restate is false"):
+        over.asked(False, 8)
 
 
 def test_a_miss_is_made_up_over_so_many_steps_at_least():

@@ -13,7 +13,7 @@ from sol_jax.rl import rewards
 
 floats = st.floats(-4, 4, width=32)
 reward_arrays = hnp.arrays(np.float32, st.integers(1, 6), elements=floats)
-LESS = settings(max_examples=25, deadline=None)
+LESS = settings(max_examples=25)
 
 
 def test_task_reward_mixes_likelihood_and_divergence():

@@ -211,11 +211,11 @@ def test_the_card(folder, tiny_session):
     [
         ({"model.path": "smollm2-135m"}, {}, {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
         ({"model.path": "hub:me/llama"}, {}, {"base_model": "me/llama"}),
-        ({"model.path": "/home/me/llama"}, {}, {}),
-        ({"model.path": "/home/me/llama"}, {"base_model": "me/llama"}, {"base_model": "me/llama"}),
+        ({"model.path": "/data/me/llama"}, {}, {}),
+        ({"model.path": "/data/me/llama"}, {"base_model": "me/llama"}, {"base_model": "me/llama"}),
         ({"data.source": "wikipedia"}, {}, {"datasets": ["wikipedia"]}),
         ({"data.source": "tfds:lm1b/en:train"}, {}, {"datasets": ["lm1b/en"]}),
-        ({"data.source": "/home/me/*.txt"}, {"license": "mit"}, {"license": "mit"}),
+        ({"data.source": "/data/me/*.txt"}, {"license": "mit"}, {"license": "mit"}),
     ],
 )
 def test_the_hub_is_told_what_is_known_and_nothing_else(tiny_folder, fields, about, expected):
@@ -227,7 +227,7 @@ def test_the_hub_is_told_what_is_known_and_nothing_else(tiny_folder, fields, abo
         known["base_model_relation"] = "adapter"
     assert {name: value for name, value in found.items() if name != "tags"} == known
     assert "grpo" in found["tags"]
-    assert "/home/me" not in str(found)
+    assert "/data/me" not in str(found)
 
 
 def test_metadata_is_yaml_whatever_it_holds():
