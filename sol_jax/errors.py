@@ -66,7 +66,7 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left: JAX has no type of its own for it.
 
-    A program on a CPU that cannot have its temporaries says INTERNAL in place of RESOURCE_EXHAUSTED.
+    What waits for a computation that ran out says INTERNAL, and quotes that.
     """
     return isinstance(error, MemoryError) or (
         type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
