@@ -76,7 +76,7 @@ class PolicyConfig(Options):
     restate_steps: int = option(
         1,
         "with restate: steps at least over which what was saved or overspent is made up; with 1 the last "
-        "step makes up for all, with more an episode may end off its budget and levels are better spent",
+        "step makes up for all, with more an episode may end off its budget",
         at_least=1,
     )
     predict_losses: bool = option(

@@ -238,7 +238,7 @@ def test_a_model_that_cannot_be_fetched_is_told_in_a_sentence(monkeypatch, tmp_p
 
 def test_what_does_not_fit_is_told_before_anything_is_trained(tiny_folder, tmp_path):
     folder = tmp_path / "run"
-    fields = {"grpo.num_schedules": 1 << 28, "episode.prefix_len": 32}
+    fields = {"grpo.num_schedules": 1 << 22, "episode.prefix_len": 32}
     said = sentence("your_own_model", MODEL=str(tiny_folder / "model"), FIELDS=fields, FOLDER=str(folder))
     assert re.search(r"needs [\d.]+ GiB, and [\d.]+ GiB are free; lower grpo", said)
     assert not (folder / "log.txt").exists()
