@@ -28,17 +28,21 @@ def get_config(variants: str = "") -> ConfigDict:
         _alone(config, first)
     config.learner = "counterfactual"
     config.policy.predict_losses = config.policy.normalize_inputs = True
-    config.policy.restate = config.policy.page_input = True
+    config.policy.restate = config.policy.page_input = config.policy.logit_input = True
     config.policy.restate_steps = 8
     config.policy.d_model = 128
     config.model.dtype = "bfloat16"
     config.episode.episodes_per_prefix, config.episode.jitter = 4, config.axes.kappa.page_size - 1
-    config.grpo.batch_size, config.grpo.num_schedules = 2, 16
+    # Many tokens at few levels each tell more than few tokens at every level: 512 an update.
+    config.grpo.batch_size, config.grpo.num_schedules = 8, 5 if first in ALONE else 8
     config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
-    config.optim.weight_decay = 1.0  # of few tokens little is to be remembered
-    config.optim.warmup, config.optim.decay_steps = 50, 3200
-    config.train.num_updates = 200
-    config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 2, 8, 2
+    config.optim.weight_decay = 0.1
+    config.train.num_updates, config.train.checkpoint_every = 80, 20
+    config.optim.warmup, config.optim.decay_steps = (
+        50,
+        1600 if first in ALONE else 2560,
+    )  # all of these updates
+    config.eval.every, config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 40, 8, 16, 2
     return default.vary(config, variants)
 
 

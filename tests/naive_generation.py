@@ -61,6 +61,7 @@ def generate(weights, cfg: Decoder, prompt, num_tokens, seed=0, budget=(), param
                     gap=budget_gap(total, len(costs), jnp.array(budget)),
                     prev_action=jnp.int32(chosen),
                     num_keys=jnp.int32(begin + t + 1),
+                    logit=llama.logits(weights, hidden_D)[tokens[-1]],
                 )
             )
             chosen = int(choose(params, seen, cfg.policy)) if params is not None else plan(episode, t)

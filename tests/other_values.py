@@ -46,6 +46,7 @@ OTHER = {
     "policy.factored_head": True,
     "policy.normalize_inputs": True,
     "policy.page_input": True,
+    "policy.logit_input": True,
     "policy.restate": True,
     "policy.restate_steps": 3,
     "policy.predict_losses": True,

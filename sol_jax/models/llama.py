@@ -223,6 +223,15 @@ def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Arr
     return dot(hidden, weights["lm_head"]) if kernels == "xla" else project_row(hidden)
 
 
+def token_logit(weights: Weights, hidden_D: jax.Array, token: jax.Array) -> jax.Array:
+    """The logit of one token alone, float32: a row of the head instead of all of them."""
+    if "lm_head" not in weights:
+        return jnp.dot(embed(weights, token), hidden_D.astype(jnp.float32))
+    head_DxV = weights["lm_head"]
+    column_D = as_numbers(as_bits(head_DxV)[:, token], head_DxV.dtype)
+    return jnp.dot(column_D.astype(jnp.float32), hidden_D.astype(jnp.float32))
+
+
 def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
     """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
     q, k, v = (row_major(dot(x, layer[name])) for name in ("q", "k", "v"))

@@ -70,6 +70,9 @@ class PolicyConfig(Options):
         False, "not the paper's: LayerNorm on the LLM's hidden states and embeddings"
     )
     page_input: bool = option(False, "not the paper's: show how many keys Quest's newest page holds")
+    logit_input: bool = option(
+        False, "not the paper's: show the logit that the LLM gave the token which the step reads"
+    )
     restate: bool = option(
         False, "not the paper's: ask before each step for what is left of the budget per step"
     )

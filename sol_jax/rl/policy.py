@@ -24,6 +24,7 @@ from sol_jax.rl.config import PolicyConfig
 # tiny, so matrix products stay in true float32 on every device.
 _PRECISION = jax.lax.Precision.HIGHEST
 _LAYER_NORM_EPS = 1e-5
+_LOGIT_SCALE = 0.1  # logits of the tokens of a text are some tens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Observation(NamedTuple):
     target: jax.Array  # [X], requested mean costs
     gap: jax.Array  # [X], mean costs so far less the targets; 0 before the first controllable step
     prev_action: jax.Array  # int32; num_actions where there is none yet
-    num_keys: jax.Array  # int32, in the step's reach; the paper's policy does not look at it
+    # The paper's policy does not look at these two.
+    num_keys: jax.Array  # int32, in the step's reach
+    logit: jax.Array  # of the current token, as the hidden state of the previous one predicts it
 
 
 class PolicyCarry(NamedTuple):
@@ -113,6 +116,7 @@ def example_observation(spec: PolicySpec) -> Observation:
         gap=jnp.zeros(spec.num_axes),
         prev_action=jnp.full((), spec.num_actions, jnp.int32),
         num_keys=jnp.zeros((), jnp.int32),
+        logit=jnp.zeros(()),
     )
 
 
@@ -218,6 +222,9 @@ class Policy(nn.Module):
             self.page_embed = nn.Embed(
                 spec.page_size, cfg.d_model, embedding_init=nn.initializers.normal(1.0)
             )
+        if cfg.logit_input:
+            self.logit_in = _linear(1, spec.scalar_embed_size)
+            self.logit_out = _linear(spec.scalar_embed_size, cfg.d_model)
         self.blocks = [Block(spec) for _ in range(cfg.num_layers)]
         self.norm_out = _layer_norm()
         # The authors start the action head without a bias; its weights are as in every other layer.
@@ -277,6 +284,9 @@ class Policy(nn.Module):
         position_NxE = jnp.take(self.position_TxE, position_N, axis=0, mode="fill", fill_value=jnp.nan)
         if self.spec.config.page_input:
             position_NxE += self.page_embed(obs_N.num_keys % self.spec.page_size)
+        if self.spec.config.logit_input:
+            logit_Nx1 = jax.lax.stop_gradient(obs_N.logit).astype(jnp.float32)[:, None] * _LOGIT_SCALE
+            position_NxE += self.logit_out(_gelu(self.logit_in(logit_Nx1)))
         return self.observation_in(x_NxF) + position_NxE
 
     def _asked(self, obs_N: Observation) -> Observation:

@@ -181,6 +181,7 @@ def controlled_step(
         gap=budget_gap(carry.cost_sum, carry.counted, budget_X),
         prev_action=carry.prev_action,
         num_keys=num_keys,
+        logit=llama.token_logit(weights, carry.hidden, step.token),
     )
     with jax.named_scope("controller"):
         chosen, logp, memory = act(step.key, seen, carry.memory)

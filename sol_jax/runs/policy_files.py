@@ -32,7 +32,7 @@ from sol_jax.runs.tensors import pack, unpack
 POLICIES = pathlib.Path(str(importlib.resources.files("experiments"))) / "results" / "policies"
 MAX_BYTES = 1_000_000  # of a policy's weights: published ones are committed, and clones stay light
 # What a policy's inputs and outputs depend on; it cannot be used where one of these differs.
-BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.(page_input|predict_losses)"
+BOUND = r"axes\.\w+\.levels|episode\.horizon|policy\.(page_input|logit_input|predict_losses)"
 PICTURE = "sample.png"  # on the card: a text that was written under the policy
 FILES = ("policy.safetensors", "config.json", "README.md", PICTURE)  # of a policy's folder
 HASH_LENGTH = 10  # hexadecimal digits of a document's sha256 that are kept

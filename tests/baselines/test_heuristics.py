@@ -71,6 +71,7 @@ def play(controller, hidden_TxD, embed_TxD, target_X, forced=0):
             gap=budget_gap(spent_X, counted, target_X),
             prev_action=jnp.int32(0),
             num_keys=jnp.int32(t + 1),
+            logit=jnp.float32(0.0),
         )
         action, _, memory = controller.act(jax.random.key(0), seen, memory)
         actions.append(int(action) if is_controllable else SPACE.dense)

@@ -162,7 +162,8 @@ def observations(vectors: Mapping[str, np.ndarray], ending: str = "") -> Observa
         target=scalars[..., 2 : 2 + num_axes],
         gap=scalars[..., 2 + num_axes :],
         prev_action=prev_action,
-        num_keys=jnp.zeros_like(prev_action),  # which the authors' policy does not see
+        num_keys=jnp.zeros_like(prev_action),  # the authors' policy sees neither of these
+        logit=jnp.zeros_like(hidden[..., 0]),
     )
 
 

@@ -115,6 +115,7 @@ def naively(engine, request, plan=None):
                 gap=np.asarray(budget_gap(total, len(spent), np.array(BUDGET, np.float32))),
                 prev_action=np.int32(chosen),
                 num_keys=np.int32(begin + n + 1),
+                logit=np.asarray(engine.weights["embed"])[text[begin + n]] @ hidden_D,
             )
         )
         chosen = int(naive.choose(engine.params, seen, cfg.policy)) if plan is None else int(plan[n])

@@ -311,6 +311,7 @@ def experience_of(num_schedules, key=5):
         gap=numbers[..., 5:],
         prev_action=jax.random.randint(keys[3], (N, T), 0, A + 1),
         num_keys=jnp.tile(jnp.arange(T), (N, 1)),
+        logit=30 * numbers[..., 0],
     )
     action_NxT = jax.random.randint(keys[4], (N, T), 0, A)
     return Experience(observation, action_NxT, jnp.full((N, T), -2.0), jax.random.normal(keys[5], (N, T)))

@@ -19,7 +19,7 @@ SHARED = {
     "optim.minibatch_steps": 512, "optim.accumulate": 8, "optim.warmup": 0, "optim.decay_steps": 0,
     "policy.d_model": 512, "policy.num_heads": 4, "policy.num_layers": 1, "policy.mlp_ratio": 4.0,
     "policy.factored_head": False, "policy.normalize_inputs": False, "policy.page_input": False,
-    "policy.restate": False, "policy.predict_losses": False, "learner": "grpo", "model.dtype": "float32",
+    "policy.logit_input": False, "policy.restate": False, "policy.predict_losses": False, "learner": "grpo", "model.dtype": "float32",
     "axes.kappa.penalty": 100.0, "axes.rho.penalty": 100.0, "axes.eta.penalty": 200.0,
     "axes.kappa.budget_choices": [], "axes.kappa.protect": False, "axes.kappa.read_newest": False,
     "axes.kappa.dense_layers": 0, "axes.kappa.least_pages": 1, "train.num_updates": 0,
