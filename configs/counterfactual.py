@@ -38,10 +38,8 @@ def get_config(variants: str = "") -> ConfigDict:
     config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
     config.optim.weight_decay = 0.1
     config.train.num_updates, config.train.checkpoint_every = 80, 20
-    config.optim.warmup, config.optim.decay_steps = (
-        50,
-        1600 if first in ALONE else 2560,
-    )  # all of these updates
+    # Over all of these updates, of 20 or 32 optimizer steps each.
+    config.optim.warmup, config.optim.decay_steps = 50, 1600 if first in ALONE else 2560
     config.eval.every, config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 40, 8, 16, 2
     return default.vary(config, variants)
 

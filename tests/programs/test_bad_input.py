@@ -151,14 +151,8 @@ def test_every_number_has_bounds():
     unbounded = {"model.path", "data.source", "data.document_start", "data.cache_dir"}  # names: see below
     unbounded |= {"axes.prices"}
     unbounded |= {"axes.kappa.protect", "axes.kappa.read_newest", "grpo.whiten"}  # switches
-    unbounded |= {
-        "policy.factored_head",
-        "policy.normalize_inputs",
-        "policy.page_input",
-        "policy.logit_input",
-        "policy.restate",
-    }
-    unbounded |= {"policy.predict_losses", "start_from"}
+    unbounded |= {"policy.factored_head", "policy.normalize_inputs", "policy.page_input"}
+    unbounded |= {"policy.logit_input", "policy.restate", "policy.predict_losses", "start_from"}
     assert set(tiny.config_for(ROOT).flat()) - set(IMPOSSIBLE) == unbounded
 
 
