@@ -50,6 +50,7 @@ OTHER = {
     "policy.restate": True,
     "policy.restate_steps": 3,
     "policy.predict_losses": True,
+    "policy.one_budget": "net",
     "start_from": None,
     "learner": "counterfactual",
     "counterfactual.target": "label",

@@ -9,7 +9,7 @@ from sol_jax.axes.kappa import KappaConfig
 from sol_jax.axes.rho import RhoConfig
 from sol_jax.options import Options, option, section
 
-BudgetUnit = Literal["nominal", "bytes", "time"]
+BudgetUnit = Literal["nominal", "bytes", "operations", "time"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class AxesConfig(Options):
 
     where = "config.axes."
     budget_unit: BudgetUnit = option(
-        "nominal", "what means must meet: keep rates, or the bytes or the time behind them"
+        "nominal", "what means must meet: keep rates, or the bytes, operations or time behind them"
     )
     prices: str = option(
         "", "a cost model (JSON, of experiments.benchmarks.roofline) for the unit time", path=True

@@ -7,6 +7,8 @@ controlled get the dense action, which they would take anyway, and count for not
 Source: docs/method.md, "Comparisons".
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +73,51 @@ def fixed(space: ActionSpace, target_X: np.ndarray, controllable_NxT: np.ndarray
     """
     high_NxTxX = np.stack([_spread_steps(space, x, t, controllable_NxT) for x, t in enumerate(target_X)], -1)
     return _actions(space, target_X, high_NxTxX, controllable_NxT)
+
+
+def best_mix(
+    loss_X: Sequence[np.ndarray], cost_X: Sequence[np.ndarray], share_X: Sequence[float], total: float
+) -> np.ndarray:
+    """The mean costs [X] that lose least of all that make a step cost `total`, if losses of axes add up.
+
+    What no look at the text can beat at one budget for all axes.  Of each axis `loss_X[x]` says what each
+    level loses on average, and `cost_X[x]` its cost; a step costs 1 - sum(share * (1 - cost)).  A total out
+    of reach is taken for the nearest that is not.
+    """
+    left = 1.0 - sum(share * (1.0 - cost[-1]) for share, cost in zip(share_X, cost_X, strict=True)) - total
+    found = np.array([cost[-1] for cost in cost_X], np.float64)
+    # From the top down, along what each axis loses per share of a step that it saves: convex, so the
+    # cheapest savings of all axes come first.
+    edges = []
+    for x, (loss, cost, share) in enumerate(zip(loss_X, cost_X, share_X, strict=True)):
+        hull = _lower_hull(np.asarray(cost, np.float64), np.asarray(loss, np.float64))
+        for high, low in itertools.pairwise(hull):
+            saved = share * (cost[high] - cost[low])
+            if saved > 0:
+                edges.append(((loss[low] - loss[high]) / saved, x, saved, cost[high] - cost[low]))
+    for _, x, saved, span in sorted(edges, key=lambda edge: edge[0]):
+        part = min(1.0, max(0.0, left) / saved)
+        found[x] -= part * span
+        left -= part * saved
+    return found
+
+
+def _lower_hull(cost_n: np.ndarray, loss_n: np.ndarray) -> list[int]:
+    """The levels on the lower convex hull of loss over cost, from the dearest down."""
+    hull: list[int] = []
+    for i in range(len(cost_n) - 1, -1, -1):
+        if hull and cost_n[i] >= cost_n[hull[-1]]:
+            continue  # as dear as one that loses no more
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            # Is b on or above the line from a to i?
+            if (loss_n[b] - loss_n[a]) * (cost_n[a] - cost_n[i]) < (loss_n[i] - loss_n[a]) * (
+                cost_n[a] - cost_n[b]
+            ):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def front(space: ActionSpace, target_X: np.ndarray, controllable_NxT: np.ndarray) -> np.ndarray:

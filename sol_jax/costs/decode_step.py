@@ -9,7 +9,7 @@ and an addition count as two operations, as in `flops`.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pallas_kernels.cost_model import CostModel
 from sol_jax.axes.base import ActionSpace, Axis, StepShape, Work
 from sol_jax.axes.config import BudgetUnit
 from sol_jax.models.llama import LlamaConfig
+from sol_jax.rl.config import OneBudget
 from sol_jax.rl.policy import Policy, PolicySpec, example_observation, initial_carry
 
 NONE, WHOLE = Work(0.0, 0.0), Work(1.0, 1.0)
@@ -182,10 +183,10 @@ def level_costs(
 ) -> tuple[float, ...]:
     """Cost of each level of an axis, in the unit in which budgets are stated.
 
-    "nominal" is the paper's: what `axis.cost` says.  "bytes" and "time" are shares of what a *whole* step
-    takes, other axes at their top, of what it takes with this axis at its top.  So costs of several axes add
-    up, 1 - sum(1 - cost) being the share of a joint action (but for what two axes save on one part), and an
-    axis that saves nothing (as eta on one device) costs 1 at every level.
+    "nominal" is the paper's: what `axis.cost` says.  The others are shares of what a *whole* step takes,
+    other axes at their top, of what it takes with this axis at its top.  So costs of several axes add up,
+    1 - sum(1 - cost) being the share of a joint action (but for what two axes save on one part), and an axis
+    that saves nothing (as eta on one device) costs 1 at every level.
 
     Args:
       kv_len: keys in the step's reach.
@@ -195,11 +196,14 @@ def level_costs(
         return tuple(axis.nominal_cost(level) for level in axis.levels)
     if unit == "time" and prices is None:
         raise ValueError("costs in time need the prices of a device (a pallas_kernels.cost_model.CostModel)")
-    if unit not in ("bytes", "time"):
-        raise ValueError(f"the unit of budgets is {unit!r} and must be nominal, bytes or time")
+    if unit not in get_args(BudgetUnit):
+        units = ", ".join(get_args(BudgetUnit))
+        raise ValueError(f"the unit of budgets is {unit!r} and must be one of {units}")
 
     def of_step(level: float) -> float:
         total = step_cost((level,), kv_len, model, (axis,)).total
+        if unit == "operations":
+            return total.flops
         if prices is None or unit == "bytes":
             return total.bytes
         # The level is data of one program, which launches as much at any.
@@ -207,6 +211,29 @@ def level_costs(
 
     top = of_step(axis.levels[-1])
     return tuple(of_step(level) / top for level in axis.levels)
+
+
+def axis_shares(
+    axes: Sequence[Axis], unit: OneBudget, model: LlamaConfig, kv_len: int, prices: CostModel | None = None
+) -> tuple[float, ...]:
+    """What a unit of each axis' cost is of a whole step, for one budget that is for all axes.
+
+    A step costs 1 - sum(share * (1 - cost)): in "net" the mean of the axes' costs; in "bytes", "operations"
+    and "time" the share of a dense step (but for what two axes save on one part).  Nothing for no unit.
+    Arguments as of `level_costs`.
+    """
+    if not unit:
+        return ()
+    if unit == "net":
+        return (1.0 / len(axes),) * len(axes)
+
+    def share(axis: Axis) -> float:
+        span = axis.cost(axis.levels[-1]) - axis.cost(axis.levels[0])
+        # Choosing keys costs something, so that a short cache may be dearer to read in part.
+        saved = max(0.0, 1.0 - level_costs(axis, unit, model, kv_len, prices)[0])
+        return saved / span if span else 0.0
+
+    return tuple(share(axis) for axis in axes)
 
 
 def in_unit(

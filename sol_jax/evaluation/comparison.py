@@ -7,7 +7,9 @@ are bootstrapped over documents.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sol_jax.axes.base import ActionSpace
@@ -16,11 +18,13 @@ from sol_jax.evaluation.budget_grid import Budgets
 from sol_jax.evaluation.scoring import HEURISTICS, POLICY, ControllerSpec, EntryScores
 from sol_jax.evaluation.statistics import document_bootstrap
 from sol_jax.evaluation.sweep import EntryGroup, Sweep
+from sol_jax.rl import loss_head
 from sol_jax.rl.setup import Setup
 
 # Besides `dense`, which is always there.  Two show what a policy makes of the text: `clock` has its mean
-# costs at each step of the episode, `swapped` plays its own schedules, each to another text.
-BASELINES = ("fixed", "fixed_official", "front", "clock", "swapped", "random", *HEURISTICS)
+# costs at each step of the episode, `swapped` plays its own schedules, each to another text.  `best_fixed`
+# may split one budget for all axes too: it is `fixed` at the split that loses least on training text.
+BASELINES = ("fixed", "best_fixed", "fixed_official", "front", "clock", "swapped", "random", *HEURISTICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,9 @@ def run(
     groups = [_dense(len(document_N), setup)]
     for g, held in enumerate(plan.holds):
         seeds = [(plan.seed, g, j) for j in range(len(plan.budgets))]
-        groups += _matched(plan, held, own[POLICY, held], setup, len(batches[0].tokens_BxN), seeds)
+        groups += _matched(
+            plan, held, own[POLICY, held], setup, sweep.params, len(batches[0].tokens_BxN), seeds
+        )
     return _rows(plan, own | scored(groups, "baselines"), document_N, setup)
 
 
@@ -150,6 +156,7 @@ def _matched(
     held: str,
     policy: EntryScores,
     setup: Setup,
+    params: Any,
     batch_size: int,
     seeds: Sequence[tuple[int, ...]],
 ) -> list[EntryGroup]:
@@ -161,6 +168,9 @@ def _matched(
     static = {
         "fixed": lambda target_X: schedules.fixed(space, target_X, may_control),
         "front": lambda target_X: schedules.front(space, target_X, may_control),
+        "best_fixed": lambda target_X: schedules.fixed(
+            space, _best_split(target_X, params, setup), may_control
+        ),
         "fixed_official": lambda target_X: schedules.fixed_official(space, target_X, may_control, rows),
     }
     groups = []
@@ -193,6 +203,15 @@ def _matched(
                 EntryGroup(name, _spread(target_JxX, N, setup), ControllerSpec(name, held), plan.budgets)
             )
     return groups
+
+
+def _best_split(target_X: np.ndarray, params: Any, setup: Setup) -> np.ndarray:
+    """The mean costs of the total of `target_X` that lose least, by the policy's table of mean losses."""
+    spec = setup.policy
+    ends = np.cumsum(spec.level_counts)[:-1]
+    loss_X = np.split(np.asarray(params["prices"]["loss"], np.float64), ends)
+    total = float(loss_head.total_cost(jnp.asarray(target_X), jnp.array(spec.axis_shares)))
+    return schedules.best_mix(loss_X, [np.array(cost) for cost in spec.level_costs], spec.axis_shares, total)
 
 
 def _draws_of(budget: int) -> str:
@@ -287,13 +306,19 @@ def summary(rows: Sequence[ComparisonRow], setup: Setup) -> dict[str, float]:
     reward itself would rank policies by their budgets alone.)
     """
     policy = [row for row in rows if row.controller == POLICY]
-    miss_JxX = np.abs([np.subtract(row.cost, row.requested) for row in policy])
+    off_JxX = np.array([np.subtract(row.cost, row.requested) for row in policy])
     weight_X = np.array([axis.penalty_weight for axis in setup.space.axes])
+    names = [axis.name for axis in setup.space.axes]
+    if setup.policy.axis_shares:  # one budget for all
+        off_JxX, weight_X = (
+            off_JxX @ np.array(setup.policy.axis_shares)[:, None],
+            weight_X.mean(keepdims=True),
+        )
+        names = [setup.policy.config.one_budget]
+    miss_JxX = np.abs(off_JxX)
     penalty = np.mean(np.sum(weight_X * np.maximum(miss_JxX - setup.grpo.dead_zone, 0) ** 2, -1))
     scalars = {"eval/nats": np.mean([row.nats for row in policy]), "eval/penalty": penalty}
-    scalars |= {
-        f"eval/budget_gap/{a.name}": g for a, g in zip(setup.space.axes, miss_JxX.mean(0), strict=True)
-    }
+    scalars |= {f"eval/budget_gap/{name}": gap for name, gap in zip(names, miss_JxX.mean(0), strict=True)}
     for name in (*BASELINES, "random_best", "dense"):
         gains = [row.gain for row in rows if row.controller == name]
         if gains:

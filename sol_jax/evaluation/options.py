@@ -3,11 +3,11 @@
 import dataclasses
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from sol_jax.axes.base import ActionSpace
 from sol_jax.errors import UserError
 from sol_jax.evaluation import budget_grid
 from sol_jax.evaluation.comparison import BASELINES, ComparisonPlan
 from sol_jax.options import MOST_SEED, Options, option
+from sol_jax.rl.setup import Setup
 from sol_jax.runs.config import RunConfig
 
 
@@ -52,6 +52,12 @@ class EvaluateOptions(Options):
     restate_steps: int | None = option(
         None, "steps at least over which a miss is made up; default: as the run", at_least=1
     )
+    one_budget: str | None = option(
+        None,
+        "one budget for all axes, which the policy may split: the mean keep rate, or the share of a dense "
+        "step's bytes, operations or time; default: as the run",
+        choices=("net", "bytes", "operations", "time"),
+    )
     prefix_len: int | None = option(None, "tokens before the first episode; default: as the run", at_least=1)
     stale_prefill: bool = option(False, "put in the authors' fault: prefill under left-over budgets")
     batch_size: int | None = option(None, "blocks at a time; default: as the run", at_least=1)
@@ -77,8 +83,11 @@ class EvaluateOptions(Options):
         if not self.workdir and not self.output:
             raise UserError("give --output FILE.csv with --policy")
 
-    def plan(self, config: RunConfig, space: ActionSpace) -> ComparisonPlan:
+    def plan(self, config: RunConfig, setup: Setup) -> ComparisonPlan:
         """What is compared; `UserError` if a budget or an axis that is asked for does not exist."""
+        space = setup.space
+        if "best_fixed" in self.controllers and not setup.policy.axis_shares:
+            raise UserError("--controllers: best_fixed splits one budget for all axes; give --one_budget")
         names = [axis.name for axis in space.axes]
         for name in self.hold:
             if name not in names:
@@ -86,7 +95,7 @@ class EvaluateOptions(Options):
         asked = config.requested(space)
         along: tuple[str, ...] = ()
         if self.budgets:
-            asked = budget_grid.parse(self.budgets, space, "--budgets")
+            asked = budget_grid.parse(self.budgets, space, "--budgets", setup.policy.axis_shares)
         elif self.grid:
             asked = budget_grid.diagonal(space, self.grid)
             swept, names_of_swept = budget_grid.axis_sweeps(space, max(self.grid // 2, 2))

@@ -32,14 +32,16 @@ def open_text(
     restate: bool | None = None,
     restate_steps: int | None = None,
     prefix_len: int | None = None,
+    one_budget: str | None = None,
 ) -> Session:
     """The session of a run's model on another text, all of it test text; on its own without a `source`.
 
     The weights go to all devices, `mesh_model` of which share a copy.
     `protect` overrides the run's protection of sinks and window, `kernels` how its decode steps run,
-    `restate` and `restate_steps` how its policy is asked, and `prefix_len` what precedes its episodes.
+    `restate`, `restate_steps` and `one_budget` how its policy is asked, and `prefix_len` what precedes its
+    episodes.
     """
-    asked = config.policy.asked(restate, restate_steps)
+    asked = config.policy.asked(restate, restate_steps, one_budget)
     fields: dict[str, Any] = {
         "axes.kappa.protect": protect,
         "kernels": kernels,
@@ -47,6 +49,7 @@ def open_text(
         "mesh.model": mesh_model,
         "policy.restate": asked.restate,
         "policy.restate_steps": asked.restate_steps,
+        "policy.one_budget": asked.one_budget,
         "episode.prefix_len": prefix_len,
     }
     if source:
@@ -146,6 +149,7 @@ def describe(policy: TrainedPolicy, session: Session, split: str, batches: Seque
         "text": text_name(session.config.data.source, split),
         "protect": session.config.axes.kappa.protect,
         "restate": how_asked(session.config.policy),
+        "one_budget": session.config.policy.one_budget,
         "blocks": sum(len(batch.tokens_BxN) for batch in batches),
         "seed": policy.config.seed,
         "config": digest(trained),

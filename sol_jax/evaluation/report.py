@@ -133,7 +133,7 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     if hosts.first():
         print(f"evaluating the policy of update {policy.updates}")
     config = session.config
-    plan = options.plan(config, session.setup.space)
+    plan = options.plan(config, session.setup)
     limit = options.num_blocks or config.eval.num_test_blocks or None
     blocks = session.split(options.split)
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
@@ -178,14 +178,16 @@ def _opened(
     if options.policy:
         params, own, about = policy_files.load_policy(options.policy)
         config = (read_config(workdir) if options.workdir else own).with_fields(moved)
-        asked = own.policy.asked(options.restate, options.restate_steps)
-        session = open_text(config, *text, asked.restate, asked.restate_steps, options.prefix_len)
+        asked = own.policy.asked(options.restate, options.restate_steps, options.one_budget)
+        how = asked.restate, asked.restate_steps, options.prefix_len, asked.one_budget
+        session = open_text(config, *text, *how)
         policy_files.check_fits(options.policy, params, own, about, config, session.setup, session.identity)
         policy = TrainedPolicy(params, own, options.policy, about["updates"])
         return policy, session, about["documents"], {}
     config, checkpoints = open_run(workdir)  # before anything heavy
     config = config.with_fields(moved)
-    session = open_text(config, *text, options.restate, options.restate_steps, options.prefix_len)
+    as_asked = options.restate, options.restate_steps, options.prefix_len, options.one_budget
+    session = open_text(config, *text, *as_asked)
     checkpoints.bind(session.identity | config.identity())
     policy = policy_of_run(checkpoints, config, session.setup, workdir.absolute().name, options.step)
     # The best policy may be an earlier one.

@@ -14,9 +14,9 @@ from sol_jax.evaluation.comparison import ComparisonRow, RandomScheduleRow
 from sol_jax.files import is_remote, write_whole
 
 # Rows that differ in one of these are not to be compared, so they never share a file.
-IDENTITY = ("config", "text", "prefix", "protect", "restate", "stale_prefill")
+IDENTITY = ("config", "text", "prefix", "protect", "restate", "one_budget", "stale_prefill")
 CONTENT = ("weights", "tokenizer", "text_digest")  # likewise; files from before these columns do not say
-LATER = {"restate": "False"}  # columns that older files lack, and what their rows are of
+LATER = {"restate": "False", "one_budget": ""}  # columns that older files lack, and what their rows are of
 NOTES = {"random_best": "chosen on the text it is scored on, which favours it"}
 
 

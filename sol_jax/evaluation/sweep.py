@@ -176,7 +176,9 @@ class Sweep:
         asked = self.setup.policy.config
         restated = "-restated" if asked.restate else ""
         over = f"-over-{asked.restate_steps}" if asked.restate_steps > 1 else ""
-        return array_digest(self.params) + restated + over
+        shares = self.setup.policy.axis_shares  # with one budget for all axes
+        shared = f"-one-{digest(shares)}" if shares else ""
+        return array_digest(self.params) + restated + over + shared
 
     def _folder(self, group: EntryGroup) -> str:
         policy = self._policy if group.controller.name == POLICY else ""

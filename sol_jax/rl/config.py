@@ -5,10 +5,13 @@ says so and is off.
 """
 
 import dataclasses
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from sol_jax.errors import UserError
 from sol_jax.options import Options, option
+
+# What one budget for all axes is a share of, where there is one.
+OneBudget = Literal["", "net", "bytes", "operations", "time"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,11 @@ class PolicyConfig(Options):
         False,
         "not the paper's: predict what each level of each axis loses, and act by loss plus price times cost",
     )
+    one_budget: OneBudget = option(
+        "",
+        "with predict_losses: one budget for all axes, split as the controller likes: the mean keep rate "
+        "(net), or the share of a dense step's bytes, operations or time; empty: each axis has its own",
+    )
 
     def check(self) -> None:
         if self.d_model % self.num_heads:
@@ -94,15 +102,21 @@ class PolicyConfig(Options):
             raise self.wrong("restate_steps", "1 where policy.restate is false")
         if self.predict_losses and self.factored_head:
             raise self.wrong("factored_head", "false where policy.predict_losses is true")
+        if self.one_budget and not self.predict_losses:
+            raise self.wrong("one_budget", "empty where policy.predict_losses is false")
 
-    def asked(self, restate: bool | None, steps: int | None = None) -> Self:
-        """The same policy, asked otherwise: `restate`, and over so many steps; what is None stays as it is.
+    def asked(self, restate: bool | None, steps: int | None = None, one_budget: str | None = None) -> Self:
+        """The same policy, asked otherwise; what is None stays as it is.
 
-        Raises `UserError` for steps where the policy is not asked for what is left.
+        Raises `UserError` for steps where the policy is not asked for what is left, and for one budget where
+        it has learned to meet one for each axis.
         """
         restate = self.restate if restate is None else restate
         usual = self.restate_steps if restate else 1
-        return dataclasses.replace(self, restate=restate, restate_steps=usual if steps is None else steps)
+        fields: dict[str, Any] = {"restate": restate, "restate_steps": usual if steps is None else steps}
+        if one_budget is not None:
+            fields["one_budget"] = one_budget
+        return dataclasses.replace(self, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,15 +95,20 @@ def prediction_loss(setup: Setup) -> Loss:
 
 
 def recalibrated(params: Any, observation: Observation, updates: jax.Array, setup: Setup) -> Any:
-    """Parameters whose table of mean costs has moved towards what the prices buy in these observations."""
+    """Parameters whose tables have moved towards these observations.
+
+    They say what each price buys on average, and what each level loses.
+    """
     _, losses = _predict(params, observation, setup)
-    now = [
-        loss_head.mean_costs(loss.reshape(-1, loss.shape[-1]), jnp.array(costs))
-        for loss, costs in zip(losses, setup.policy.level_costs, strict=True)
-    ]
-    known_XxM = params["prices"]["cost"]
+    flat = [loss.reshape(-1, loss.shape[-1]) for loss in losses]
+    costs = [jnp.array(cost_n) for cost_n in setup.policy.level_costs]
+    now = {
+        "cost": jnp.stack(list(map(loss_head.mean_costs, flat, costs))),
+        "loss": jnp.concatenate([loss.mean(0) for loss in flat]),
+    }
     share = jnp.maximum(1 / updates, 1 / setup.counterfactual.price_memory)
-    return {**params, "prices": {"cost": known_XxM + share * (jnp.stack(now) - known_XxM)}}
+    known = params["prices"]
+    return {**params, "prices": jax.tree.map(lambda old, new: old + share * (new - old), known, now)}
 
 
 def _predict(params: Any, observation: Observation, setup: Setup) -> tuple[jax.Array, list[jax.Array]]:

@@ -58,6 +58,24 @@ def first_costs(cost_n: Sequence[float]) -> np.ndarray:
     return np.linspace(max(cost_n), min(cost_n), len(PRICES_M), dtype=np.float32)
 
 
+def shared_price(asked: jax.Array, cost_XxM: jax.Array, share_X: jax.Array) -> jax.Array:
+    """The price of a whole step at which steps cost `asked` on average, axis `x` paying `share_X[x]` of it.
+
+    A step costs `total_cost`.  The table of each axis is read at its own part of the price.
+    """
+    log_price_M = jnp.asarray(np.log(PRICES_M), jnp.float32)
+
+    def paid(cost_M: jax.Array, share: jax.Array) -> jax.Array:
+        return jnp.interp(log_price_M + jnp.log(share), log_price_M, cost_M)
+
+    return price_for(asked, total_cost(jax.vmap(paid)(cost_XxM, share_X).T, share_X))
+
+
+def total_cost(cost_X: jax.Array, share_X: jax.Array) -> jax.Array:
+    """What a step costs as a share of a dense one [...], from costs [..., X]: of `PolicySpec.axis_shares`."""
+    return 1.0 - (1.0 - cost_X) @ share_X
+
+
 def price_for(asked: jax.Array, cost_M: jax.Array) -> jax.Array:
     """The price at which steps cost `asked` on average, by a table of `mean_costs`."""
     falling_M = jnp.flip(cost_M)  # ascending, as interpolation needs

@@ -9,8 +9,10 @@ Here `T` counts the positions of the cache, `L` the policy's layers and `H`, `d`
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,6 +40,8 @@ class PolicySpec:
     config: PolicyConfig = PolicyConfig()
     level_costs: tuple[tuple[float, ...], ...] = ()  # of each axis; needed by a head that scores levels
     page_size: int = 0  # keys of a page; needed where the policy is shown the newest one
+    # What a unit of each axis' cost is of a whole step, where one budget is for all; else empty.
+    axis_shares: tuple[float, ...] = ()
     action_embed_size: int = 32
     scalar_embed_size: int = 64
     budget_embed_size: int = 32
@@ -55,6 +59,11 @@ class PolicySpec:
             )
         if self.config.page_input and self.page_size < 1:
             raise ValueError("a policy that is shown the newest page needs the page_size")
+        if len(self.axis_shares) != (self.num_axes if self.config.one_budget else 0):
+            raise ValueError(
+                f"there are axis_shares of {len(self.axis_shares)} axes, and one_budget is "
+                f"{self.config.one_budget!r}"
+            )
 
     @property
     def level_counts(self) -> tuple[int, ...]:
@@ -158,6 +167,13 @@ def spent(seen: Observation, no_action: int) -> Observation:
     )
 
 
+def pooled(seen: Observation, share_X: Sequence[float]) -> Observation:
+    """An observation with one target and one gap, [1]: of a whole step (see `loss_head.total_cost`)."""
+    shares = jnp.array(share_X)
+    target = loss_head.total_cost(seen.target, shares)
+    return seen._replace(target=target[None], gap=(seen.gap @ shares)[None])
+
+
 class Block(nn.Module):
     """A pre-norm transformer block; attention without biases, MLP with."""
 
@@ -232,6 +248,8 @@ class Policy(nn.Module):
         if cfg.predict_losses:
             first = [loss_head.first_costs(costs) for costs in spec.level_costs]
             self.cost_XxM = self.variable("prices", "cost", lambda: jnp.array(first))
+            # Of the levels of all axes in a row, for the best blind choice (`baselines.schedules.best_mix`).
+            self.variable("prices", "loss", lambda: jnp.zeros(sum(spec.level_counts)))
             return
         self.budget_in = _linear(spec.num_axes, spec.budget_embed_size)
         self.budget_out = _linear(spec.budget_embed_size, spec.num_scores)
@@ -311,12 +329,20 @@ class Policy(nn.Module):
 
     def _priced(self, features_NxE: jax.Array, obs_N: Observation) -> jax.Array:
         """Logits that are highest for the least sum of predicted loss and price times cost."""
-        counts, costs = self.spec.level_counts, self.spec.level_costs
+        counts, costs, share_X = self.spec.level_counts, self.spec.level_costs, self.spec.axis_shares
+        table_XxM = jax.lax.stop_gradient(self.cost_XxM.value)
+        if share_X:
+            obs_N = jax.vmap(lambda seen: pooled(seen, share_X))(obs_N)
         if self.spec.config.restate:
             obs_N = self._restated(obs_N)
+        if share_X:
+            of_step = functools.partial(
+                loss_head.shared_price, cost_XxM=table_XxM, share_X=jnp.array(share_X)
+            )
+            price_NxX = jax.vmap(of_step)(obs_N.target[:, 0])[:, None] * jnp.array(share_X)
+        else:
+            price_NxX = jax.vmap(jax.vmap(loss_head.price_for), (0, None))(obs_N.target, table_XxM)
         _, losses = loss_head.split_losses(self.head(features_NxE), counts)
-        table_XxM = jax.lax.stop_gradient(self.cost_XxM.value)
-        price_NxX = jax.vmap(jax.vmap(loss_head.price_for), (0, None))(obs_N.target, table_XxM)
         value = [loss + price_NxX[:, x, None] * jnp.array(costs[x]) for x, loss in enumerate(losses)]
         return join_scores(-jnp.concatenate(value, -1) / loss_head.SOFTNESS, counts)
 

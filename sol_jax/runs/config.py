@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.errors import UnavailableError
 from sol_jax.axes.base import ActionSpace, Axis, AxisContext, check_budgets
 from sol_jax.axes.config import AxesConfig
-from sol_jax.costs.decode_step import in_unit
+from sol_jax.costs.decode_step import axis_shares, in_unit
 from sol_jax.digests import digest
 from sol_jax.errors import UserError
 from sol_jax.files import parse_json, path_of
@@ -212,18 +212,20 @@ class RunConfig(Options):
 
         Apart from `check`, for a run or a policy of another machine can be read here and told otherwise.
         """
-        if self.axes.budget_unit == "time":
-            self.prices()
+        self.prices()
         if self.kernels not in ("auto", "xla"):  # which need no device to be looked for yet
             try:
                 choose("attend", self.kernels)
             except UnavailableError as error:
                 raise UserError(f"config.kernels: {error}") from None
 
-    def prices(self) -> cost_model.CostModel:
-        """The cost model behind budgets in time."""
+    def prices(self) -> cost_model.CostModel | None:
+        """The cost model behind budgets in time; None if there are none in time."""
+        field = "axes.budget_unit" if self.axes.budget_unit == "time" else "policy.one_budget"
+        if "time" not in (self.axes.budget_unit, self.policy.one_budget):
+            return None
         if not self.axes.prices:
-            raise self.axes.wrong("prices", "a cost model (a JSON file), for budget_unit is 'time'")
+            raise self.axes.wrong("prices", f"a cost model (a JSON file), for {field} is 'time'")
         try:
             return cost_model.load(path_of(self.axes.prices, "config.axes.prices"))
         except ValueError as error:
@@ -231,27 +233,31 @@ class RunConfig(Options):
 
     def identity(self) -> dict[str, str]:
         """What a file that the config names holds, beside model and text: the `prices` of budgets in time."""
-        if self.axes.budget_unit != "time":
-            return {}
-        return {"prices": digest(dataclasses.asdict(self.prices()))}
+        prices = self.prices()
+        return {} if prices is None else {"prices": digest(dataclasses.asdict(prices))}
 
     def space(self, model: LlamaConfig) -> ActionSpace:
         """The joint actions, with costs in `axes.budget_unit` at the middle of an episode."""
-        unit = self.axes.budget_unit
-        prices = self.prices() if unit == "time" else None
-        keys = self.episode.prefix_len + self.episode.horizon // 2
+        unit, prices = self.axes.budget_unit, self.prices()
 
         def priced(axis: Axis) -> Axis:
-            return in_unit(axis, unit, model, keys, prices)
+            return in_unit(axis, unit, model, self._usual_keys, prices)
 
         return ActionSpace(tuple(map(priced, self.axes.build(self.axis_context))))
+
+    @property
+    def _usual_keys(self) -> int:
+        """Keys in reach at the middle of an episode."""
+        return self.episode.prefix_len + self.episode.horizon // 2
 
     def setup(self, model: LlamaConfig) -> Setup:
         """Everything static about the run; raises `UserError` if the model is too small for its episodes."""
         self.episode.check_context(model.max_position)
         model = dataclasses.replace(model, kernels="xla" if self.mesh.model > 1 else self.kernels)
         rules = EpisodeRules(model, self.space(model), self.episode)
-        policy = policy_spec(self.policy, rules, self.axes.kappa.page_size)
+        one = self.policy.one_budget
+        shares = axis_shares(rules.space.axes, one, model, self._usual_keys, self.prices())
+        policy = policy_spec(self.policy, rules, self.axes.kappa.page_size, shares)
         return Setup(rules, policy, self.grpo, self.optim, self.memory, self.learner, self.counterfactual)
 
     def requested(self, space: ActionSpace) -> tuple[tuple[float, ...], ...]:
@@ -272,8 +278,10 @@ class RunConfig(Options):
         )
 
 
-def policy_spec(config: PolicyConfig, rules: EpisodeRules, page_size: int) -> PolicySpec:
-    """The policy's network for a model, its actions and episodes."""
+def policy_spec(
+    config: PolicyConfig, rules: EpisodeRules, page_size: int, shares: tuple[float, ...] = ()
+) -> PolicySpec:
+    """The policy's network for a model, its actions and episodes; `shares` as `PolicySpec.axis_shares`."""
     space = rules.space
     return PolicySpec(
         hidden_size=rules.model.hidden_size,
@@ -283,6 +291,7 @@ def policy_spec(config: PolicyConfig, rules: EpisodeRules, page_size: int) -> Po
         config=config,
         level_costs=tuple(tuple(axis.cost(level) for level in axis.levels) for axis in space.axes),
         page_size=page_size,
+        axis_shares=shares,
     )
 
 

@@ -24,7 +24,7 @@ def evaluation_flops(setup: Setup, num_blocks: int, num_entries: int) -> float:
 
 def entries_of(options: EvaluateOptions, config: RunConfig, setup: Setup) -> int:
     """Schedules of every episode that an evaluation runs."""
-    plan = options.plan(config, setup.space)
+    plan = options.plan(config, setup)
     matched = len([name for name in plan.controllers if name != "random"])
     per_hold = len(plan.budgets) * (1 + matched) + len(plan.drawn) * plan.num_random
     return 1 + per_hold * len(plan.holds)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
@@ -242,3 +243,71 @@ def test_held_dense_changes_its_axis_only():
     np.testing.assert_array_equal(space.values_AxX[held_A][:, [0, 2]], space.values_AxX[:, [0, 2]])
     with pytest.raises(ValueError, match=r"no axis 'tau'.*kappa, rho, eta"):
         schedules.held_dense(space, "tau")
+
+
+# --- one budget for all axes ---------------------------------------------------------------------------
+
+
+def test_the_best_mix_by_hand():
+    """The first axis' first step saves 0.25 for 0.01, its second as much for 0.2; the other's 0.4 for 0.1."""
+    loss = [np.array([0.21, 0.01, 0.0]), np.array([0.1, 0.0])]
+    cost = [np.array([0.0, 0.5, 1.0]), np.array([0.2, 1.0])]
+    wanted = {
+        1.0: (1.0, 1.0),
+        0.75: (0.5, 1.0),
+        0.55: (0.5, 0.6),
+        0.35: (0.5, 0.2),
+        0.1: (0.0, 0.2),
+        0.0: (0.0, 0.2),
+    }
+    for total, mixed in wanted.items():
+        np.testing.assert_allclose(schedules.best_mix(loss, cost, (0.5, 0.5), total), mixed, atol=1e-9)
+
+
+@st.composite
+def losses_and_costs(draw):
+    losses, costs, shares = [], [], []
+    for _ in range(draw(st.integers(1, 3))):
+        n = draw(st.integers(1, 6))
+        costs.append(
+            np.array(sorted(draw(st.lists(st.integers(1, 20), min_size=n, max_size=n, unique=True)))) / 20
+        )
+        steps = draw(st.lists(st.integers(0, 100), min_size=n, max_size=n))
+        losses.append(np.flip(np.cumsum(steps)) / 100.0)
+        shares.append(draw(st.integers(0, 10)) / 10)
+    return losses, costs, shares, draw(st.floats(0, 1))
+
+
+@given(losses_and_costs())
+@settings(max_examples=100)
+def test_no_mix_of_the_same_total_loses_less(problem):
+    """Against a linear program over the shares of steps at each level."""
+    losses, costs, shares, part = problem
+    least = 1 - sum(s * (1 - c[0]) for s, c in zip(shares, costs, strict=True))
+    most = 1 - sum(s * (1 - c[-1]) for s, c in zip(shares, costs, strict=True))
+    total = least + part * (most - least)
+    found = schedules.best_mix(losses, costs, shares, total)
+    reached = 1 - sum(s * (1 - c) for s, c in zip(shares, found, strict=True))
+    assert reached == pytest.approx(total, abs=1e-6)
+    paid = np.concatenate([s * c for s, c in zip(shares, costs, strict=True)])
+    sizes = [len(c) for c in costs]
+    one_each = np.repeat(np.eye(len(costs)), sizes, axis=1)
+    solved = linprog(
+        np.concatenate(losses),
+        A_eq=np.vstack([one_each, paid]),
+        b_eq=[*np.ones(len(costs)), total - 1 + sum(shares)],
+    )
+    assert solved.success
+    mixed = sum(_least_loss(c, v, target) for c, v, target in zip(costs, losses, found, strict=True))
+    assert mixed == pytest.approx(solved.fun, abs=1e-6)
+
+
+def _least_loss(cost_n, loss_n, target):
+    """The least that any two levels lose when they are mixed to a mean cost."""
+    best = np.inf
+    for i, j in np.ndindex(len(cost_n), len(cost_n)):
+        low, high = cost_n[i], cost_n[j]
+        if low - 1e-9 <= target <= high + 1e-9:
+            share = (target - low) / (high - low) if high > low else 0.0
+            best = min(best, (1 - share) * loss_n[i] + share * loss_n[j])
+    return best

@@ -7,7 +7,7 @@ from small_models import AXES, TOP
 from small_models import COUNTED as MODEL
 
 from pallas_kernels.cost_model import CostModel
-from sol_jax.costs.decode_step import in_unit, level_costs, step_cost
+from sol_jax.costs.decode_step import axis_shares, in_unit, level_costs, step_cost
 
 QUEST, PRUNING, ROUNDING = AXES
 # Of 10 keys a dense step reads 1,664 bytes, and has 976 operations (test_costs).
@@ -42,6 +42,38 @@ def test_what_axes_save_adds_up():
     assert 1 - saved == pytest.approx(cheap / step_cost(TOP, 10, MODEL, AXES).total.bytes)
 
 
+def test_operations():
+    """Pruning leaves out 128 of 976."""
+    assert level_costs(PRUNING, "operations", MODEL, 10) == pytest.approx((1 - 128 / 976, 1.0))
+
+
+@pytest.mark.parametrize("unit", ["net", "bytes", "operations", "time"])
+def test_one_budget_is_a_share_of_a_whole_step(unit):
+    share_X = axis_shares(AXES, unit, MODEL, 1000, PRICES)
+    cheap, top = ([axis.cost(axis.levels[end]) for axis in AXES] for end in (0, -1))
+    total = 1 - sum(share * (1 - cost) for share, cost in zip(share_X, cheap, strict=True))
+    if unit == "net":
+        assert total == pytest.approx(sum(cheap) / 3)
+        return
+    assert top == [1.0, 1.0, 1.0]
+    levels = tuple(axis.levels[0] for axis in AXES)
+    spent, dense = (step_cost(level_X, 1000, MODEL, AXES).total for level_X in (levels, TOP))
+    launches = PRICES.launches_per_layer * MODEL.num_layers
+    of = {
+        "bytes": spent.bytes / dense.bytes,
+        "operations": spent.flops / dense.flops,
+        "time": PRICES.seconds(*spent, launches=launches) / PRICES.seconds(*dense, launches=launches),
+    }
+    assert total == pytest.approx(of[unit], rel=1e-6)
+    assert share_X[2] == 0.0  # eta saves nothing on one device
+
+
+def test_an_axis_that_costs_more_than_it_saves_has_no_share():
+    """Of 10 keys Quest reads more bounds than it leaves out."""
+    assert axis_shares(AXES, "bytes", MODEL, 10)[0] == 0.0
+    assert axis_shares(AXES, "", MODEL, 10) == ()
+
+
 def test_longer_contexts_make_the_cache_matter():
     shares = [level_costs(QUEST, "bytes", MODEL, n)[0] for n in (100, 10_000)]
     assert shares[0] > shares[1]
@@ -50,7 +82,7 @@ def test_longer_contexts_make_the_cache_matter():
 def test_bad_input():
     with pytest.raises(ValueError, match="costs in time need the prices of a device"):
         level_costs(QUEST, "time", MODEL, 10)
-    with pytest.raises(ValueError, match="'euro' and must be nominal, bytes or time"):
+    with pytest.raises(ValueError, match="'euro' and must be one of nominal, bytes"):
         level_costs(QUEST, "euro", MODEL, 10)
 
 

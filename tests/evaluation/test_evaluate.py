@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -119,8 +120,8 @@ def test_the_command_reproduces_the_report(session, state, workdir, capsys):
         *(f"cost_{axis}" for axis in AXES), "net", "bytes", "flops", "nats", "perplexity",
         "gain", "gain_low", "gain_high", "tokens", "documents",
         *(f"levels_{axis}" for axis in AXES), "run", "updates", "model", "prefix", "horizon", "text",
-        "protect", "restate", "blocks", "seed", "config", "text_digest", "weights", "tokenizer", "commit",
-        "run_updates", "stale_prefill", "num_random", "note",
+        "protect", "restate", "one_budget", "blocks", "seed", "config", "text_digest", "weights", "tokenizer",
+        "commit", "run_updates", "stale_prefill", "num_random", "note",
     ]  # fmt: skip
     assert {record["blocks"] for record in records} == {"5"}
     noted = {record["controller"] for record in records if "favours it" in record["note"]}
@@ -244,6 +245,37 @@ def test_a_policy_is_asked_as_it_was_trained_on_any_run_s_text(
     assert {row["restate"] for row in results.read(output)} == {said}
 
 
+def test_one_budget_for_all_axes(session, tmp_path):
+    """Asked as one sum, a policy may split it: the sum is met, and `best_fixed` has the same sum."""
+    config = session.config.with_fields({"policy.predict_losses": True})
+    setup, run = config.setup(session.setup.model), tmp_path / "run"
+    state = init_state(jax.random.key(0), setup)
+    # What levels lose, on axes that differ: the last can save all that is asked for nothing.
+    loss = np.concatenate(
+        [weight * (1.0 - np.array(c)) for weight, c in zip((5, 1, 0), setup.policy.level_costs, strict=True)]
+    )
+    params = {**state.params, "prices": {**state.params["prices"], "loss": jnp.asarray(loss)}}
+    about = {
+        "title": "tiny/one", "model": "tiny", "command": "none", "updates": 7, "seed": 0, "commit": "a",
+        "documents": policy_files.document_names(session.blocks["train"].documents), "results": [],
+    }  # fmt: skip
+    policy_files.save_policy(run, params, config, about)
+    output = tmp_path / "one.csv"
+    asked = EvaluateOptions(
+        policy=str(run), output=str(output), one_budget="net", budgets="0.8;0.9", controllers=("best_fixed",),
+        num_blocks=4,
+    )  # fmt: skip
+    evaluate(asked)
+    found = results.read(output)
+    assert {row["one_budget"] for row in found} == {"net"}
+    assert [row["controller"] for row in found] == ["policy", "best_fixed", "dense"] * 2
+    for policy, best in zip(found[0::3], found[1::3], strict=True):
+        assert float(best["net"]) == pytest.approx(float(policy["net"]), abs=0.01)
+        assert float(best["cost_kappa"]) == pytest.approx(1.0) or float(best["cost_eta"]) < 1.0
+    with pytest.raises(UserError, match=r"no price makes a step cost 0\.01; with these levels it costs"):
+        evaluate(dataclasses.replace(asked, budgets="0.01"))
+
+
 REFUSED = {
     "no run": (("--workdir", "{tmp}"), "config.json cannot be read"),
     "nothing": ((), "give --workdir RUN or --policy NAME"),
@@ -295,10 +327,10 @@ def test_another_checkpoint_than_the_best(session, tmp_path):
 
 def test_plans(session):
     config, setup = session.config, session.setup
-    plan = EvaluateOptions().plan(config, setup.space)
+    plan = EvaluateOptions().plan(config, setup)
     assert plan == ComparisonPlan(BUDGETS, ("fixed", "random"), 3, (0, 1), (), 0)
     asked = EvaluateOptions(grid=20, random_budgets=6, num_random=500, hold=("eta",), seed=3)
-    plan = asked.plan(config, setup.space)
+    plan = asked.plan(config, setup)
     assert len(plan.budgets) == 50
     assert plan.random_at == (1, 5, 8, 11, 15, 18)  # of the diagonal
     assert plan.along == ("",) * 20 + ("kappa",) * 10 + ("rho",) * 10 + ("eta",) * 10
@@ -308,15 +340,20 @@ def test_plans(session):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"controllers": ("fixt",)}, "--controllers: there is no 'fixt'; there are fixed, fixed_official"),
+        (
+            {"controllers": ("fixt",)},
+            "--controllers: there is no 'fixt'; there are fixed, best_fixed, fixed_official",
+        ),
         ({"hold": ("tau",)}, "--hold: there is no axis 'tau'; the axes are kappa, rho, eta"),
         ({"budgets": "0.5,0.5,0.5", "grid": 3}, "give --budgets or --grid, not both"),
         ({"budgets": "0.05,0.5,0.5"}, "--budgets: kappa = 0.05 cannot be met"),
+        ({"budgets": "0.7"}, "--budgets='0.7' must be costs of kappa, rho, eta"),
+        ({"controllers": ("best_fixed",)}, "best_fixed splits one budget for all axes; give --one_budget"),
     ],
 )
 def test_plans_that_are_refused(session, given, expected):
     with pytest.raises(UserError) as mistake:
-        EvaluateOptions(**given).plan(session.config, session.setup.space)
+        EvaluateOptions(**given).plan(session.config, session.setup)
     assert expected in str(mistake.value)
 
 

@@ -26,7 +26,7 @@ def test_entries_by_hand(config, tiny_session):
     options = EvaluateOptions(grid=2, controllers=controllers, num_random=7, random_budgets=1)
     setup = tiny_session.setup
     assert estimate.entries_of(options, config, setup) == 1 + 8 * 3 + 7
-    assert len(options.plan(config, setup.space).budgets) == 8
+    assert len(options.plan(config, setup).budgets) == 8
 
 
 def test_evaluation_operations_are_those_of_a_rollout(tiny_session):

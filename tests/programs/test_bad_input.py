@@ -80,6 +80,7 @@ IMPOSSIBLE = {
     "policy.num_heads": (0, 3),
     "policy.num_layers": (0,),
     "policy.restate_steps": (0, 2),
+    "policy.one_budget": ("euro", "net"),  # the latter without predicted losses
     "policy.mlp_ratio": (0.0, -1.0, NAN, INF),
     "learner": ("ppo", "", "counterfactual"),  # the last without predicted losses
     "counterfactual.target": ("labels",),

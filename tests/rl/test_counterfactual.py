@@ -129,6 +129,8 @@ def test_the_first_table_is_that_of_the_first_update(learner):
         losses[0].reshape(-1, losses[0].shape[-1]), jnp.array(setup.policy.level_costs[0])
     )
     np.testing.assert_allclose(after["prices"]["cost"][0], wanted, rtol=1e-5)
+    means = np.concatenate([loss.mean((0, 1)) for loss in losses])
+    np.testing.assert_allclose(after["prices"]["loss"], means, rtol=1e-5, atol=1e-7)
     later = recalibrated(params, found.observation, jnp.int32(10**6), setup)
     moved = later["prices"]["cost"][0] - params["prices"]["cost"][0]
     np.testing.assert_allclose(moved, (wanted - params["prices"]["cost"][0]) / 50, rtol=1e-4, atol=1e-7)

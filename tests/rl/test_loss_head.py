@@ -1,5 +1,6 @@
 """Predicted losses, the prices that budgets become, and the actions that follow: by hand, by properties."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -116,6 +117,73 @@ def test_what_is_asked_for_moves_prices_and_no_prediction(policy):
     np.testing.assert_array_equal(losses(low), losses(high))
     np.testing.assert_allclose(losses(spent), losses(same), rtol=1e-5)
     assert np.abs(losses(low) - losses(spent)).max() > 1e-6  # but what was spent so far is seen
+
+
+# What a unit of each axis' cost is of a whole step; the second axis has one level and saves nothing.
+SHARES = (0.2, 0.0, 0.4)
+
+
+def test_the_cost_of_a_step_by_hand():
+    """Half of the first axis and a quarter of the last: 1 - 0.2 * 0.5 - 0.4 * 0.75."""
+    cost = loss_head.total_cost(jnp.array([[0.5, 1.0, 0.25], [1.0, 1.0, 1.0]]), jnp.array(SHARES))
+    np.testing.assert_allclose(cost, [0.6, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [0.55, 0.7, 0.9])
+def test_one_price_for_all_axes_makes_steps_cost_what_was_asked(asked):
+    """Each axis pays its share of the price; the total is met on the steps that the tables are of."""
+    rng = np.random.default_rng(4)
+    costs = [np.linspace(0.1, 1.0, 10), np.ones(1), np.linspace(0.25, 1.0, 7)]
+    losses = [np.sort(rng.exponential(0.1, (4000, len(c))), 1)[:, ::-1] * (1.0 - c) for c in costs]
+    table = jnp.stack(
+        [loss_head.mean_costs(jnp.asarray(v), jnp.asarray(c)) for v, c in zip(losses, costs, strict=True)]
+    )
+    price = float(loss_head.shared_price(jnp.float32(asked), table, jnp.array(SHARES)))
+    spent = [
+        c[np.argmin(v + price * s * c, -1)].mean() for v, c, s in zip(losses, costs, SHARES, strict=True)
+    ]
+    assert loss_head.total_cost(np.array(spent), np.array(SHARES)) == pytest.approx(asked, abs=0.01)
+
+
+def test_with_one_budget_the_likeliest_action_pays_one_price(policy):
+    _, params = policy
+    config = dataclasses.replace(SPEC.config, one_budget="bytes")
+    net = Policy(dataclasses.replace(SPEC, config=config, axis_shares=SHARES))
+    step = jax.jit(functools.partial(net.apply, params, method="step"))
+    predict = jax.jit(functools.partial(net.apply, params, method="losses"))
+    rng = np.random.default_rng(5)
+    for _ in range(10):
+        obs = seen(rng, rng.uniform(0.3, 1.0, 3).astype(np.float32))
+        logits_A, _ = step(obs, initial_carry(SPEC))
+        total = loss_head.total_cost(obs.target, jnp.array(SHARES))
+        price = float(loss_head.shared_price(total, params["prices"]["cost"], jnp.array(SHARES)))
+        _, losses = predict(jax.tree.map(lambda leaf: leaf[None], obs))
+        value = [
+            np.asarray(v[0]) + price * s * np.array(c) for v, s, c in zip(losses, SHARES, COSTS, strict=True)
+        ]
+        joint = (value[0][:, None, None] + value[1][:, None] + value[2]).reshape(-1)
+        np.testing.assert_allclose(
+            np.diff(logits_A), -np.diff(joint) / loss_head.SOFTNESS, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_one_budget_is_restated_as_a_whole(policy):
+    """Axes may be off their own targets as long as the step is not; what is left is left of the whole."""
+    _, params = policy
+    config = dataclasses.replace(SPEC.config, one_budget="net", restate=True)
+    net = Policy(dataclasses.replace(SPEC, config=config, axis_shares=(0.3, 0.3, 0.4)))
+    step = jax.jit(functools.partial(net.apply, params, method="step"))
+    obs = seen(np.random.default_rng(6), np.full(3, 0.6, np.float32))._replace(progress=jnp.float32(0.75))
+    obs = obs._replace(prev_action=jnp.int32(1), gap=jnp.zeros(3))
+    traded = obs._replace(gap=jnp.array([0.4, 0.0, -0.3]))  # 0.3 * 0.4 = 0.4 * 0.3
+    other_split = obs._replace(target=obs.target + traded.gap, gap=jnp.zeros(3))
+    prices = [step(o, initial_carry(SPEC))[0] for o in (obs, other_split)]
+    np.testing.assert_allclose(*prices, rtol=1e-3, atol=1e-3)
+
+
+def test_a_spec_says_what_its_budget_is_a_share_of():
+    with pytest.raises(ValueError, match="axis_shares of 0 axes, and one_budget is 'net'"):
+        dataclasses.replace(SPEC, config=dataclasses.replace(SPEC.config, one_budget="net"))
 
 
 def test_prices_get_no_gradient(policy):

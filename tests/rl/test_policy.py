@@ -300,6 +300,7 @@ OTHER = {
     "horizon": 5,
     "num_axes": 2,
     "level_costs": costs_of(1, 5),
+    "axis_shares": (0.1, 0.9, 0.0),
     "page_size": 3,
     "action_embed_size": 3,
     "scalar_embed_size": 9,
@@ -318,6 +319,7 @@ OTHER_CONFIG = {
     "restate": True,
     "restate_steps": 2,
     "predict_losses": True,
+    "one_budget": "net",
 }
 # What some fields need beside them before they mean anything.
 BESIDE = {
@@ -327,16 +329,20 @@ BESIDE = {
     "page_input": other(SMALL, page_size=3),
     "restate_steps": other(SMALL, {"restate": True}),
     "predict_losses": other(SMALL, level_costs=costs_of(1, 5, 1)),
+    "one_budget": other(SMALL, {"predict_losses": True}, level_costs=costs_of(1, 5, 1)),
 }
+BESIDE["axis_shares"] = other(BESIDE["one_budget"], {"one_budget": "net"}, axis_shares=(0.3, 0.3, 0.4))
+# What must change with them.
+WITH = {"one_budget": {"axis_shares": (0.1, 0.9, 0.0)}}
 
 
 @pytest.mark.parametrize("field", [*OTHER, *OTHER_CONFIG])
 def test_every_field_of_the_spec_is_read(field):
     small = BESIDE.get(field, SMALL)
-    is_own = field in OTHER
-    changed_spec = (
-        other(small, **{field: OTHER[field]}) if is_own else other(small, {field: OTHER_CONFIG[field]})
-    )
+    if field in OTHER:
+        changed_spec = other(small, **{field: OTHER[field]})
+    else:
+        changed_spec = other(small, {field: OTHER_CONFIG[field]}, **WITH.get(field, {}))
     params, changed = _params(small), _params(changed_spec)
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, changed):
         return

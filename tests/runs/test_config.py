@@ -191,6 +191,7 @@ PREDICTS = {"policy.predict_losses": True}
 BESIDE = {
     "learner": PREDICTS,
     "policy.restate_steps": {"policy.restate": True},
+    "policy.one_budget": PREDICTS,
     "counterfactual.target": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.floor": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.price_memory": PREDICTS | {"learner": "counterfactual"},
