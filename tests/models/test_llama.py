@@ -219,6 +219,19 @@ def test_logits_of_tied_embeddings():
     assert "lm_head" not in weights
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_logit_of_one_token(tied, dtype):
+    weights = random_weights(dataclasses.replace(CFG, tie_embeddings=tied, dtype=dtype))
+    hidden_D = jax.random.normal(jax.random.key(1), (CFG.hidden_size,))
+    logits_V = llama.logits(weights, hidden_D)
+    alone = jax.jit(llama.token_logit)
+    found = [alone(weights, hidden_D, jnp.int32(token)) for token in (0, 17, CFG.vocab_size - 1)]
+    # In bfloat16 the head rounds the hidden state too.
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(found, logits_V[jnp.array([0, 17, CFG.vocab_size - 1])], tolerance, tolerance)
+
+
 # --- an axis of one's own -----------------------------------------------------------------------
 
 
