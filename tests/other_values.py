@@ -58,6 +58,8 @@ OTHER = {
     "counterfactual.price_memory": 7,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,
+    "grpo.sampling": "stratified",
+    "grpo.credit": "axis",
     "grpo.gamma": 0.5,
     "grpo.returns": "max",
     "grpo.level": "outcome",

@@ -258,6 +258,11 @@ class ActionSpace:
         return len(self.values_AxX)
 
     @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Number of levels of each axis."""
+        return tuple(len(axis.levels) for axis in self.axes)
+
+    @property
     def dense(self) -> int:
         """The action with every axis at its top level: what steps that may not be controlled take."""
         return self.num_actions - 1

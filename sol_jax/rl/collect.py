@@ -124,13 +124,19 @@ def collect(
     budget_BxWxX: jax.Array,
     setup: Setup,
     early_B: jax.Array | None = None,
+    place_BxWxKxTxX: jax.Array | None = None,
 ) -> tuple[Rollout, jax.Array]:
-    """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...]."""
+    """K rollouts of every episode of a batch of blocks, and their rewards: [B, W, K, T, ...].
+
+    With `place_BxWxKxTxX` the controller is a `placed_controller`, which acts at these places.
+    """
     blocks = prefill_blocks(weights, tokens_BxN, setup, setup.needs_dense, early_B)
     K = setup.grpo.num_schedules
     shape = (*budget_BxWxX.shape[:2], K)
     budget_BxWxKxX = jnp.broadcast_to(budget_BxWxX[:, :, None], (*shape, budget_BxWxX.shape[-1]))
     memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), controller.memory)
+    if place_BxWxKxTxX is not None:
+        memory = memory, place_BxWxKxTxX
     rollout = run_schedules(weights, blocks, key, budget_BxWxKxX, Controller(controller.act, memory), setup)
     return rollout, _rewards(weights, blocks, rollout, setup)
 

@@ -160,6 +160,16 @@ class GrpoConfig(Options):
         "the label's log-probability; acceptance (not the paper's): the log of the chance that the dense "
         "model keeps a token drawn from the step, for lossless generation",
     )
+    sampling: Literal["independent", "stratified"] = option(
+        "independent",
+        "how the K schedules draw actions; stratified (not the paper's): each with the policy's chances, but "
+        "together spread evenly over each axis' levels by these chances, so that luck decides less",
+    )
+    credit: Literal["action", "axis"] = option(
+        "action",
+        "what an advantage belongs to; axis (not the paper's): to each axis' level by itself, less what the "
+        "costs of the other axes' levels explain; needs policy.factored_head or policy.predict_losses",
+    )
     divergence_weight: float = option(
         0.0, "w: share of KL(dense || compressed) in the reward", at_least=0, at_most=1
     )

@@ -4,6 +4,7 @@ Array -> array functions.  `group_advantage` takes the K schedules of one sequen
 `whiten` a whole rollout batch, `clipped_loss` the N steps of a minibatch.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -57,6 +58,72 @@ def action_logp(logits_A: jax.Array, action: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(logits_A).at[action].get(mode="fill", fill_value=jnp.nan)
 
 
+def axis_logp(logits_A: jax.Array, action: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Log-probability of an action's level of each axis, [X], where axes are drawn independently.
+
+    `sizes` are the axes' numbers of levels; the last axis varies fastest in an action.
+    """
+    logp = jax.nn.log_softmax(logits_A).reshape(tuple(sizes))
+    level_X = jnp.unravel_index(action, tuple(sizes))
+    others = [tuple(y for y in range(len(sizes)) if y != x) for x in range(len(sizes))]
+    marginals = [jax.nn.logsumexp(logp, axis=rest) for rest in others]
+    return jnp.stack([marginal[level] for marginal, level in zip(marginals, level_X, strict=True)])
+
+
+def stratified_places(key: jax.Array, shape: tuple[int, ...], num_schedules: int) -> jax.Array:
+    """Numbers from 0 to 1, [*shape, K]: along K one in each of K equal parts, in random order.
+
+    Each is uniform by itself.
+    """
+
+    def one(key: jax.Array) -> jax.Array:
+        order_key, within_key = jax.random.split(key)
+        part_K = jax.random.permutation(order_key, num_schedules)
+        return (part_K + jax.random.uniform(within_key, (num_schedules,))) / num_schedules
+
+    for _ in shape:
+        one = jax.vmap(one)
+    return one(jax.random.split(key, shape))
+
+
+def action_at(logits_A: jax.Array, place_X: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """The action at a place of the distribution, int32: uniform places give actions with its probabilities.
+
+    The level of each axis is where its cumulative probability, given the levels of the axes before, passes
+    the axis' place.
+    """
+    left, action = jax.nn.softmax(logits_A).reshape(tuple(sizes)), jnp.int32(0)
+    for x, size in enumerate(sizes):
+        below_n = jnp.cumsum(left.reshape(size, -1).sum(-1))
+        level = jnp.sum(below_n <= place_X[x] * below_n[-1], dtype=jnp.int32)
+        level = jnp.minimum(level, size - 1)
+        left, action = left[level], action * size + level
+    return action
+
+
+def axis_advantage(advantage_K: jax.Array, cost_KxX: jax.Array) -> jax.Array:
+    """An advantage for each axis, [K, X]: less what the other axes' costs explain of it.
+
+    A linear fit of the advantages on the costs, for each schedule over the others, is an axis' baseline as
+    far as the other axes go.  It does not depend on the axis' own level, so nothing is biased (Wu et al.
+    2018, arXiv 1803.07246), and what the other axes happened to draw is not taken for this one's doing.
+    """
+    K, X = cost_KxX.shape
+    # Of few schedules little is known: a ridge keeps the fit from running after noise.
+    ridge = 1e-3 * jnp.eye(X)
+
+    def of_others(k: jax.Array) -> jax.Array:
+        weight_K = (jnp.arange(K) != k) / (K - 1)
+        mean_X, mean = weight_K @ cost_KxX, weight_K @ advantage_K
+        centred_KxX = cost_KxX - mean_X
+        gram = (centred_KxX * weight_K[:, None]).T @ centred_KxX
+        slope_X = jnp.linalg.solve(gram + ridge, (centred_KxX * weight_K[:, None]).T @ (advantage_K - mean))
+        explained_X = slope_X * centred_KxX[k]
+        return advantage_K[k] - (explained_X.sum() - explained_X)
+
+    return jax.vmap(of_others)(jnp.arange(K))
+
+
 def entropy(logits_A: jax.Array) -> jax.Array:
     """Entropy of the action distribution, in nats."""
     _check_rank(1, logits_A=logits_A)
@@ -84,6 +151,7 @@ def clipped_loss(
     weight_N: jax.Array | None = None,
     cost_AxX: jax.Array | None = None,
     price_NxX: jax.Array | None = None,
+    axis_sizes: Sequence[int] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of N steps, and what to log about them.
 
@@ -93,13 +161,16 @@ def clipped_loss(
     without it every step counts, controllable or not.  `actions_N` are the sampled actions.
 
     Not the paper's: with `price_NxX`, what a unit of each axis' cost is worth at each step, the mean over
-    steps of the price of the action's *expected* cost is added (`cost_AxX`: cost of each action).
+    steps of the price of the action's *expected* cost is added (`cost_AxX`: cost of each action).  With
+    `axis_sizes`, the axes' numbers of levels, `logp_old_N` and `adv_N` are [N, X], of each axis' level by
+    itself, and the first term is a sum over the axes.
     """
     _check_rank(2, logits_NxA=logits_NxA)
-    _check_rank(1, actions_N=actions_N, logp_old_N=logp_old_N, adv_N=adv_N)
-    if not logits_NxA.shape[0] == actions_N.size == logp_old_N.size == adv_N.size:
+    _check_rank(1, actions_N=actions_N)
+    _check_rank(2 if axis_sizes else 1, logp_old_N=logp_old_N, adv_N=adv_N)
+    if not logits_NxA.shape[0] == actions_N.size == len(logp_old_N) == len(adv_N):
         raise ValueError("logits_NxA, actions_N, logp_old_N and adv_N differ in N")
-    weight_N = jnp.ones_like(adv_N) if weight_N is None else weight_N
+    weight_N = jnp.ones(len(adv_N)) if weight_N is None else weight_N
     share_N = jax.lax.stop_gradient(weight_N / weight_N.sum())
     adv_N, logp_old_N = jax.lax.stop_gradient((adv_N, logp_old_N))
 
@@ -107,11 +178,20 @@ def clipped_loss(
         # Not a dot product: those lose digits on accelerators.
         return (share_N * value_N).sum()
 
-    logp_N = jax.vmap(action_logp)(logits_NxA, actions_N)
+    if axis_sizes:
+        logp_N = jax.vmap(lambda logits_A, a: axis_logp(logits_A, a, axis_sizes))(logits_NxA, actions_N)
+    else:
+        logp_N = jax.vmap(action_logp)(logits_NxA, actions_N)
     # Cannot overflow for a sampled action: rho <= 1 / pi_old(a).
     ratio_N = jnp.exp(logp_N - logp_old_N)
     clipped_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
-    policy_loss = -mean(jnp.minimum(ratio_N * adv_N, clipped_N * adv_N))
+    surrogate_N = jnp.minimum(ratio_N * adv_N, clipped_N * adv_N)
+    if axis_sizes:
+        surrogate_N = surrogate_N.sum(-1)
+        # What is logged is of whole actions.
+        logp_N, logp_old_N, adv_N = logp_N.sum(-1), logp_old_N.sum(-1), adv_N.sum(-1)
+        ratio_N = jnp.exp(logp_N - logp_old_N)
+    policy_loss = -mean(surrogate_N)
     mean_entropy = mean(jax.vmap(entropy)(logits_NxA))
     kl = mean(_reference_kl(logits_NxA, reference_logits_NxA, reference_kl_coef))
     budget_loss = mean(_priced(logits_NxA, cost_AxX, price_NxX))

@@ -36,8 +36,8 @@ class Experience(NamedTuple):
 
     observation: Observation
     action: jax.Array  # [T]
-    logp: jax.Array  # [T]
-    advantage: jax.Array  # [T]
+    logp: jax.Array  # [T]; [T, X] of each axis' level with `credit` "axis"
+    advantage: jax.Array  # likewise
     price: jax.Array | None = None  # [T, X], of each axis' expected cost, with `penalty_gradient` "expected"
 
 
@@ -117,6 +117,26 @@ def _compare(
     return batched(reward_BxWxKxT, rollout.cost, rollout.controllable, budget_BxWxX)
 
 
+def by_axis(params: Any, experience: Experience, cost: jax.Array, setup: Setup) -> Experience:
+    """Experience [B, W, K, ...] with advantages and log-probabilities of each axis' level by itself.
+
+    `params` are those of the rollout, `cost` what its steps cost, [B, W, K, T, X].
+    """
+    over_steps = jax.vmap(grpo.axis_advantage, in_axes=(1, 1), out_axes=1)
+    advantage = jax.vmap(jax.vmap(over_steps))(experience.advantage, cost)
+    sizes, temperature = setup.space.level_counts, setup.grpo.temperature
+
+    def logp(observation: Observation, action_T: jax.Array) -> jax.Array:
+        logits_TxA: Any = setup.network.apply(params, observation)
+        return jax.vmap(lambda logits_A, a: grpo.axis_logp(logits_A / temperature, a, sizes))(
+            logits_TxA, action_T
+        )
+
+    flat = flattened((experience.observation, experience.action))
+    logp_old = lax.map(lambda given: logp(*given), flat, batch_size=32)  # joint logits are large
+    return experience._replace(advantage=advantage, logp=logp_old.reshape(advantage.shape))
+
+
 def minibatches(
     key: jax.Array, num_schedules: int, cfg: OptimConfig, horizon: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +212,7 @@ def grpo_loss(reference: Any, setup: Setup) -> Loss:
         return logits_RxTxA.reshape(-1, logits_RxTxA.shape[-1]) / cfg.temperature
 
     def loss(params: Any, batch: Experience, weight_R: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        steps = (x.reshape(-1) for x in (batch.action, batch.logp, batch.advantage))
+        steps = (x.reshape(-1, *x.shape[2:]) for x in (batch.action, batch.logp, batch.advantage))
         weight_N = jnp.repeat(weight_R, batch.action.shape[1])
         return grpo.clipped_loss(
             logits(params, batch),
@@ -204,6 +224,7 @@ def grpo_loss(reference: Any, setup: Setup) -> Loss:
             weight_N=weight_N,
             cost_AxX=jnp.asarray(setup.space.costs_AxX),
             price_NxX=None if batch.price is None else batch.price.reshape(len(weight_N), -1),
+            axis_sizes=setup.space.level_counts if cfg.credit == "axis" else (),
         )
 
     return loss

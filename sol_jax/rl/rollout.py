@@ -20,7 +20,7 @@ from sol_jax.axes.base import ActionSpace
 from sol_jax.models import llama
 from sol_jax.models.llama import IndexedCache, LlamaConfig, Prefix, Suffix, Weights
 from sol_jax.rl.config import EpisodeConfig
-from sol_jax.rl.grpo import action_logp
+from sol_jax.rl.grpo import action_at, action_logp
 from sol_jax.rl.policy import Observation, Policy, PolicyCarry, budget_gap, initial_carry, progress
 
 Act = Callable[[jax.Array, Observation, Any], tuple[jax.Array, jax.Array, Any]]
@@ -103,6 +103,21 @@ def policy_controller(policy: Policy, params: Any, temperature: float, greedy: b
         logits_A, carry = scored[0] / temperature, scored[1]
         action = jnp.argmax(logits_A) if greedy else jax.random.categorical(key, logits_A)
         return action.astype(jnp.int32), action_logp(logits_A, action), carry
+
+    return Controller(act, initial_carry(policy.spec))
+
+
+def placed_controller(policy: Policy, params: Any, temperature: float, sizes: tuple[int, ...]) -> Controller:
+    """The policy as a controller that draws nothing: its memory says at which places of its distributions
+    it acts (see `grpo.action_at`).  What comes after the carry in the memory is given, [T, X].
+    """
+
+    def act(key: jax.Array, seen: Observation, memory: Any) -> tuple[jax.Array, jax.Array, Any]:
+        carry, coming_TxX = memory
+        scored: Any = policy.apply(params, seen, carry, method="step")
+        logits_A = scored[0] / temperature
+        action = action_at(logits_A, coming_TxX[0], sizes)
+        return action, action_logp(logits_A, action), (scored[1], jnp.roll(coming_TxX, -1, 0))
 
     return Controller(act, initial_carry(policy.spec))
 

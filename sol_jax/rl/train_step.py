@@ -24,10 +24,12 @@ from sol_jax.rl.counterfactual import (
     learn_losses,
     recalibrated,
 )
+from sol_jax.rl.grpo import stratified_places
 from sol_jax.rl.learn import (
     Experience,
     TrainState,
     advantages,
+    by_axis,
     fit,
     flattened,
     mean_metrics,
@@ -36,7 +38,7 @@ from sol_jax.rl.learn import (
     prices,
 )
 from sol_jax.rl.policy import example_observation, initial_carry
-from sol_jax.rl.rollout import Rollout, policy_controller
+from sol_jax.rl.rollout import Rollout, placed_controller, policy_controller
 from sol_jax.rl.setup import Setup
 
 
@@ -47,6 +49,7 @@ class Drawn(NamedTuple):
     budget_BxWxX: jax.Array | None = None  # of GRPO
     key_BxWxK: jax.Array | None = None  # of each schedule's sampling, likewise
     action_BxWxKxT: jax.Array | None = None  # the schedules of the counterfactual learner
+    place_BxWxKxTxX: jax.Array | None = None  # of stratified sampling, see `grpo.action_at`
 
 
 class Played(NamedTuple):
@@ -91,7 +94,12 @@ def draw(key: jax.Array, step: jax.Array, num_blocks: int, setup: Setup) -> Draw
         return Drawn(early_B, action_BxWxKxT=draw_schedules(key, num_blocks, setup))
     shape = num_blocks, setup.episode.episodes_per_prefix
     budget_BxWxX = draw_budgets(budget_key, shape, setup.space)
-    return Drawn(early_B, budget_BxWxX, jax.random.split(rollout_key, (*shape, setup.grpo.num_schedules)))
+    key_BxWxK, place = jax.random.split(rollout_key, (*shape, setup.grpo.num_schedules)), None
+    if setup.grpo.sampling == "stratified":
+        steps = *shape, setup.episode.horizon, len(setup.space.axes)
+        place_key = jax.random.fold_in(rollout_key, 1)
+        place = jnp.moveaxis(stratified_places(place_key, steps, setup.grpo.num_schedules), -1, 2)
+    return Drawn(early_B, budget_BxWxX, key_BxWxK, place_BxWxKxTxX=place)
 
 
 def play(
@@ -102,10 +110,13 @@ def play(
         return collect_outcomes(weights, tokens_BxN, drawn.action_BxWxKxT, drawn.early_B, setup)
     assert drawn.budget_BxWxX is not None
     assert drawn.key_BxWxK is not None
-    controller = policy_controller(setup.network, params, setup.grpo.temperature)
-    rollout, reward = collect(
-        weights, controller, tokens_BxN, drawn.key_BxWxK, drawn.budget_BxWxX, setup, drawn.early_B
-    )
+    how = setup.network, params, setup.grpo.temperature
+    if drawn.place_BxWxKxTxX is None:
+        controller = policy_controller(*how)
+    else:
+        controller = placed_controller(*how, setup.space.level_counts)
+    asked = drawn.budget_BxWxX, setup, drawn.early_B, drawn.place_BxWxKxTxX
+    rollout, reward = collect(weights, controller, tokens_BxN, drawn.key_BxWxK, *asked)
     return Played(rollout._replace(hidden=rollout.hidden[..., :0]), reward)
 
 
@@ -132,6 +143,8 @@ def learn_grpo(
     adv, penalty, mean_cost = advantages(reward, rollout, budget_BxWxX, setup)
     price = prices(reward, rollout, budget_BxWxX, setup)
     experience = Experience(rollout.observation, rollout.action, rollout.logp, adv, price)
+    if setup.grpo.credit == "axis":
+        experience = by_axis(state.params, experience, rollout.cost, setup)
     experience = flattened(experience)
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)

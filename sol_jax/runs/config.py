@@ -186,6 +186,10 @@ class RunConfig(Options):
             )
         if self.learner == "counterfactual" and not self.policy.predict_losses:
             raise self.policy.wrong("predict_losses", "true where config.learner is counterfactual")
+        if self.grpo.credit == "axis" and not (self.policy.factored_head or self.policy.predict_losses):
+            raise self.grpo.wrong(
+                "credit", "action, or policy.factored_head true: axes must be drawn independently"
+            )
         self._check_unread()
         axes = self.axes.build(self.axis_context)
         if not self.eval.budgets:

@@ -92,6 +92,8 @@ IMPOSSIBLE = {
     "grpo.num_schedules": (1, 0, -2),
     "grpo.gamma": (-0.1, 1.1, NAN),
     "grpo.returns": ("mean",),
+    "grpo.sampling": ("greedy",),
+    "grpo.credit": ("token", "axis"),  # the latter where axes are not drawn independently
     "grpo.level": ("token",),
     "grpo.reward": ("accuracy",),
     "grpo.penalty_gradient": ("exact",),

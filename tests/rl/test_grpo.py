@@ -274,3 +274,116 @@ def test_priced_costs_are_those_that_the_policy_expects():
     np.testing.assert_allclose(slope, [[0.75 * 0.25, -0.75 * 0.25], [0.0, 0.0]], rtol=1e-5)
     with pytest.raises(ValueError, match="cost_AxX with as many axes"):
         clipped_loss(logits_NxA, *steps, clip=0.2, entropy_coef=0.0, price_NxX=price_NxX)
+
+
+# --- with less noise (not the paper's) -----------------------------------------------------------------
+
+SIZES = (2, 3, 2)
+place = jax.jit(grpo.stratified_places, static_argnames=("shape", "num_schedules"))
+act_at = jax.jit(jax.vmap(grpo.action_at, (None, 0, None)), static_argnums=2)
+axis_advantage = jax.jit(grpo.axis_advantage)
+
+
+def factors(seed):
+    """Log-probabilities of independent axes, and the logits of their joint actions."""
+    rng = np.random.default_rng(seed)
+    logp_X = [np.log(rng.dirichlet(np.ones(size))) for size in SIZES]
+    joint = logp_X[0][:, None, None] + logp_X[1][:, None] + logp_X[2]
+    return logp_X, jnp.asarray(joint.reshape(-1) + 3.0, jnp.float32)
+
+
+def test_one_place_lies_in_each_part():
+    place_6x4xK = np.asarray(place(jax.random.key(0), (6, 4), 8))
+    np.testing.assert_array_equal(np.sort(np.floor(8 * place_6x4xK), -1), np.tile(np.arange(8), (6, 4, 1)))
+    assert (
+        len({tuple(row) for row in np.floor(8 * place_6x4xK).reshape(-1, 8)}) == 24
+    )  # in another order each
+    first = np.asarray(place(jax.random.key(1), (4000,), 4))[:, 0]  # and any of them anywhere
+    np.testing.assert_allclose(np.quantile(first, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
+
+
+def test_uniform_places_give_actions_their_probabilities():
+    """Of a joint distribution whose axes depend on each other, over a grid of places."""
+    logits_A = jax.random.normal(jax.random.key(2), (12,))
+    ticks = (np.arange(40) + 0.5) / 40
+    places = np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"), -1).reshape(-1, 3)
+    counts = np.bincount(np.asarray(act_at(logits_A, jnp.asarray(places), SIZES)), minlength=12)
+    np.testing.assert_allclose(counts / len(places), jax.nn.softmax(logits_A), atol=0.02)
+
+
+@LESS
+@given(st.integers(0, 2**20), st.integers(2, 16))
+def test_a_group_has_each_level_as_often_as_it_is_likely(seed, K):
+    """Within one for each end of a level, if all its schedules have one distribution of independent axes."""
+    logp_X, logits_A = factors(seed)
+    place_XxK = grpo.stratified_places(jax.random.key(seed), (3,), K)
+    levels = np.unravel_index(np.asarray(act_at(logits_A, place_XxK.T, SIZES)), SIZES)
+    for level_K, logp_n in zip(levels, logp_X, strict=True):
+        counts = np.bincount(level_K, minlength=len(logp_n))
+        assert np.all(np.abs(counts - K * np.exp(logp_n)) < 2 + 1e-3)
+        assert np.all(np.abs(np.cumsum(counts) - K * np.cumsum(np.exp(logp_n))) < 1 + 1e-3)
+
+
+def test_places_at_the_ends_are_actions():
+    logits_A = jnp.array([0.0, -1e9, 0.0, -1e9] * 3)
+    ends = jnp.array([[0.0] * 3, [np.nextafter(np.float32(1), np.float32(0))] * 3, [1.0] * 3])
+    assert set(np.asarray(act_at(logits_A, ends, SIZES)).tolist()) <= set(range(12))
+
+
+def test_log_probabilities_of_levels_add_up_to_the_action_s():
+    logp_X, logits_A = factors(3)
+    for action in range(12):
+        levels = np.unravel_index(action, SIZES)
+        found = grpo.axis_logp(logits_A, jnp.int32(action), SIZES)
+        np.testing.assert_allclose(found, [p[i] for p, i in zip(logp_X, levels, strict=True)], rtol=1e-4)
+        assert found.sum() == pytest.approx(float(grpo.action_logp(logits_A, jnp.int32(action))), rel=1e-4)
+
+
+def test_an_axis_is_not_credited_with_what_others_did():
+    """Advantages that are linear in the costs, without noise: each axis keeps its own part."""
+    rng = np.random.default_rng(5)
+    cost_KxX = rng.uniform(0.1, 1.0, (400, 3))
+    part_KxX = (cost_KxX - cost_KxX.mean(0)) * [3.0, 0.0, -2.0]
+    found = axis_advantage(jnp.asarray(part_KxX.sum(1)), jnp.asarray(cost_KxX))
+    apart = np.abs(found - part_KxX).mean() / np.abs(part_KxX.sum(1, keepdims=True) - part_KxX).mean()
+    assert apart < 0.15  # of what they would be credited with as whole actions
+
+
+@LESS
+@given(st.integers(0, 2**20), st.integers(3, 16), st.integers(0, 2), st.floats(-1, 1))
+def test_what_is_taken_off_an_axis_does_not_depend_on_its_own_level(seed, K, x, other):
+    """Else the gradient would be biased: neither on its cost nor on what came of it."""
+    rng = np.random.default_rng(seed)
+    cost_KxX, advantage_K = rng.uniform(0, 1, (K, 3)), rng.normal(size=K)
+    k = int(rng.integers(K))
+    moved_KxX, changed_K = cost_KxX.copy(), advantage_K.copy()
+    moved_KxX[k, x], changed_K[k] = other, advantage_K[k] + 1.0
+    before, after = (
+        a[k] - np.asarray(axis_advantage(jnp.asarray(a), jnp.asarray(c)))[k, x]
+        for a, c in ((advantage_K, cost_KxX), (changed_K, moved_KxX))
+    )
+    assert after == pytest.approx(before, abs=1e-4)
+
+
+def test_the_loss_of_axes_is_a_policy_gradient_for_each():
+    rng = np.random.default_rng(6)
+    logits_NxA = jnp.asarray(rng.normal(size=(5, 12)), jnp.float32)
+    actions_N = jnp.asarray(rng.integers(0, 12, 5), jnp.int32)
+    adv_NxX = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+
+    def logp(logits_NxA):
+        return jax.vmap(lambda logits_A, a: grpo.axis_logp(logits_A, a, SIZES))(logits_NxA, actions_N)
+
+    def loss(logits_NxA):
+        old = logp(jax.lax.stop_gradient(logits_NxA))
+        kwargs = {"clip": 0.2, "entropy_coef": 0.0, "axis_sizes": SIZES}
+        return grpo.clipped_loss(logits_NxA, actions_N, old, adv_NxX, **kwargs)
+
+    found, metrics = jax.grad(loss, has_aux=True)(logits_NxA)
+    wanted = jax.grad(lambda logits: -(adv_NxX * logp(logits)).sum() / 5)(logits_NxA)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    assert metrics["ratio_max"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="adv_N has shape"):
+        grpo.clipped_loss(
+            logits_NxA, actions_N, adv_NxX, adv_NxX[:, 0], clip=0.2, entropy_coef=0.0, axis_sizes=SIZES
+        )

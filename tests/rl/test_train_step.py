@@ -1,6 +1,8 @@
 """The whole update on a tiny model: its numbers, its rewards, its minibatches, and that it learns."""
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -447,3 +449,36 @@ def test_expected_costs_meet_budgets_without_any_reward(weights, tokens_BxN):
         gaps.append([metrics[f"budget_gap/{axis.name}"] for axis in SPACE.axes])
     before, after = np.mean(gaps[:5], 0), np.mean(gaps[-5:], 0)
     assert np.all(after < before), (before, after)
+
+
+def test_groups_with_less_noise(weights, tokens_BxN):
+    """Stratified schedules of a group, credited by axis: what an update learns from, and that it does."""
+    config = PolicyConfig(d_model=16, factored_head=True)
+    levels = tuple(tuple(axis.cost(level) for level in axis.levels) for axis in SPACE.axes)
+    setup = dataclasses.replace(
+        grpo_of(SETUP, sampling="stratified", credit="axis"),
+        policy=dataclasses.replace(SETUP.policy, config=config, level_costs=levels),
+    )
+    state = update.init_state(jax.random.key(2), setup)
+    drawn = jax.jit(functools.partial(update.draw, num_blocks=B, setup=setup))(state.key, state.step)
+    play = jax.jit(functools.partial(update.play, setup=setup))
+    rollout, _ = play(state.params, weights, tokens_BxN, drawn)
+    # Before the first step all schedules of a group see the same, so that they are spread evenly.
+    first = jax.tree.map(lambda leaf: leaf[:, :, 0, :1], rollout.observation)
+    apply = jax.jit(functools.partial(setup.network.apply, state.params))
+    for b, w in np.ndindex(B, W):
+        logits_1xA = apply(jax.tree.map(operator.itemgetter((b, w)), first))
+        prob = jax.nn.softmax(logits_1xA[0] / setup.grpo.temperature).reshape(2, 2, 2)
+        taken = np.unravel_index(np.asarray(rollout.action[b, w, :, 0]), (2, 2, 2))
+        for x in range(3):
+            high = float(prob.sum(tuple({0, 1, 2} - {x}))[1])
+            assert abs(taken[x].sum() - K * high) < 1 + 1e-3
+    experience = Experience(rollout.observation, rollout.action, rollout.logp, rollout.logp)
+    split = jax.jit(functools.partial(learn.by_axis, setup=setup))(state.params, experience, rollout.cost)
+    np.testing.assert_allclose(split.logp.sum(-1), rollout.logp, rtol=1e-3, atol=1e-4)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = update.jit_train_step(state, weights, tokens_BxN, setup=setup)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)
+    )

@@ -192,6 +192,7 @@ BESIDE = {
     "learner": PREDICTS,
     "policy.restate_steps": {"policy.restate": True},
     "policy.one_budget": PREDICTS,
+    "grpo.credit": {"policy.factored_head": True},
     "counterfactual.target": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.floor": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.price_memory": PREDICTS | {"learner": "counterfactual"},

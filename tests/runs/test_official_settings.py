@@ -14,6 +14,7 @@ SHARED = {
     "episode.episodes_per_prefix": 1, "episode.jitter": 0, "grpo.batch_size": 8, "grpo.num_schedules": 16,
     "grpo.gamma": 0.85, "grpo.returns": "sum", "grpo.level": "process", "grpo.norm": "center",
     "grpo.temperature": 1.3, "grpo.clip": 0.2, "grpo.entropy_coef": 0.05, "grpo.dead_zone": 0.02,
+    "grpo.sampling": "independent", "grpo.credit": "action",
     "grpo.divergence_weight": 0.0, "grpo.penalty_gradient": "sampled", "grpo.reference_kl_coef": 0.0,
     "optim.learning_rate": 1e-4, "optim.clip_norm": 2.0, "optim.weight_decay": 0.01, "optim.passes": 1,
     "optim.minibatch_steps": 512, "optim.accumulate": 8, "optim.warmup": 0, "optim.decay_steps": 0,
