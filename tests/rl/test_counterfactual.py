@@ -60,9 +60,8 @@ def test_schedules_that_stay_at_a_level_have_pasts_of_every_cost(learner):
     stays = dataclasses.replace(
         setup, counterfactual=dataclasses.replace(setup.counterfactual, persistence=1.0)
     )
-    plain, wide = (
-        np.asarray(counterfactual.draw_schedules(jax.random.key(0), 64, s)) for s in (setup, stays)
-    )
+    drawn = (counterfactual.draw_schedules(jax.random.key(0), 64, s) for s in (setup, stays))
+    plain, wide = map(np.asarray, drawn)
     assert plain.shape == wide.shape
     costs = setup.space.costs_AxX
     for x, axis in enumerate(setup.space.axes):
