@@ -19,9 +19,17 @@ def test_lists_have_commas():
         sol_jax.run_program("experiments.figures.front", results="a", output="b", nothing=(1, "b"))
 
 
-def test_a_program_that_fails_is_told_by_its_own_sentence():
+def test_a_program_that_fails_is_told_by_its_own_sentence(capfd):
     with pytest.raises(UserError, match=r"^experiments\.figures\.figure2 failed: .* has no CSV"):
         sol_jax.run_program("experiments.figures.figure2", results="docs")
+    assert capfd.readouterr().out == ""  # a notebook shows the error, once
+
+
+def test_lines_that_look_like_errors_are_heard_too(tmp_path, monkeypatch, capfd):
+    (tmp_path / "talks.py").write_text("print('a', 'error: b', 'error: c', 'd', 'error: e', sep=chr(10))")
+    monkeypatch.chdir(tmp_path)
+    said = sol_jax.run_program("talks")
+    assert said == capfd.readouterr().out == "a\nerror: b\nerror: c\nd\nerror: e\n"
 
 
 @pytest.mark.parametrize(
