@@ -3,12 +3,12 @@
 import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
 from sol_jax.errors import UserError
 from sol_jax.files import as_os_errors, stamp
+from sol_jax.notices import notice
 
 PIECE = 1 << 24  # bytes that are held at a time
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished copy is one that was killed
@@ -35,7 +35,7 @@ def fetch(files: Sequence[pathlib.Path], folder: pathlib.Path, name: str) -> pat
                     f"{room / 1e9:.2f} GB; free some space"
                 )
             where = files[0].parent if files else ""
-            print(f"copying {needed / 1e9:.2f} GB from {where} to {folder}", file=sys.stderr, flush=True)
+            notice(f"copying {needed / 1e9:.2f} GB from {where} to {folder}")
             for file, size in sizes.items():
                 _copy(file, unfinished / file.name)
                 if (found := stamp(unfinished / file.name)[0]) != size:

@@ -20,15 +20,21 @@ def run_program(module: str, **flags: Any) -> str:
     """
     command = [sys.executable, "-m", module, *(f"--{name}={_value(flag)}" for name, flag in flags.items())]
     said: list[str] = []
+    held = ""
     # No fork of this process, which has threads of JAX: subprocess starts a new one.
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
             said.append(line)
-            print(line, end="", flush=True)
+            print(held, end="")
+            # Programs end on their error, which is raised: shown here too, a notebook would say it twice.
+            held = line if line.startswith("error: ") else ""
+            if not held:
+                print(line, end="", flush=True)
     if running.returncode:
         last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
         raise UserError(f"{module} failed: {last.removeprefix('error: ')}")
+    print(held, end="", flush=True)
     return "".join(said)
 
 

@@ -160,6 +160,7 @@ def _private(notebook: Notebook) -> Iterator[str]:
             continue
         for node in ast.walk(tree):
             yield from _private_name(node)
+        yield from _shown_twice(tree)
 
 
 def _private_name(node: ast.AST) -> Iterator[str]:
@@ -174,6 +175,13 @@ def _private_name(node: ast.AST) -> Iterator[str]:
             yield f"sol_jax.{name} is not in sol_jax.__all__"
         case ast.Attribute(attr=name) if name in INTERNAL:
             yield f".{name} is no public attribute of a text"
+
+
+def _shown_twice(tree: ast.Module) -> Iterator[str]:
+    """A page shows the value of a cell's last line: here all that the program has printed before."""
+    match tree.body[-1:]:
+        case [ast.Expr(value=ast.Call(func=ast.Attribute(attr="run_program")))]:
+            yield "what a program said is shown twice: give the value of run_program a name"
 
 
 def move(where: str) -> None:

@@ -86,7 +86,8 @@ def picture(notebook: form.Notebook) -> bytes:
     if drawn.width > WIDEST:
         drawn = drawn.resize((WIDEST, round(drawn.height * WIDEST / drawn.width)), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    drawn.quantize(COLOURS).save(file, "PNG", optimize=True)
+    # The default method gives the palette to greys, and turns the few pixels of a coloured point grey too.
+    drawn.quantize(COLOURS, Image.Quantize.FASTOCTREE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

@@ -152,8 +152,9 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 def table(rows: Sequence[ComparisonRow], axis_names: Sequence[str]) -> str:
     """The rows as text, one block per requested budget."""
     costs = "cost " + "/".join(axis_names)
+    wide = max(22, len(costs), len(" / ".join(["0.000"] * len(axis_names))))
     shares = f"{'net':>6} {'bytes':>6} {'flops':>6}"
-    head = f"{'controller':14} {costs:>22} {shares} {'ppl':>9}   gain of the policy, nats/token"
+    head = f"{'controller':14} {costs:>{wide}} {shares} {'ppl':>9}   gain of the policy, nats/token"
     lines = [head, "-" * len(head)]
     for row in rows:
         if row.controller == "policy":
@@ -163,5 +164,5 @@ def table(rows: Sequence[ComparisonRow], axis_names: Sequence[str]) -> str:
         gain = f"{row.gain:+.4f} [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
         shown = "" if row.controller == "policy" else gain
         shares = f"{row.net:6.3f} {row.bytes:6.3f} {row.flops:6.3f}"
-        lines.append(f"{row.controller:14} {cost:>22} {shares} {row.perplexity:9.2f}   {shown}")
+        lines.append(f"{row.controller:14} {cost:>{wide}} {shares} {row.perplexity:9.2f}   {shown}")
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sol_jax.errors import UserError
 from sol_jax.files import LineFile, is_remote, parse_json, path_of, write_whole
+from sol_jax.notices import in_notebook
 from sol_jax.runs.wandb_writer import WandbWriter
 
 PLAIN_SECONDS = 30.0  # between lines of progress where the console is a file or a pipe
@@ -231,15 +232,9 @@ def progress(total: int, start: int, label: str) -> Progress:
     """Progress of the first process only: on stderr, or under a notebook's cell."""
     if jax.process_index() != 0:
         return Progress(total, start, label, None)
-    if _in_notebook():  # where stderr is shown as if something were wrong
+    if in_notebook():
         return Progress(total, start, label, sys.stdout, _notebook_bar())
     return Progress(total, start, label, sys.stderr)
-
-
-def _in_notebook() -> bool:
-    """Whether a notebook's kernel runs this: its page shows bars, though it is no terminal."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _notebook_bar() -> Callable[..., Any]:

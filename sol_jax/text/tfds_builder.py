@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from absl import logging
 from sol_jax.copies import fetch, send
 from sol_jax.errors import UserError
 from sol_jax.files import as_os_errors
+from sol_jax.notices import notice
 from sol_jax.text.documents import Document, document_hashes, read_documents, split_documents
 
 # Part of the cache's key: raise it when the cleaning, the splitting or the cutting of text changes.
@@ -148,11 +148,7 @@ def write_once(config: TokenBlocksConfig, cache_dir: pathlib.Path) -> pathlib.Pa
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Said aloud: a large corpus takes minutes, once.
-        print(
-            f"cutting {config.source} into blocks of {config.block_length} tokens",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice(f"cutting {config.source} into blocks of {config.block_length} tokens")
         with _quiet_tfds():
             TokenBlocks(config=config, data_dir=cache_dir).download_and_prepare(file_format="array_record")
     except (OSError, RuntimeError) as error:

@@ -41,6 +41,14 @@ def _module(file: str) -> ModuleType:
     return module
 
 
+class Stopped(KeyboardInterrupt):
+    """Whoever ran it has stopped it."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback, as for a `UserError`."""
+        return [str(self)]
+
+
 @telling_of_memory()
 def train_policy(
     config: RunConfig | ConfigDict | str, workdir: str | pathlib.Path, fields: Mapping[str, Any] | None = None
@@ -59,11 +67,15 @@ def train_policy(
     Raises:
       UserError: anything wrong with config, model, text or workdir.
       Interrupted: after SIGTERM, once a checkpoint is written.
+      Stopped: after an interrupt, as a notebook's button sends it.
     """
     folder = path_of(workdir, "workdir")
     if isinstance(config, str):
         config = load_config(config)
     elif isinstance(config, ConfigDict):
         config = RunConfig.from_dict(config.to_dict())
-    train(config.with_fields(fields or {}), folder)
+    try:
+        train(config.with_fields(fields or {}), folder)
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"stopped; run it again to go on from the last checkpoint in {folder}") from stop
     return folder

@@ -236,6 +236,14 @@ def test_the_table_shows_shares():
     assert shown.split()[-4:] == ["0.500", "0.800", "0.900", "7.40"]
 
 
+@pytest.mark.parametrize("axes", [1, 3, 4, 6])
+def test_the_columns_of_the_table_stand_below_their_names(axes):
+    row = row_of(requested=(0.5,) * axes, cost=(0.4,) * axes)
+    (head, _, _, shown) = results.table([row], [f"axis{n}" for n in range(axes)]).splitlines()
+    for name, value in {"net": "0.500", "bytes": "0.800", "flops": "0.900", "ppl": "7.40"}.items():
+        assert shown[: head.index(name) + len(name)].endswith(value)
+
+
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "controller\npolicy\n", "\xff"])
 def test_a_csv_of_something_else_is_not_added_to(content, tmp_path):
     path = tmp_path / "results.csv"

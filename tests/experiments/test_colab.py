@@ -44,6 +44,15 @@ def test_what_a_notebook_sets_can_be_set(name):
     sol_jax.load_config(given.get("CONFIG", "demo")).with_fields(fields)
 
 
+@pytest.mark.parametrize("name", form.NAMES)
+def test_a_text_tells_as_many_updates_as_the_parameters_set(name):
+    found = notebook(name)
+    texts = "".join(form.source(cell) for cell in found["cells"] if cell["cell_type"] == "markdown")
+    fields = form.parameters_of(form.tagged(found, "parameters")[0]).get("FIELDS", {})
+    told = {int(number) for number in re.findall(r"policy (?:for|of) (\d+) updates", texts)}
+    assert told <= {fields.get("train.num_updates")}
+
+
 def code(text: str, **fields) -> dict:
     cell = {"cell_type": "code", "metadata": {}, "source": text, "outputs": [], "execution_count": None}
     return cell | fields
@@ -104,6 +113,7 @@ FAULTS = {
     "experiments.nothing is no program": added('sol_jax.run_program("experiments.nothing")'),
     "sol_jax.nothing is no program": added('command = ["-m", "sol_jax.nothing"]'),
     "is no Python": added("if"),
+    "said is shown twice": added('sol_jax.run_program("experiments.figures.front", output="a.png")'),
 }
 
 

@@ -6,12 +6,15 @@ What the cells show is held to what they must show; mistakes end in one sentence
 import base64
 import csv
 import html
+import io
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import tiny
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 from experiments.colab import form, run
 from sol_jax.errors import UserError
@@ -166,6 +169,7 @@ def test_your_own_axis(small, roomy, tmp_path):
     assert (tmp_path / "own" / "sol_jax" / "axes" / "omega.py").is_file()
     assert not (form.ROOT / "sol_jax" / "axes" / "omega.py").exists()
     assert "omega after 256 at 0.28: fixed loses" in found.printed
+    assert not any("fixed loses" in output.get("data", {}).get("text/plain", "") for output in found.outputs)
     levels = [float(row["level"]) for row in rows(tmp_path / "own" / "ceiling" / "levels.csv")]
     assert levels == [0.2, 0.6, 1.0]
     table = rows(tmp_path / "omega" / "results.csv")
@@ -196,6 +200,8 @@ def test_your_own_model(small, tiny_folder, tmp_path):
     stopped = int(re.search(r"stopped by SIGTERM after update (\d+); start again", found.printed)[1])
     assert 5 <= stopped < 150
     assert f"goes on after update {stopped}; {150 - stopped} updates" in found.printed
+    assert re.search("^controller +cost .*gain of the policy", found.printed, re.M)
+    assert not re.search(r"^policy, .*steps/s", found.printed, re.M)
     assert re.search(r"caches of the blocks played at a time +\d", found.printed)
     assert re.search(r"at once, at most [\d.]+ GiB, of [\d.]+ GiB that are free", found.printed)
     table = rows(tmp_path / "run" / "results.csv")
@@ -249,6 +255,23 @@ def test_a_training_that_fails_is_told_by_its_own_sentence(tiny_folder, tmp_path
     values = {"CONFIG": "default:smoke", "REHEARSAL": 0, "FOLDER": str(tmp_path / "run"), "FIELDS": fields}
     said = sentence("your_own_model", MODEL=str(tiny_folder / "model"), DTYPE="float32", **values)
     assert "nothing.txt" in said
+
+
+def test_a_committed_picture_keeps_its_colours():
+    """Three points are few pixels among lines and letters, whose edges have all greys."""
+    colours = [(179, 48, 28), (31, 95, 139), (46, 125, 79)]
+    greys = np.tile(np.arange(1500) % 256, (660, 1)).astype(np.uint8)
+    drawn = np.stack([greys] * 3, -1)
+    for n, colour in enumerate(colours):
+        drawn[100:120, 200 * n : 200 * n + 20] = colour
+    file = io.BytesIO()
+    Image.fromarray(drawn).save(file, "PNG")
+    output = {"output_type": "display_data", "data": {"image/png": base64.b64encode(file.getvalue())}}
+    cell = {"cell_type": "code", "metadata": {"tags": ["picture"]}, "outputs": [output]}
+    kept = np.asarray(Image.open(io.BytesIO(run.picture({"cells": [cell]}))).convert("RGB")).astype(int)
+    assert kept.shape[1] == run.WIDEST
+    for colour in colours:
+        assert np.abs(kept - colour).sum(-1).min() < 12
 
 
 def test_a_parameter_that_is_not_there_is_named():
