@@ -26,7 +26,7 @@ def get_config(variants: str = "") -> ConfigDict:
     if first in ALONE:
         variants = rest
         _alone(config, first)
-    config.learner, config.counterfactual.persistence = "counterfactual", 1.0
+    config.learner = "counterfactual"
     config.policy.predict_losses = config.policy.normalize_inputs = True
     config.policy.restate = config.policy.page_input = config.policy.logit_input = True
     config.policy.restate_steps = 8

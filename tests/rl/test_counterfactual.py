@@ -60,8 +60,9 @@ def test_schedules_that_stay_at_a_level_have_pasts_of_every_cost(learner):
     stays = dataclasses.replace(
         setup, counterfactual=dataclasses.replace(setup.counterfactual, persistence=1.0)
     )
-    drawn = (counterfactual.draw_schedules(jax.random.key(0), 64, s) for s in (setup, stays))
-    plain, wide = map(np.asarray, drawn)
+    plain, wide = (
+        np.asarray(counterfactual.draw_schedules(jax.random.key(0), 64, s)) for s in (setup, stays)
+    )
     assert plain.shape == wide.shape
     costs = setup.space.costs_AxX
     for x, axis in enumerate(setup.space.axes):
