@@ -55,7 +55,6 @@ OTHER = {
     "learner": "counterfactual",
     "counterfactual.target": "label",
     "counterfactual.floor": 0.1,
-    "counterfactual.persistence": 0.5,
     "counterfactual.price_memory": 7,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,

@@ -196,13 +196,6 @@ class CounterfactualConfig(Options):
         "divergence", "what a level loses: KL(dense || compressed), or the label's negative log-probability"
     )
     floor: float = option(0.01, "nats added to losses and predictions: less than this is noise", above=0)
-    persistence: float = option(
-        0.0,
-        "a schedule stays at levels of its own for a share of its steps, drawn up to this: so pasts of every "
-        "cost are met, as they are where a budget is kept, and prices are counted on pasts like their own",
-        at_least=0,
-        at_most=1,
-    )
     price_memory: int = option(50, "updates over which the mean cost at each price is averaged", at_least=1)
 
 

@@ -19,7 +19,7 @@ from sol_jax.models.llama import Weights
 from sol_jax.rl import loss_head
 from sol_jax.rl.collect import beside_dense, prefill_blocks, run_schedules, score_labels
 from sol_jax.rl.learn import Loss, TrainState, descend, flattened, mean_metrics, minibatches
-from sol_jax.rl.policy import Observation, join_scores, spent
+from sol_jax.rl.policy import Observation, join_scores
 from sol_jax.rl.rollout import dense_divergence, replay
 from sol_jax.rl.setup import Setup
 
@@ -34,17 +34,10 @@ class Outcomes(NamedTuple):
 
 def draw_schedules(key: jax.Array, num_blocks: int, setup: Setup) -> jax.Array:
     """Permuted schedules of every episode of so many blocks, [B, W, K, T]."""
-    episodes, K = (num_blocks, setup.episode.episodes_per_prefix), setup.grpo.num_schedules
+    shape = num_blocks, setup.episode.episodes_per_prefix, setup.episode.horizon
     action_key, _ = jax.random.split(key)
-    permuted = permuted_actions(action_key, (*episodes, setup.episode.horizon), K, setup.space)
-    action_BxWxKxT = jnp.moveaxis(permuted, -1, 2)
-    if not setup.counterfactual.persistence:
-        return action_BxWxKxT
-    home_key, share_key, stay_key = jax.random.split(jax.random.fold_in(action_key, 1), 3)
-    home_BxWxK = permuted_actions(home_key, episodes, K, setup.space)
-    share_BxWxK = setup.counterfactual.persistence * jax.random.uniform(share_key, home_BxWxK.shape)
-    stays = jax.random.uniform(stay_key, action_BxWxKxT.shape) < share_BxWxK[..., None]
-    return jnp.where(stays, home_BxWxK[..., None], action_BxWxKxT)
+    permuted = permuted_actions(action_key, shape, setup.grpo.num_schedules, setup.space)
+    return jnp.moveaxis(permuted, -1, 2)
 
 
 def collect_outcomes(
@@ -109,14 +102,8 @@ def recalibrated(params: Any, observation: Observation, updates: jax.Array, setu
     _, losses = _predict(params, observation, setup)
     flat = [loss.reshape(-1, loss.shape[-1]) for loss in losses]
     costs = [jnp.array(cost_n) for cost_n in setup.policy.level_costs]
-    near_X: list[jax.Array | None] = [None] * len(costs)
-    if setup.counterfactual.persistence:
-        so_far = jax.vmap(lambda seen: spent(seen, setup.policy.num_actions).gap)
-        begun_N = (observation.prev_action != setup.policy.num_actions).reshape(-1)
-        gap_XxN = jax.vmap(so_far)(observation).reshape(len(begun_N), -1).T
-        near_X = list(jnp.where(begun_N, gap_XxN, jnp.nan))
     now = {
-        "cost": jnp.stack(list(map(loss_head.mean_costs, flat, costs, near_X))),
+        "cost": jnp.stack(list(map(loss_head.mean_costs, flat, costs))),
         "loss": jnp.concatenate([loss.mean(0) for loss in flat]),
     }
     share = jnp.maximum(1 / updates, 1 / setup.counterfactual.price_memory)

@@ -19,7 +19,6 @@ import numpy as np
 PRICES_M = np.geomspace(1e-4, 30.0, 96)
 # A fresh head predicts exp(-4) = 0.02 nats a level, as mild levels lose.
 _FIRST = -4.0
-_NEAR, _FIXED_POINT_STEPS = 0.1, 3  # costs that count as about as much; see `mean_costs`
 SOFTNESS = (
     0.02  # nats: by how much less an action must lose to be e times as likely where actions are sampled
 )
@@ -45,28 +44,13 @@ def split_losses(scores: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, l
     return parts[..., 0], losses
 
 
-def mean_costs(loss_Nxn: jax.Array, cost_n: jax.Array, so_far_N: jax.Array | None = None) -> jax.Array:
-    """Mean cost at each price of `PRICES_M` over N steps, [M]; it falls with the price.
-
-    With `so_far_N`, the mean cost of the steps before each (NaN before the first), it is a mean over those
-    whose past cost about as much: what a level loses depends on what earlier steps left in the cache.
-    """
+def mean_costs(loss_Nxn: jax.Array, cost_n: jax.Array) -> jax.Array:
+    """Mean cost at each price of `PRICES_M` over N steps, [M]; it falls with the price."""
 
     def at(price: jax.Array) -> jax.Array:
-        taken_N = cost_n[jnp.argmin(loss_Nxn + price * cost_n, -1)]
-        mean = jnp.mean(taken_N)
-        if so_far_N is None:
-            return mean
-        for _ in range(_FIXED_POINT_STEPS):
-            off_N = (so_far_N - mean) / _NEAR
-            # The floor keeps a mean where no step is near.
-            weight_N = jnp.where(jnp.isnan(off_N), 1.0, jnp.exp(-0.5 * off_N**2)) + 1e-6
-            mean = jnp.sum(weight_N * taken_N) / jnp.sum(weight_N)
-        return mean
+        return jnp.mean(cost_n[jnp.argmin(loss_Nxn + price * cost_n, -1)])
 
-    cost_M = jax.lax.map(at, jnp.asarray(PRICES_M, jnp.float32))
-    # Means over different steps may rise by a little where they must not.
-    return cost_M if so_far_N is None else jax.lax.cummin(cost_M)
+    return jax.lax.map(at, jnp.asarray(PRICES_M, jnp.float32))
 
 
 def first_costs(cost_n: Sequence[float]) -> np.ndarray:

@@ -85,7 +85,6 @@ IMPOSSIBLE = {
     "learner": ("ppo", "", "counterfactual"),  # the last without predicted losses
     "counterfactual.target": ("labels",),
     "counterfactual.floor": (0.0, -1.0, NAN),
-    "counterfactual.persistence": (-0.1, 1.1, NAN),
     "counterfactual.price_memory": (0,),
     "kernels": ("fast", "triton"),  # the latter on a CPU
     "axes.budget_unit": ("euro",),

@@ -68,28 +68,6 @@ def test_mean_costs_by_hand():
     np.testing.assert_allclose(cost_M, wanted)
 
 
-def test_mean_costs_of_the_steps_with_the_same_past():
-    """After steps that cost little, levels lose twice as much: at one price more is bought there."""
-    rng = np.random.default_rng(7)
-    N, cost_n = 20000, np.linspace(0.1, 1.0, 10)
-    so_far_N = rng.uniform(0.1, 1.0, N)
-    slope_N = rng.exponential(0.3, N) * (2.0 - so_far_N)
-    loss_Nxn = slope_N[:, None] * (1.0 - cost_n) ** 2
-    found_M = np.asarray(
-        loss_head.mean_costs(jnp.asarray(loss_Nxn), jnp.asarray(cost_n), jnp.asarray(so_far_N))
-    )
-    assert np.all(np.diff(found_M) <= 0)
-    for m in (20, 50, 60):
-        at = cost_n[np.argmin(loss_Nxn + loss_head.PRICES_M[m] * cost_n, -1)]
-        near = np.abs(so_far_N - found_M[m]) < 0.05
-        assert at[near].mean() == pytest.approx(found_M[m], abs=0.03)
-    first_N = np.full(N, np.nan)
-    alone = loss_head.mean_costs(jnp.asarray(loss_Nxn), jnp.asarray(cost_n), jnp.asarray(first_N))
-    np.testing.assert_allclose(
-        alone, loss_head.mean_costs(jnp.asarray(loss_Nxn), jnp.asarray(cost_n)), rtol=1e-4
-    )
-
-
 @pytest.fixture(scope="module")
 def policy():
     net = Policy(SPEC)
