@@ -16,7 +16,7 @@ from sol_jax.planning.options import PlanOptions
 KERNELS = ["auto", "native", "pallas", "triton", "xla"]
 # Flags that take one of a few words.
 CHOICES = {
-    EvaluateOptions: {"kernels": KERNELS},
+    EvaluateOptions: {"kernels": KERNELS, "one_budget": ["bytes", "net", "operations", "time"]},
     GenerateOptions: {
         "dtype": ["bfloat16", "float32"],
         "policy_dtype": ["bfloat16", "float32"],
