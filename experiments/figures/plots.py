@@ -31,6 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "policy": {"color": "#b3301c", "marker": "o", "label": "policy"},
     "fixed": {"color": "#1f5f8b", "marker": "s", "label": "fixed"},
     "fixed_official": {"color": "#6aa5cf", "marker": "D", "label": "fixed, the authors' rule"},
+    "best_fixed": {"color": "#0d2f4a", "marker": "P", "label": "fixed, best split"},
     "front": {"color": "#d98a1f", "marker": "<", "label": "fixed, higher levels first"},
     "clock": {"color": "#c7a03c", "marker": ">", "label": "the policy's mean costs at each step"},
     "swapped": {"color": "#7a5c1e", "marker": "p", "label": "the policy's schedules of other text"},

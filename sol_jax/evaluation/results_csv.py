@@ -91,9 +91,10 @@ def check_same(path: pathlib.Path, about: Mapping[str, Any]) -> None:
     for row in read(path):
         for name in (*IDENTITY, *CONTENT):
             theirs = row.get(name) or LATER.get(name)  # empty where rows were added to an older file
-            if theirs != ours[name] and (theirs or name not in CONTENT):
+            own = ours.get(name) or LATER.get(name)
+            if theirs != own and (theirs or name not in CONTENT):
                 raise UserError(
-                    f"{path} holds results of {name} {theirs!r}, and these are of {ours[name]!r}; "
+                    f"{path} holds results of {name} {theirs!r}, and these are of {own!r}; "
                     "name another --output"
                 )
 
@@ -119,7 +120,7 @@ def merge(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
 
     new, now = {key(row) for row in rows}, {budget(row): subject(row) for row in rows}
     with _alone(path):
-        if rows and {*IDENTITY, *CONTENT} <= rows[0].keys():
+        if rows and {*IDENTITY, *CONTENT} - LATER.keys() <= rows[0].keys():
             check_same(path, rows[0])
         old = read(path) if path.exists() else []
         kept = [

@@ -138,6 +138,7 @@ def test_rows_are_replaced_or_added(tmp_path):
         ("prefix", 252),
         ("protect", True),
         ("restate", True),
+        ("one_budget", "net"),
         ("stale_prefill", True),
         ("weights", "fedc"),
         ("tokenizer", "fedc"),

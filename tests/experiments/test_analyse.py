@@ -95,9 +95,9 @@ def test_wins_as_a_program(tmp_path, capsys):
     assert len(paths) == 4  # draws among them, which are passed over
     analyse.main(["wins", "--results", *paths, "--output", str(tmp_path / "wins.csv")])
     lines = (tmp_path / "wins.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 10  # ten controllers, two seeds and both together
+    assert len(lines) == 1 + 3 * 11  # eleven controllers, two seeds and both together
     assert "sol-j-2l,fixed,all,10,1,1,0," in "\n".join(lines)
-    assert "wrote 30 rows" in capsys.readouterr().out
+    assert "wrote 33 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["wins", "misses"])
