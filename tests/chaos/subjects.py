@@ -83,7 +83,8 @@ def make_results(folder: pathlib.Path) -> None:
 
 
 IDENTITY = (
-    "config", "text", "prefix", "protect", "restate", "one_budget", "stale_prefill", "weights", "tokenizer", "text_digest",
+    "config", "text", "prefix", "protect", "restate", "one_budget", "stale_prefill", "weights", "tokenizer",
+    "text_digest",
 )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ ABOUT = {
     "prefix": 256,
     "protect": False,
     "restate": False,
+    "one_budget": "",
     "stale_prefill": False,
     "weights": "01ab",
     "tokenizer": "23cd",
