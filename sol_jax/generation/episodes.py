@@ -88,6 +88,8 @@ class Decoder:
             raise ValueError(
                 f"the horizon is {self.horizon}, but the policy has positions for {self.policy.horizon} steps"
             )
+        if self.policy and self.policy.config.logit_input and not self.rules.shows_logit:
+            raise ValueError("the policy looks at the token's logit, and the rules do not show it")
         if self.lossless and not self.refresh:
             raise ValueError("lossless generation is checked by the refresh pass, so refresh cannot be off")
         if self.refresh_every < 1:

@@ -110,7 +110,8 @@ def open_engine(
         options["refresh"] = False  # without compression there is nothing to refresh
     options.setdefault("prefill_batch", usual_prefill_batch())
     try:
-        decoder = Decoder(EpisodeRules(cfg, space, episode), network, **options)
+        shows_logit = network is not None and network.config.logit_input
+        decoder = Decoder(EpisodeRules(cfg, space, episode, shows_logit), network, **options)
         engine = Engine({}, opened.tokenizer, decoder, controller, params, opened.identity)
         check(engine)
     except ValueError as error:

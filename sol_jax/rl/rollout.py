@@ -33,6 +33,9 @@ class EpisodeRules:
     model: LlamaConfig
     space: ActionSpace
     episode: EpisodeConfig
+    # Whether controllers are shown the token's logit.  Else it is 0: on TPUs a column of a head of its own is
+    # read by copying the whole head.
+    shows_logit: bool = False
 
     def identity(self) -> dict[str, Any]:
         """All that decides what episodes do, besides weights and controllers, for names of what is stored.
@@ -196,7 +199,7 @@ def controlled_step(
         gap=budget_gap(carry.cost_sum, carry.counted, budget_X),
         prev_action=carry.prev_action,
         num_keys=num_keys,
-        logit=llama.token_logit(weights, carry.hidden, step.token),
+        logit=llama.token_logit(weights, carry.hidden, step.token) if rules.shows_logit else jnp.float32(0),
     )
     with jax.named_scope("controller"):
         chosen, logp, memory = act(step.key, seen, carry.memory)

@@ -258,7 +258,7 @@ class RunConfig(Options):
         """Everything static about the run; raises `UserError` if the model is too small for its episodes."""
         self.episode.check_context(model.max_position)
         model = dataclasses.replace(model, kernels="xla" if self.mesh.model > 1 else self.kernels)
-        rules = EpisodeRules(model, self.space(model), self.episode)
+        rules = EpisodeRules(model, self.space(model), self.episode, self.policy.logit_input)
         one = self.policy.one_budget
         shares = axis_shares(rules.space.axes, one, model, self._usual_keys, self.prices())
         policy = policy_spec(self.policy, rules, self.axes.kappa.page_size, shares)

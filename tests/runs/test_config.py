@@ -278,3 +278,9 @@ def test_a_config_survives_its_file(tiny_folder, tmp_path):
     assert again == config
     model = MODELS["smollm2-135m"]
     assert again.setup(model) == config.setup(model)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_logits_are_shown_to_policies_that_look_at_them(shown, tiny_folder, tiny_session):
+    config = tiny.config_for(tiny_folder, **{"policy.logit_input": shown})
+    assert config.setup(tiny_session.setup.model).rules.shows_logit == shown
