@@ -29,6 +29,10 @@ class Setup:
     learner: str = "grpo"  # or "counterfactual"
     counterfactual: CounterfactualConfig = CounterfactualConfig()
 
+    def __post_init__(self) -> None:
+        if self.policy.config.logit_input and not self.rules.shows_logit:
+            raise ValueError("the policy looks at the token's logit, and the rules do not show it")
+
     @property
     def model(self) -> LlamaConfig:
         return self.rules.model

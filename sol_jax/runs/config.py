@@ -61,9 +61,6 @@ class DataConfig(Options):
     cache_dir: str = option("", "of prepared blocks; empty: ~/.cache/sol_jax", path=True)
 
 
-MOST_STEPS = 2**31 - 1  # of an update: what arrays are indexed by
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Options):
     """The loop."""

@@ -249,7 +249,7 @@ def test_one_budget_for_all_axes(session, tmp_path):
     """Asked as one sum, a policy may split it: the sum is met, and `best_fixed` has the same sum."""
     config = session.config.with_fields({"policy.predict_losses": True})
     setup, run = config.setup(session.setup.model), tmp_path / "run"
-    state = init_state(jax.random.key(0), setup)
+    state, levels = init_state(jax.random.key(0), setup), setup.policy.level_costs
     # What levels lose, on axes that differ: the last can save all that is asked for nothing.
     loss = np.concatenate(
         [weight * (1.0 - np.array(c)) for weight, c in zip((5, 1, 0), setup.policy.level_costs, strict=True)]
@@ -262,7 +262,7 @@ def test_one_budget_for_all_axes(session, tmp_path):
     policy_files.save_policy(run, params, config, about)
     output = tmp_path / "one.csv"
     asked = EvaluateOptions(
-        policy=str(run), output=str(output), one_budget="net", budgets="0.8;0.9", controllers=("best_fixed",),
+        policy=str(run), output=str(output), one_budget="net", budgets="0.4;0.6", controllers=("best_fixed",),
         num_blocks=4,
     )  # fmt: skip
     evaluate(asked)
@@ -271,7 +271,13 @@ def test_one_budget_for_all_axes(session, tmp_path):
     assert [row["controller"] for row in found] == ["policy", "best_fixed", "dense"] * 2
     for policy, best in zip(found[0::3], found[1::3], strict=True):
         assert float(best["net"]) == pytest.approx(float(policy["net"]), abs=0.01)
-        assert float(best["cost_kappa"]) == pytest.approx(1.0) or float(best["cost_eta"]) < 1.0
+        # What is saved in all is saved on eta first, which is free, and on kappa last, which is dearest.
+        left = 3 * (1 - float(policy["net"]))
+        assert left > 0.1
+        for axis, low in zip(("eta", "rho", "kappa"), (costs[0] for costs in reversed(levels)), strict=True):
+            saved = min(left, 1 - low)
+            assert float(best[f"cost_{axis}"]) == pytest.approx(1 - saved, abs=0.02), axis
+            left -= saved
     with pytest.raises(UserError, match=r"no price makes a step cost 0\.01; with these levels it costs"):
         evaluate(dataclasses.replace(asked, budgets="0.01"))
 
