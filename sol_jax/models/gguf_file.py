@@ -38,7 +38,7 @@ class GgufTensor(NamedTuple):
         try:
             # A plain view: de-quantising slices a lot, which memmaps make slow.
             return gguf.dequantize(np.asarray(self.data), kind).reshape(self.shape)
-        except NotImplementedError:
+        except NotImplementedError:  # by gguf, for formats that it knows by name alone
             raise UserError(f"tensor {self.name} is {kind.name}, which cannot be de-quantised") from None
 
 

@@ -98,6 +98,10 @@ def train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
         )
     hosts.check_same("--", {"workdir": str(workdir)})
     hosts.check_same("config.", config.flat())
+    if config.policy.one_budget and config.learner == "grpo":
+        # Not in the config's own check: what GRPO went on from counterfactuals with can be asked so later.
+        wrong = "empty where config.learner is grpo, whose penalties are of each axis"
+        raise AgreedError(str(config.policy.wrong("one_budget", wrong)))
     with contextlib.ExitStack() as stack:
         hosts.together(lambda: stack.enter_context(only_run(workdir)) if hosts.first() else None)
         hosts.same_folder(workdir, "--workdir")

@@ -283,4 +283,8 @@ def test_a_config_survives_its_file(tiny_folder, tmp_path):
 @pytest.mark.parametrize("shown", [False, True])
 def test_logits_are_shown_to_policies_that_look_at_them(shown, tiny_folder, tiny_session):
     config = tiny.config_for(tiny_folder, **{"policy.logit_input": shown})
-    assert config.setup(tiny_session.setup.model).rules.shows_logit == shown
+    setup = config.setup(tiny_session.setup.model)
+    assert setup.rules.shows_logit == shown
+    if shown:
+        with pytest.raises(ValueError, match="looks at the token's logit, and the rules do not show it"):
+            dataclasses.replace(setup, rules=dataclasses.replace(setup.rules, shows_logit=False))

@@ -455,3 +455,11 @@ def test_a_nan_ends_the_program_with_one_sentence(tiny_folder, tmp_path):
     assert last.endswith("; no checkpoint was written yet")
     assert "Traceback" not in ended.stderr
     assert steps_in(tmp_path / "run") == []
+
+
+def test_grpo_does_not_train_for_one_budget(tiny_folder, tmp_path):
+    """Its penalties are of each axis; the counterfactual learner does not look at budgets."""
+    config = tiny.config_for(tiny_folder, **{"policy.predict_losses": True, "policy.one_budget": "net"})
+    with pytest.raises(UserError, match=r"one_budget is 'net'; it must be empty where config\.learner"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
