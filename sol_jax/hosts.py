@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from sol_jax.errors import UserError
 from sol_jax.files import as_os_errors, write_whole
+from sol_jax.libtpu import set_flags
 from sol_jax.options import Options, option
 
 _T = TypeVar("_T")
@@ -88,6 +89,7 @@ def joined(options: HostOptions) -> Iterator[None]:
     At the end all wait for each other, so that a launcher does not take the first to leave for a failure;
     after a fault nobody waits.  Raises `UserError` if the others cannot be found.
     """
+    set_flags()
     if _is_one_of_several(options):
         _initialize(options)
     if not jax.distributed.is_initialized():

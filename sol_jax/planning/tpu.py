@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from pallas_kernels.dispatch import tracing_for
 from sol_jax.errors import UserError
+from sol_jax.libtpu import set_flags
 from sol_jax.planning.compiled import Compiled, of_executable
 from sol_jax.planning.topology import Topology
 
@@ -52,6 +53,7 @@ def devices(topology: Topology) -> tuple[Any, ...]:
         raise UserError(found)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    set_flags()
     jax.config.update("jax_platforms", "cpu")  # or JAX looks for a TPU here, since there is libtpu
     shape = "x".join(map(str, topology.shape))
     # A v4 chip's two cores are one device to programs, as a v5p's are.
