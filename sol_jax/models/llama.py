@@ -160,11 +160,26 @@ class IndexedCache(NamedTuple):
         return Prefix(self.cache, self.axis_index, jnp.asarray(length, jnp.int32))
 
 
+class Written(NamedTuple):
+    """What one step writes, by layer, `as_bits`: its entry and each axis' summary of the suffix with it."""
+
+    entry: KVCache  # [L, Hkv, d] each
+    axis_index: tuple[Any, ...]
+
+
 class Suffix(NamedTuple):
     """What one schedule wrote so far: cache entries and each axis' summary of them, by layer, `as_bits`."""
 
     cache: KVCache
     axis_index: tuple[Any, ...]
+
+    def with_token(self, written: Written, step: jax.Array) -> "Suffix":
+        """The suffix with what `step` wrote.
+
+        All layers at once: XLA's CPU compiler copies a suffix that the loop over layers writes, in each layer.
+        """
+        cache = (_put_token(old, new, step) for old, new in zip(self.cache, written.entry, strict=True))
+        return Suffix(KVCache(*cache), written.axis_index)
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -366,16 +381,20 @@ def decode_step(
     # A layer ends with the norm of what follows it, for an axis may take that and the residual add along.
     next_norm_LxD = jnp.concatenate([layers["attn_norm"][1:], weights["final_norm"][None]])
 
-    def block(carry: tuple[jax.Array, jax.Array, Suffix], i: jax.Array) -> tuple[tuple, None]:
-        x_D, normed_D, suffix = carry
+    def block(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple, Written]:
+        x_D, normed_D = carry
         with jax.named_scope("attention"):
             parts = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
             q, k, v = map(row_major, parts)
             q_Hxd, k_Hxd, v_Hxd = _rotated(q, k, v, rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
-            suffix = _append(suffix, k_Hxd, v_Hxd, prefix, i, step, axes)
-            suffix_kv, suffix_index = _at(suffix.cache, i), _at(suffix.axis_index, i)
+            entry, suffix_kv = KVCache(k_Hxd, v_Hxd), _at(suffix.cache, i)
+            suffix_kv = KVCache(*(_put_token(old, new, step) for old, new in zip(suffix_kv, entry, strict=True)))
             keys = KeysInReach(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
+            suffix_index = tuple(
+                axis.index_token(_at(stacked, i), k_Hxd, keys)
+                for axis, stacked in zip(axes, suffix.axis_index, strict=True)
+            )
             S, keep = prefix.cache.k.shape[2], None
             for x, axis, value in acting(axes, action_X, "keys"):
                 chosen = axis.select(value, q_HxGxd, keys, prefix.axis_index[x], suffix_index[x], i)
@@ -398,12 +417,12 @@ def decode_step(
             hidden_F = gated_hidden(y_D, layers["gate"], layers["up"], cfg.kernels, i)
             y_D = project(hidden_F, (layers["down"],), cfg.kernels, i)[0]
             x_D, normed_D = mlp_output(axes, action_X, y_D, x_D, _at(next_norm_LxD, i), cfg.norm_eps)
-        return (x_D, normed_D, suffix), None
+        return (x_D, normed_D), jax.tree.map(as_bits, Written(entry, suffix_index))
 
     x_D = embed(weights, token)
-    start = x_D, rms_norm(x_D, layers["attn_norm"][0], cfg.norm_eps), suffix
-    (_, normed_D, suffix), _ = lax.scan(block, start, jnp.arange(cfg.num_layers))
-    return normed_D, suffix
+    start = x_D, rms_norm(x_D, layers["attn_norm"][0], cfg.norm_eps)
+    (_, normed_D), written = lax.scan(block, start, jnp.arange(cfg.num_layers))
+    return normed_D, suffix.with_token(written, step)
 
 
 def _at(tree: Any, i: jax.Array) -> Any:
@@ -420,31 +439,14 @@ def _at(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(take, tree)
 
 
+def _put_token(old_HxTxd: jax.Array, new_Hxd: jax.Array, step: jax.Array) -> jax.Array:
+    """Entries `old` [..., H, T, d] with `new` [..., H, d] as that of one step; rows of any vmap at once."""
+    here_T = jnp.arange(old_HxTxd.shape[-2]) == step
+    bits = jnp.where(here_T[:, None], as_bits(new_Hxd)[..., None, :], as_bits(old_HxTxd))
+    return as_numbers(bits, new_Hxd.dtype)
+
+
 def _put(stacked: jax.Array, new: jax.Array, *start: jax.Array | int) -> jax.Array:
     """`stacked` (or its bits) with `new` written at `start`, in place; axes left out begin at 0."""
     new = as_numbers(as_bits(new), stacked.dtype).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
     return lax.dynamic_update_slice(stacked, new, start + (0,) * (stacked.ndim - len(start)))
-
-
-def _append(
-    suffix: Suffix,
-    k_Hxd: jax.Array,
-    v_Hxd: jax.Array,
-    prefix: Prefix,
-    i: jax.Array,
-    step: jax.Array,
-    axes: tuple[Axis, ...],
-) -> Suffix:
-    """`suffix` with the current token's entry of layer `i` written in place, and the axes told."""
-    k, v = (_put(old, kv[:, None], i, 0, step) for old, kv in zip(suffix.cache, (k_Hxd, v_Hxd), strict=True))
-    cache = KVCache(k, v)
-    keys = KeysInReach(_at(prefix.cache.k, i), _at(cache.k, i), prefix.length, step)
-    index = tuple(
-        jax.tree.map(
-            lambda old, new: _put(old, new, i),
-            stacked,
-            axis.index_token(_at(stacked, i), k_Hxd, keys),
-        )
-        for axis, stacked in zip(axes, suffix.axis_index, strict=True)
-    )
-    return Suffix(cache, index)
