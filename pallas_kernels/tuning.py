@@ -75,8 +75,7 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
     # A CPU's kernels read a row's weights at the rate of the memory, which XLA's products do not.  Over many
     # rows XLA's large products win, and almost every channel and page is in some row.
     ("project", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
-    # In float32 XLA's form was as fast or faster in two runs of three.
-    ("match", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS | {"dtype": ("bfloat16",)}),
+    ("match", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
     ("gated_hidden", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
     ("attend", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
     ("select_pages", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),

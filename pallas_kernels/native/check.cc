@@ -204,16 +204,35 @@ void check_rows(int N, int D) {
   for (int c = 0; c < D; ++c) expect(rounded[c], x[c], 0.51 * largest / 7, "a rounded number");
 }
 
+// Several callers at a time, as the devices of one process are: one has the workers, the others the pool.
+void check_callers(Pool& pool) {
+  constexpr int kCallers = 4, kRounds = 300, kPieces = 64;
+  std::vector<std::thread> callers;
+  std::atomic<int64_t> wrong{0};
+  for (int caller = 0; caller < kCallers; ++caller)
+    callers.emplace_back([&] {
+      for (int round = 0; round < kRounds; ++round) {
+        std::vector<int> times(kPieces);  // each piece is one thread's alone
+        sol::parallel(pool, kPieces, [&](int64_t i) { ++times[i]; });
+        wrong += kPieces - std::count(times.begin(), times.end(), 1);
+        if (round % 100 == 0) std::this_thread::sleep_for(2 * sol::Workers::kLookOut);  // until they sleep
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  expect(static_cast<double>(wrong), 0, 0, "pieces not done once");
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
+  check_callers(pool);
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     const sol::Kernels* found = sol::find_kernels(name);
     if (!found) continue;
     sol::use_kernels(found);
     for (const sol::Type type : {sol::kFloat, sol::kHalf}) {
-      for (const int rows : {1, 3, 5})
+      for (const int rows : {1, 3, 5, 17})
         for (const int size : {1, 31, 64, 200}) check_products(pool, type, rows, size + 9, size);
       for (const int d : {8, 24, 64, 100})
         for (const int S : {1, 61, 700}) {
