@@ -19,14 +19,14 @@ from sol_jax.command_line import define_flags, given, parse_flags
 from sol_jax.errors import exits_on_user_error
 from sol_jax.evaluation.options import EvaluateOptions
 from sol_jax.evaluation.report import evaluate
-from sol_jax.hosts import HostOptions, joined
+from sol_jax.hosts import HostOptions, joined, together
 
 
 @exits_on_user_error
 def main(argv: Sequence[str]) -> None:
     del argv
     with joined(given(HostOptions)):
-        evaluate(given(EvaluateOptions))
+        evaluate(together(lambda: given(EvaluateOptions)))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ from sol_jax.hosts import HostOptions, joined
 def main(argv: Sequence[str]) -> None:
     del argv
     with joined(given(HostOptions)):
-        _generate(given(GenerateOptions))
+        _generate(hosts.together(lambda: given(GenerateOptions)))
 
 
 def _generate(options: GenerateOptions) -> None:
-    page = path_of(options.html, "--html") if options.html else None
+    page = hosts.together(lambda: path_of(options.html, "--html")) if options.html else None
     if page:
-        html_page.check_writable(page)
+        hosts.together(lambda: html_page.check_writable(page) if hosts.first() else None)
     engine, request = hosts.together(lambda: engine_for(options))
     first = hosts.first()  # the only one that writes
     output, rate = write_out(engine, request, show=first, shaded=options.show_compute)

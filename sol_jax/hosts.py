@@ -236,16 +236,19 @@ def together(work: Callable[[], _T]) -> _T:
     """What `work` returns, if it succeeds in every process; else each raises `AgreedError`.
 
     For work in which one process may fail alone, as on a host that lacks a file: nobody is left waiting.
+    Work may itself use this: what was agreed on inside is agreed on.
     """
     if jax.process_count() == 1:
         return work()
     fault, results = "", []
     try:
         results.append(work())
+    except AgreedError:
+        raise
     except UserError as error:
         fault = str(error)
     for process, told in enumerate(gathered(fault)):
-        if told:
+        if told:  # by the first that has it, which tells of it as one process would
             raise AgreedError(f"process {process}: {told}" if process else told)
     return results[0]
 

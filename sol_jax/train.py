@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     with joined(given(HostOptions)):
         try:
             workdir = together(lambda: path_of(flags.FLAGS.workdir, "--workdir"))
-            train(given_config(), workdir)
+            train(together(given_config), workdir)
         except Interrupted as stopped:
             print(stopped, flush=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sol_jax import hosts
-from sol_jax.errors import UserError, telling_of_memory
+from sol_jax.errors import telling_of_memory
 from sol_jax.evaluation import results_csv
 from sol_jax.evaluation.budget_grid import Budgets
 from sol_jax.evaluation.comparison import ComparisonPlan, ComparisonRow, Progress, run
@@ -22,6 +22,7 @@ from sol_jax.evaluation.provenance import (
 from sol_jax.evaluation.score_cache import ScoreCache
 from sol_jax.evaluation.sweep import Sweep
 from sol_jax.files import path_of
+from sol_jax.hosts import AgreedError
 from sol_jax.models.llama import Weights
 from sol_jax.rl.learn import TrainState
 from sol_jax.rl.setup import Setup
@@ -126,27 +127,28 @@ def _bar(total: int, done: int, label: str, pause: Callable[[], None]) -> Progre
 
 def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     """All that `sol_jax.evaluate` does; raises `UserError` for whatever is wrong."""
-    options.check_complete()
-    workdir = path_of(options.workdir or ".", "--workdir")
-    policy, session, trained_on, of_run = _opened(options, workdir)
-    refuse_training_text(session, options.split, trained_on)
+    hosts.together(options.check_complete)
+    workdir = hosts.together(lambda: path_of(options.workdir or ".", "--workdir"))
+    policy, session, trained_on, of_run = hosts.together(lambda: _opened(options, workdir))
+    hosts.together(lambda: refuse_training_text(session, options.split, trained_on))
     if hosts.first():
         print(f"evaluating the policy of update {policy.updates}")
     config = session.config
-    plan = options.plan(config, session.setup)
+    plan = hosts.together(lambda: options.plan(config, session.setup))
     limit = options.num_blocks or config.eval.num_test_blocks or None
-    blocks = session.split(options.split)
+    blocks = hosts.together(lambda: session.split(options.split))
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
     if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
-        raise UserError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
-    output = path_of(options.output, "--output") if options.output else workdir / RESULTS
+        raise AgreedError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
+    output = workdir / RESULTS
+    if options.output:
+        output = hosts.together(lambda: path_of(options.output, "--output"))
     about = decides(session, batches, options.stale_prefill)
     kept = output.with_suffix(".scores") if hosts.first() else None
     store = hosts.together(lambda: ScoreCache(kept, about, found_at(session)))
     parallel = options.parallel or config.grpo.num_schedules
-    sweep = Sweep(
-        session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
-    )
+    played = session.weights, policy.params, batches, session.setup, store, parallel, options.stale_prefill
+    sweep = hosts.together(lambda: Sweep(*played))
     return run_and_write(sweep, plan, describe(policy, session, options.split, batches) | of_run, output)
 
 

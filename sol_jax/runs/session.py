@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sol_jax import hosts
 from sol_jax.errors import UserError
 from sol_jax.models.llama import Weights
-from sol_jax.models.model import open_model
+from sol_jax.models.model import Model, open_model
 from sol_jax.models.sharding import check_divides, make_mesh
 from sol_jax.models.tokenizer import Tokenizer
 from sol_jax.rl.setup import Setup
@@ -47,11 +47,7 @@ def open_session(config: RunConfig) -> Session:
     With several processes all of them call this: the first prepares the text, and each loads the weights that
     its devices hold.
     """
-    config.check_here()
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
-    model = hosts.together(lambda: open_model(config.model.path, config.model.dtype, mesh))
-    check_divides(model.config, mesh)
-    setup = config.setup(model.config)
+    mesh, model, setup = hosts.together(lambda: _opened(config))
     blocks = hosts.first_then_others(
         lambda: data.prepare(
             config.data.source,
@@ -67,6 +63,15 @@ def open_session(config: RunConfig) -> Session:
     hosts.check_same("the content of the ", seen)
     weights = hosts.together(lambda: model.weights)
     return Session(config, setup, weights, model.tokenizer, blocks, model.identity, mesh)
+
+
+def _opened(config: RunConfig) -> tuple[Mesh, Model, Setup]:
+    """The mesh, the model without its weights, and what a run with it has."""
+    config.check_here()
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    model = open_model(config.model.path, config.model.dtype, mesh)
+    check_divides(model.config, mesh)
+    return mesh, model, config.setup(model.config)
 
 
 def commit() -> str:

@@ -6,6 +6,7 @@ checkpoint holds the state and the position of the data iterator.
 """
 
 import contextlib
+import functools
 import math
 import pathlib
 import signal
@@ -116,7 +117,7 @@ def _with_chunk(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
     if hosts.first() and (workdir / "config.json").exists():
         with contextlib.suppress(UserError):  # told when the checkpoints are opened
             chunk = min(read_config(workdir).mesh.chunk, config.grpo.batch_size)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    mesh = hosts.together(lambda: make_mesh(config.mesh.data, config.mesh.model))
     usual = config.grpo.batch_size if mesh.shape[DATA] == 1 else 1
     return config.with_fields({"mesh.chunk": hosts.tell(chunk) or usual})
 
@@ -124,16 +125,16 @@ def _with_chunk(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
 def _train(config: RunConfig, workdir: pathlib.Path) -> TrainState:
     checkpoints = Checkpoints(workdir, config.flat(), config.train.keep, commit=commit())
     session = open_session(config)
-    setup, blocks = session.setup, session.split("train")
+    setup, blocks = session.setup, hosts.together(lambda: session.split("train"))
     checkpoints.bind(session.identity | config.identity() | {"documents": blocks.fingerprint})
     for split in ("validation", "test") if config.eval.num_test_blocks else ("validation",):
-        session.split(split)  # before the training, not after it
+        hosts.together(functools.partial(session.split, split))  # before the training, not after it
     batches = BlockIterator(blocks, batch_size=config.grpo.batch_size, seed=config.seed)
     num_updates = updates_of(config, blocks)
     if not num_updates:
-        raise UserError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
-    state, start = _first_state(session), 0
-    restored = checkpoints.restore(state)
+        raise AgreedError(f"the training text has {len(blocks)} blocks, fewer than config.grpo.batch_size")
+    state, start = hosts.together(lambda: _first_state(session)), 0
+    restored = hosts.together(lambda: checkpoints.restore(state))
     if restored is not None:
         start, state, position = restored
         batches.restore(position)
@@ -305,4 +306,4 @@ def require_finite(scalars: Mapping[str, float], step: int, checkpoints: Checkpo
     checkpoints.wait()  # for the one that is still being written: it is good
     good = checkpoints.latest_step()
     kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
-    raise UserError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")
+    raise AgreedError(f"update {step} gave a NaN or Inf in {', '.join(bad)}; {kept}")

@@ -4,13 +4,14 @@ python tests/parallel/refused_runs.py HOSTS RUNS, both JSON: fields of `HostOpti
 each run.  Relative workdirs lie in the folder that the process stands in.
 """
 
+import functools
 import json
 import pathlib
 import sys
 
 from sol_jax import hosts
 from sol_jax.errors import exits_on_user_error
-from sol_jax.hosts import AgreedError, HostOptions, joined
+from sol_jax.hosts import AgreedError, HostOptions, joined, together
 from sol_jax.runs.config import RunConfig
 from sol_jax.training.loop import train
 
@@ -22,7 +23,7 @@ def main() -> None:
     with joined(HostOptions(**options)):
         for n, (config, workdir) in enumerate(runs):
             try:
-                train(RunConfig.from_dict(config), pathlib.Path(workdir))
+                train(together(functools.partial(RunConfig.from_dict, config)), pathlib.Path(workdir))
             except AgreedError as error:
                 if n == len(runs) - 1:
                     raise
