@@ -103,7 +103,7 @@ def launch(script: str, folder: pathlib.Path, *arguments: str, **env: str) -> su
 
 TRAIN = ("python", "-m", "sol_jax.train", "--config", "configs/sol_j_fl.py", "--workdir", "/shared/a b")
 STUBBED = {
-    "slurm.sh": ("srun", (), "--kill-on-bad-exit=1 python -m sol_jax.train"),
+    "slurm.sh": ("srun", (), "--gpu-bind=none --kill-on-bad-exit=1 python -m sol_jax.train"),
     "tpu_vm.sh": (
         "gcloud",
         ("sol", "us-west4-a"),
@@ -142,6 +142,32 @@ def test_a_launcher_says_what_to_give(script, tmp_path):
     done = launch(script, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: give ")
+
+
+def test_slurm_s_notice_stops_the_tasks_and_queues_the_job_again(tmp_path):
+    """SLURM's commands are stand-ins: `scancel` sends the signal to the one task, which has a status."""
+    folder = tmp_path / "bin"
+    requeued = stub(folder, "scontrol")
+    (folder / "srun").write_text(
+        f"#!/usr/bin/env bash\ntrap 'echo saved > {tmp_path}/saved; exit 0' TERM\n"
+        f"echo $$ > {tmp_path}/task\nsleep 60 &\nwait\n"
+    )
+    (folder / "scancel").write_text(
+        f'#!/usr/bin/env bash\necho "$*" > {tmp_path}/signal\nkill -TERM $(< {tmp_path}/task)\n'
+    )
+    for name in ("srun", "scancel"):
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    job = subprocess.Popen(["bash", str(FOLDER / "slurm.sh"), "a-command"], env=env)
+    deadline = time.monotonic() + 30
+    while not ((tmp_path / "task").exists() and (tmp_path / "task").read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 0
+    assert (tmp_path / "signal").read_text() == "--signal=TERM 17\n"
+    assert (tmp_path / "saved").exists()
+    assert requeued.read_text() == "requeue 17\n"
 
 
 def test_processes_of_this_machine_start_again_together(tmp_path):

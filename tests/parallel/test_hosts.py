@@ -1,8 +1,11 @@
 """Several processes as one run: equal to one process, stopped together, and never left hanging."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,14 +137,74 @@ def test_runs_that_are_stopped_and_killed_end_as_one_that_is_not(tiny_folder, tm
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+SRUN = """#!/usr/bin/env bash
+# Two tasks of this machine, with the variables by which SLURM tells them what they are.
+while [[ $1 == --* ]]; do shift; done
+export SLURM_NTASKS=2 SLURM_STEP_NODELIST=127.0.0.1
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" || exit
+wait "$!"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="launchers are bash scripts")
+def test_launchers_run_the_program_with_one_result(tiny_folder, tmp_path):
+    """For real, but for `srun`: JAX finds its two tasks by what SLURM tells them."""
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(sys.path), "ATTEMPTS": "1"}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "PORT": str(free_port())}
+    while True:  # JAX makes the coordinator's port of the job's number
+        env["SLURM_JOB_ID"] = str(random.randrange(4096))
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", int(env["SLURM_JOB_ID"]) + 61440))
+            break
+    for name, *more in (("local.sh", "2"), ("slurm.sh",)):
+        given = flags(tiny_folder, tmp_path / name, **{"train.num_updates": 2})
+        command = [
+            "bash",
+            str(ROOT / "experiments" / "launch" / name),
+            *more,
+            sys.executable,
+            "-m",
+            "sol_jax.train",
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([*command, *given], text=True, env=env, cwd=ROOT, **pipes)
+        told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        assert "2 processes, 2 devices (cpu, 1 here); mesh: data 2 x model 1" in told
+    (first, wanted), (second, found) = (saved(tmp_path / name) for name in ("local.sh", "slurm.sh"))
+    assert first == second == 2
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def changed(config, fields):
+    """A config as a dict with some of its fields changed, which nothing has checked."""
+    return config | {
+        name: config[name] | value if isinstance(value, dict) else value for name, value in fields.items()
+    }
+
+
 def test_what_hosts_do_not_agree_on_is_refused(tiny_folder, tmp_path):
-    """All know of each mistake, and one tells of it for all."""
+    """All know of each mistake, of one host or of all, and one tells of it for all."""
     right = tiny.config_for(tiny_folder, **RUN)
     wrong = [
         ({"optim.learning_rate": 0.5}, "run", "config.optim.learning_rate is 0.001 in process 0 and 0.5 in"),
         ({"model.path": "/nowhere"}, "run", "config.model.path is"),
         ({}, str(tmp_path / "other"), "--workdir is"),
         ({}, "run", "--workdir run is not the same folder for all hosts: process 1 does not see"),
+    ]
+    # Not in what hosts differ in: the same mistake in all of them.
+    shared = [
+        (
+            {"mesh": {"data": 5}},
+            "config.mesh.data = 5 and config.mesh.model = 1 need 5 devices, and there are 4",
+        ),
+        ({"mesh": {"model": 4}}, "config.mesh.model is 4; it must divide the model's 2 key/value heads"),
+        ({"mesh": {"model": 2}, "kernels": "pallas"}, "config.kernels is 'pallas'; it must be auto or xla"),
+        ({"optim": {"learning_rate": -1.0}}, "config.optim.learning_rate is -1.0; it must be above 0"),
     ]
     both, port = [], free_port()
     for n in range(2):
@@ -150,13 +213,16 @@ def test_what_hosts_do_not_agree_on_is_refused(tiny_folder, tmp_path):
             (right.with_fields(fields if n else {}).to_dict(), workdir if n else "run")
             for fields, workdir, _ in wrong
         ]
+        runs += [(changed(right.to_dict(), fields), str(tmp_path / "shared")) for fields, _ in shared]
         runs += [(right.with_fields({"grpo.batch_size": 1}).to_dict(), "run")]
         given = json.dumps(joining(2, n, port)), json.dumps(runs)
-        both.append(run([str(pathlib.Path(__file__).with_name("refused_runs.py")), *given], cwd=here))
+        both.append(
+            run([str(pathlib.Path(__file__).with_name("refused_runs.py")), *given], devices=2, cwd=here)
+        )
     codes, told = ended(both)
     assert codes == [2, 2], told
     for text in told:
-        for n, (_, _, said) in enumerate(wrong):
+        for n, said in enumerate([said for *_, said in wrong + shared]):
             assert f"{n}: {said}" in text
     assert "error: there are 2 processes and config.grpo.batch_size is 1" in told[0]
     assert "error:" not in told[1]
