@@ -10,6 +10,8 @@ one, all those of SOL-J-FL; `dense` compresses nothing.  The text goes to standa
 on it, and how likely the dense model finds it, to standard error.
 """
 
+import functools
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -34,10 +36,16 @@ def main(argv: Sequence[str]) -> None:
         _generate(hosts.together(lambda: given(GenerateOptions)))
 
 
+def _page(options: GenerateOptions) -> pathlib.Path | None:
+    """Where the first process writes the page; raises `UserError` if it cannot."""
+    page = path_of(options.html, "--html") if options.html else None
+    if page and hosts.first():
+        html_page.check_writable(page)
+    return page
+
+
 def _generate(options: GenerateOptions) -> None:
-    page = hosts.together(lambda: path_of(options.html, "--html")) if options.html else None
-    if page:
-        hosts.together(lambda: html_page.check_writable(page) if hosts.first() else None)
+    page = hosts.together(functools.partial(_page, options))
     engine, request = hosts.together(lambda: engine_for(options))
     first = hosts.first()  # the only one that writes
     output, rate = write_out(engine, request, show=first, shaded=options.show_compute)

@@ -140,9 +140,7 @@ def evaluate(options: EvaluateOptions) -> list[ComparisonRow]:
     batches = list(evaluation_batches(blocks, options.batch_size or config.eval.batch_size, limit))
     if "swapped" in plan.controllers and sum(len(batch.tokens_BxN) for batch in batches) < 2:
         raise AgreedError("--controllers: swapped needs at least two blocks of text; raise --num_blocks")
-    output = workdir / RESULTS
-    if options.output:
-        output = hosts.together(lambda: path_of(options.output, "--output"))
+    output = hosts.together(lambda: path_of(options.output or workdir / RESULTS, "--output"))
     about = decides(session, batches, options.stale_prefill)
     kept = output.with_suffix(".scores") if hosts.first() else None
     store = hosts.together(lambda: ScoreCache(kept, about, found_at(session)))
