@@ -27,7 +27,7 @@ CONFIGS = (
     "sol_j_2l", "sol_j_3l", "sol_j_fl", "sol_j_fl:1b", "sol_j_fl:3b", "sol_j_fl:8b",
     "horizon:t4", "horizon:t16", "horizon:t64", "reasoning", "single_axis:kappa-0.2",
 )  # fmt: skip
-TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "h100:8")
+TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8")
 # Of many chips: the paper's batch, and one that gives every row of the mesh a block.
 SCALE = ("v5e:2x4", "v5e:16x16", "v5e:16x16*16", "v5p:8x8x4", "v5p:16x16x16")
 SCALED = ("sol_j_fl:1b", "sol_j_fl:8b")

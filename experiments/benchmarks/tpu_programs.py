@@ -1,8 +1,8 @@
 """What `tpu_check` compiles: kernels at the named shapes, and the programs of training and generation.
 
 Everything is abstract: no array is made.  `once` are the bytes that a program makes and holds by its nature
-(the caches that a prefill fills), `never` those that must not be there twice: the smaller of weights and
-caches.
+(the caches that a prefill fills), or that XLA copies for want of another way (see `turned`); `never` those
+that must not be there twice: the smaller of weights and caches.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from sol_jax.runs.config import RunConfig
 Program = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]  # function, abstract arguments, donated
 SCHEDULES = 16
 LITTLE = 64 << 20  # bytes: what a policy takes while it learns
+LANES = 128  # of a TPU
 LONGEST = 1 << 16  # cached tokens of a row with more schedules than one
 
 
@@ -187,6 +188,16 @@ def caches(name: str, batch: int, tokens: int) -> KVCache:
     return KVCache(part, part)
 
 
+def turned(name: str, size: int) -> int:
+    """Bytes of a copy of caches of so many bytes with the channels of a head innermost; 0 if none is needed.
+
+    JAX keeps heads of fewer channels than a TPU has lanes with the tokens innermost.  Turned around, as
+    kernels read them and a token is written, their channels are padded to all lanes.
+    """
+    channels = MODELS[name].head_size
+    return size * LANES // channels if channels < LANES else 0
+
+
 def steps() -> list[Check]:
     """Decode steps of one sequence, of several, and of schedules that share a prefix."""
     small, one, three, eight = (name for name in MODELS if name != "tiny")
@@ -195,9 +206,14 @@ def steps() -> list[Check]:
     for name, batch, K, context in [*loads, (small, 8, SCHEDULES, 1024)]:
         for implementation in ("xla", "pallas"):
             make = functools.partial(decode_step, name, batch, K, context, implementation)
-            never = min(size_of(llama.abstract_weights(MODELS[name])), size_of(caches(name, batch, context)))
+            prefix = size_of(caches(name, batch, context))
+            never = min(size_of(llama.abstract_weights(MODELS[name])), prefix)
+            # Suffixes come and go in JAX's layout, and are read in another: rollouts have them in that one.
+            once = 2 * turned(name, size_of(caches(name, batch * K, HORIZON)))
+            if implementation == "pallas":
+                once += turned(name, prefix)
             label = f"decode_step {name} {batch}x{K}x{context} {implementation}"
-            found.append(Check(label, make, never=never, quick=name == three))
+            found.append(Check(label, make, once=once, never=never, quick=name == three))
     return found
 
 
@@ -278,6 +294,7 @@ def generations() -> list[Check]:
                 label = f"generate {stage} {name} {batch}x{prompt} {implementation}"
                 # The scores of a prompt, in float32, as weights and rounded, are there at once.
                 once = held + 10 * MODELS[name].num_heads * prompt**2 if stage == "start" else 0
+                once += turned(name, held)
                 found.append(Check(label, make, once=once, never=min(weights, held)))
     return found
 
