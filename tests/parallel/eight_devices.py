@@ -44,18 +44,23 @@ SPACE = ActionSpace(
 BATCH = 5  # which no mesh divides
 
 
-def setup_of(learner: str, jitter: int = 0, kernels: str = "auto") -> Setup:
+def setup_of(learner: str, jitter: int = 0, kernels: str = "auto", sampling: str = "independent") -> Setup:
     model = dataclasses.replace(MODEL, kernels=kernels)
     rules = EpisodeRules(model, SPACE, EpisodeConfig(24, 4, episodes_per_prefix=2, jitter=jitter))
     config = PolicyConfig(d_model=32, num_heads=2, predict_losses=learner == "counterfactual")
     policy = policy_spec(config, rules, page_size=8)
-    grpo = GrpoConfig(batch_size=BATCH, num_schedules=4)
+    grpo = GrpoConfig(batch_size=BATCH, num_schedules=4, sampling=sampling)
     optim = OptimConfig(learning_rate=1e-3, minibatch_steps=32, accumulate=2)
     return Setup(rules, policy, grpo, optim, learner=learner)
 
 
-SETUPS = {"grpo": setup_of("grpo", jitter=3), "counterfactual": setup_of("counterfactual")}
-MESHES = {"grpo": {1: (1, 2, 3, 8), 2: (1, 3)}, "counterfactual": {1: (1, 3)}}  # by chunk
+SETUPS = {
+    "grpo": setup_of("grpo", jitter=3),
+    "counterfactual": setup_of("counterfactual"),
+    "stratified": setup_of("grpo", sampling="stratified"),
+}
+# Rows, by chunk.
+MESHES = {"grpo": {1: (1, 2, 3, 8)}, "counterfactual": {1: (1, 3)}, "stratified": {2: (1, 3)}}
 TOKENS_BxN = np.random.default_rng(0).integers(0, 64, (BATCH, SETUPS["grpo"].episode.block_length), np.int32)
 WEIGHTS = llama.init_weights(jax.random.key(7), MODEL)
 
@@ -74,7 +79,7 @@ def name_of(values: np.ndarray) -> str:
 
 
 def updated(setup: Setup, data: int, model: int = 1, chunk: int = 1, updates: int = 2) -> np.ndarray:
-    """Parameters after some updates."""
+    """Parameters after some updates, in which a row plays no more blocks than its share, filled up."""
     (mesh, weights), state = on_mesh(data, model), init_state(jax.random.key(0), setup)
     asked = []
 
@@ -85,6 +90,7 @@ def updated(setup: Setup, data: int, model: int = 1, chunk: int = 1, updates: in
     for _ in range(updates):
         state, _ = sharded_update(state, weights, read, setup, mesh, chunk)
     assert set(asked) == set(range(BATCH))
+    assert len(asked) == updates * data * chunk * -(-BATCH // (data * chunk))
     return flat(state)
 
 
@@ -185,17 +191,16 @@ class Bytes:
 def told(learner: str) -> dict:
     setup = SETUPS[learner]
     state = init_state(jax.random.key(0), setup)
+    start = name_of(flat(state))
     for _ in range(2):
         state, _ = jit_train_step(state, WEIGHTS, TOKENS_BxN, setup=setup)
-    one = updated(setup, 1)
+    ((chunk, meshes),) = MESHES[learner].items()
+    of_mesh = {data: updated(setup, data, chunk=chunk) for data in meshes}
     return {
-        "start": name_of(flat(init_state(jax.random.key(0), setup))),
-        "chunks": {
-            chunk: {data: name_of(updated(setup, data, chunk=chunk)) for data in meshes}
-            for chunk, meshes in MESHES[learner].items()
-        },
-        "from one program": float(np.abs(one - flat(state)).max()),
-        "size": float(np.abs(one).max()),
+        "start": start,
+        "names": {data: name_of(values) for data, values in of_mesh.items()},
+        "from one program": float(np.abs(of_mesh[1] - flat(state)).max()),
+        "size": float(np.abs(of_mesh[1]).max()),
     }
 
 

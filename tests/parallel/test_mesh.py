@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from sol_jax.models import sharding
 from sol_jax.models.llama import LlamaConfig, weight_specs
 
 HERE = pathlib.Path(__file__).parent
-LEARNERS = ("grpo", "counterfactual")
+LEARNERS = ("grpo", "counterfactual", "stratified")
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def found():
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_parameters_are_equal_on_any_number_of_devices(found, learner):
     """Bit for bit; five blocks, so that the last chunks are filled up."""
-    for names in found[learner]["chunks"].values():
-        assert len(names) > 1
-        assert len(set(names.values())) == 1, names
-        assert found[learner]["start"] not in names.values()
+    names = found[learner]["names"]
+    assert len(names) > 1
+    assert len(set(names.values())) == 1, names
+    assert found[learner]["start"] not in names.values()
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -92,6 +93,26 @@ MODEL = LlamaConfig(64, 32, 60, 2, 8, 4, 8, 256, 1e4, 1e-5, tie_embeddings=False
 def test_a_mesh_of_more_devices_than_there_are(data, model, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(data, model, jax.devices()[:1])
+
+
+class Device(types.SimpleNamespace):
+    """A made-up device of a slice."""
+
+    __hash__ = object.__hash__
+
+
+def test_several_slices_are_joined_along_data():
+    """A row lies within a slice, in whatever order the devices come."""
+    devices = [
+        Device(id=n, process_index=n // 2, slice_index=n % 2, device_kind="made up", platform="gpu")
+        for n in range(8)
+    ]
+    rows = [{device.id for device in row} for row in sharding.make_mesh(-1, 2, devices).devices]
+    assert rows == [{0, 2}, {4, 6}, {1, 3}, {5, 7}]
+    with pytest.raises(UserError, match=r"config.mesh.data = 1 cannot be divided among 2 slices"):
+        sharding.make_mesh(-1, 8, devices)
+    with pytest.raises(UserError, match=r"must be all 8 devices of the 4 processes"):
+        sharding.make_mesh(2, 2, devices)
 
 
 @pytest.mark.parametrize(
