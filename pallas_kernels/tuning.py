@@ -34,6 +34,7 @@ GPU_ROW, TPU_ROW = GPU_TYPES | {"hidden": ROW}, TPU_TYPES | {"hidden": ROW}
 CPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
 FLOAT32: Conditions = {"dtype": ("float32",)}
 FEW_ROWS: Conditions = {"rows": range(1, 5)}
+ROWS_OF_A_PASS: Conditions = {"rows": range(1, 33)}
 HEAD: Conditions = {"head_size": range(1, 257)}
 # A block of eight such pages, of 256 float32 channels, is what a TPU's kernel still holds.
 PAGE_OF_EIGHTS: Conditions = {"page_size": range(8, 257, 8)}
@@ -74,10 +75,10 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
     ),
     # A CPU's kernels read a row's weights at the rate of the memory, which XLA's products do not.  Over many
     # rows XLA's large products win, and almost every channel and page is in some row.
-    ("project", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    ("project", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=ROWS_OF_A_PASS),
     ("match", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
-    ("gated_hidden", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
-    ("attend", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
+    ("gated_hidden", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=ROWS_OF_A_PASS),
+    ("attend", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=ROWS_OF_A_PASS),
     ("select_pages", "native", "cpu"): Kernel(takes=CPU_TYPES, pays=FEW_ROWS),
     ("page_bounds", "native", "cpu"): Kernel(takes=CPU_TYPES, pays={}),
     ("keep_channels", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),

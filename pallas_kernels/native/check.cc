@@ -238,6 +238,7 @@ int main() {
         for (const int S : {1, 61, 700}) {
           check_attention(pool, type, 1, 1, S, 16, d, 8);
           check_attention(pool, type, 2, 3, S, 1, d, 1);
+          check_attention(pool, type, 1, 6, S, 5, d, 8);  // 18 rows
           check_choice(pool, type, 2, 2, S, 3, d);
           check_choice(pool, type, 1, 1, S, 1, d);
           check_bounds(pool, type, 5, S, d, 8);

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace sol {
 

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import attend, split_attention
+from pallas_kernels.attention import attend
 from pallas_kernels.cache import as_bits, as_numbers, row_major, take_layer
 from pallas_kernels.causal_attention import causal_attention
+from pallas_kernels.dispatch import current_platform
 from pallas_kernels.gated_mlp import gated_hidden
 from pallas_kernels.linear import match, project
 from pallas_kernels.norm import rms_norm
@@ -176,7 +177,7 @@ class Suffix(NamedTuple):
     def with_token(self, written: Written, step: jax.Array) -> "Suffix":
         """The suffix with what `step` wrote.
 
-        All layers at once: XLA's CPU compiler copies a suffix that the loop over layers writes, in each layer.
+        All layers at once: were it written in the loop over layers, XLA's CPU compiler would copy it in each.
         """
         cache = (_put_token(old, new, step) for old, new in zip(self.cache, written.entry, strict=True))
         return Suffix(KVCache(*cache), written.axis_index)
@@ -247,33 +248,35 @@ def token_logit(weights: Weights, hidden_D: jax.Array, token: jax.Array) -> jax.
     return jnp.dot(column_D.astype(jnp.float32), hidden_D.astype(jnp.float32))
 
 
-def _qkv(layer: Weights, x: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
-    """Rotated queries and keys, and values, of normed inputs x [..., D]; all in `cfg.dtype`."""
-    q, k, v = (row_major(dot(x, layer[name])) for name in ("q", "k", "v"))
-    return _rotated(q, k, v, rope, cfg)
-
-
-def _rotated(q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
+def _rotated(qkv: tuple[jax.Array, ...], rope: Rope, cfg: LlamaConfig) -> tuple[jax.Array, ...]:
     """Queries and keys rotated, and values, in `cfg.dtype`: [..., heads * d] to [..., heads, d]."""
-    q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_size) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_size) for x in map(row_major, qkv))
     return rotate(q, rope).astype(cfg.dtype), rotate(k, rope).astype(cfg.dtype), v.astype(cfg.dtype)
 
 
-def _mlp(layer: Weights, x: jax.Array) -> jax.Array:
-    """The gated MLP of normed inputs x [..., D]."""
-    return dot(jax.nn.silu(dot(x, layer["gate"])) * dot(x, layer["up"]), layer["down"])
-
-
 def _dense_layer(
-    layer: Weights, x_NxD: jax.Array, rope: Rope, cfg: LlamaConfig, attend: Callable[..., jax.Array]
+    layers: Weights,
+    i: jax.Array,
+    x_NxD: jax.Array,
+    rope: Rope,
+    cfg: LlamaConfig,
+    attend: Callable[..., jax.Array],
+    kernels: str,
 ) -> tuple[jax.Array, KVCache]:
-    """One layer over N tokens at once; `attend` takes their q [N, H, d], k and v [Hkv, N, d]."""
+    """Layer `i` over N tokens at once; `attend` takes their q [N, H, d], k and v [Hkv, N, d]."""
+
+    def products(x_NxD: jax.Array, *names: str) -> tuple[jax.Array, ...]:
+        return jax.vmap(lambda x_D: project(x_D, [layers[name] for name in names], kernels, i))(x_NxD)
+
     with jax.named_scope("attention"):
-        q_NxHxd, k_NxHxd, v_NxHxd = _qkv(layer, rms_norm(x_NxD, layer["attn_norm"], cfg.norm_eps), rope, cfg)
+        normed_NxD = rms_norm(x_NxD, _at(layers["attn_norm"], i), cfg.norm_eps)
+        q_NxHxd, k_NxHxd, v_NxHxd = _rotated(products(normed_NxD, "q", "k", "v"), rope, cfg)
         entries = KVCache(k_NxHxd.swapaxes(0, 1), v_NxHxd.swapaxes(0, 1))
-        x_NxD = x_NxD + dot(attend(q_NxHxd, *entries).reshape(len(x_NxD), -1), layer["o"])
+        x_NxD = x_NxD + products(attend(q_NxHxd, *entries).reshape(len(x_NxD), -1), "o")[0]
     with jax.named_scope("mlp"):
-        x_NxD = x_NxD + _mlp(layer, rms_norm(x_NxD, layer["mlp_norm"], cfg.norm_eps))
+        normed_NxD = rms_norm(x_NxD, _at(layers["mlp_norm"], i), cfg.norm_eps)
+        hidden_NxF = gated_hidden(normed_NxD, layers["gate"], layers["up"], kernels, i)
+        x_NxD = x_NxD + products(hidden_NxF, "down")[0]
     return x_NxD, entries
 
 
@@ -290,7 +293,7 @@ def prefill(
     rope = rope_at(jnp.arange(tokens_S.shape[0]), cfg)
 
     def block(x_SxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-        return _dense_layer(_at(weights["layers"], i), x_SxD, rope, cfg, attend)
+        return _dense_layer(weights["layers"], i, x_SxD, rope, cfg, attend, "xla")
 
     x_SxD, cache = lax.scan(block, embed(weights, tokens_S), jnp.arange(cfg.num_layers))
     return rms_norm(x_SxD, weights["final_norm"], cfg.norm_eps), cache
@@ -303,20 +306,30 @@ def extend(
 
     Returns the tokens' final-norm hidden states [N, D] (float32) and their entries [L, Hkv, N, d].
     """
-    N, Hkv, G = tokens_N.shape[0], cfg.num_kv_heads, cfg.group_size
+    N, Hkv = tokens_N.shape[0], cfg.num_kv_heads
     rope = rope_at(length + jnp.arange(N), cfg)
-    before_S = jnp.arange(cache.k.shape[2]) < length
-    # To `split_attention` the N queries of each head are so many heads more, each with its own mask.
-    causal_GNxN = jnp.tile(jnp.tri(N, dtype=bool), (G, 1))
+    kernels = cfg.kernels if current_platform() == "cpu" and cfg.kernels in ("auto", "native") else "xla"
+    page_size = 64  # of any size: all are kept
+    everything_1x1xP = jnp.ones((1, 1, -(-cache.k.shape[2] // page_size)), bool)
 
     def block(x_NxD: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-        def attend(q_NxHxd: jax.Array, k_HxNxd: jax.Array, v_HxNxd: jax.Array) -> jax.Array:
-            q_HkvxGNxd = q_NxHxd.reshape(N, Hkv, G, -1).transpose(1, 2, 0, 3).reshape(Hkv, G * N, -1)
-            own, keep = (k_HxNxd, v_HxNxd), (before_S[None, None], causal_GNxN[None])
-            mixed_HkvxGNxd = split_attention(q_HkvxGNxd, _at(cache, i), own, *keep)
-            return mixed_HkvxGNxd.reshape(Hkv, G, N, -1).transpose(2, 0, 1, 3).reshape(q_NxHxd.shape)
+        def mix(q_NxHxd: jax.Array, k_HxNxd: jax.Array, v_HxNxd: jax.Array) -> jax.Array:
+            def one(q_Hxd: jax.Array, before_N: jax.Array) -> jax.Array:
+                return attend(
+                    q_Hxd.reshape(Hkv, cfg.group_size, -1),
+                    cache,
+                    (k_HxNxd, v_HxNxd),
+                    everything_1x1xP,
+                    before_N[None, None],
+                    length,
+                    page_size,
+                    layer=i,
+                    implementation=kernels,
+                )
 
-        return _dense_layer(_at(weights["layers"], i), x_NxD, rope, cfg, attend)
+            return jax.vmap(one)(q_NxHxd, jnp.tri(N, dtype=bool))
+
+        return _dense_layer(weights["layers"], i, x_NxD, rope, cfg, mix, kernels)
 
     x_NxD, entries = lax.scan(block, embed(weights, tokens_N), jnp.arange(cfg.num_layers))
     return rms_norm(x_NxD, weights["final_norm"], cfg.norm_eps), entries
@@ -385,11 +398,12 @@ def decode_step(
         x_D, normed_D = carry
         with jax.named_scope("attention"):
             parts = project(normed_D, (layers["q"], layers["k"], layers["v"]), cfg.kernels, i)
-            q, k, v = map(row_major, parts)
-            q_Hxd, k_Hxd, v_Hxd = _rotated(q, k, v, rope, cfg)
+            q_Hxd, k_Hxd, v_Hxd = _rotated(parts, rope, cfg)
             q_HxGxd = q_Hxd.reshape(cfg.num_kv_heads, cfg.group_size, cfg.head_size)
             entry, suffix_kv = KVCache(k_Hxd, v_Hxd), _at(suffix.cache, i)
-            suffix_kv = KVCache(*(_put_token(old, new, step) for old, new in zip(suffix_kv, entry, strict=True)))
+            suffix_kv = KVCache(
+                *(_put_token(old, new, step) for old, new in zip(suffix_kv, entry, strict=True))
+            )
             keys = KeysInReach(_at(prefix.cache.k, i), suffix_kv.k, prefix.length, step)
             suffix_index = tuple(
                 axis.index_token(_at(stacked, i), k_Hxd, keys)
