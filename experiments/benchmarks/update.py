@@ -3,13 +3,15 @@
     python -m experiments.benchmarks.update                       # SmolLM2-135M, B=8, K=16, T=16, S=1024
     python -m experiments.benchmarks.update --prefix_len 256 --batch_size 4 --csv FILE
     python -m experiments.benchmarks.update --scaling --batch_size 2     # cost against K and against T
+    python -m experiments.benchmarks.update --config configs/sol_j_fl.py # with the axes of a config
 
-Random weights of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
-bfloat16, and bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process
-keeps memory that it has freed, so a later mode would seem to need less.  The rate of a large matrix product
-of the same operands is measured in the same process, since absolute times differ from run to run.
-Stages are timed by jitting them alone, so they need not add up to the whole.  `policy_seconds` is the part of
-`rollout_seconds` in which actions are chosen: what the same rollout takes less without a policy.
+The axes have three levels each unless a config is given, of which nothing else is taken.  Weights are random
+and of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32, bfloat16, and
+bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process keeps memory that
+it has freed, so a later mode would seem to need less.  The rate of a large matrix product of the same operands
+is measured in the same process, since absolute times differ from run to run.  Stages are timed by jitting them
+alone, so they need not add up to the whole.  `policy_seconds` is the part of `rollout_seconds` in which actions
+are chosen: what the same rollout takes less without a policy.
 
 `loop_rate` compares the training loop, whose programs are those of one row of a mesh, with the whole update
 in one program: its speed as a share of that one's, the median of alternated rounds.
@@ -37,6 +39,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.costs import update as flops
+from sol_jax.errors import exits_on_user_error
 from sol_jax.files import path_argument
 from sol_jax.models import llama
 from sol_jax.models.llama import LlamaConfig
@@ -48,6 +51,7 @@ from sol_jax.rl.rollout import Controller, EpisodeRules, PrefilledBlock, policy_
 from sol_jax.rl.setup import Setup
 from sol_jax.rl.sharded_update import sharded_update
 from sol_jax.rl.train_step import init_state, train_step
+from sol_jax.training.from_config import load_config
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,
@@ -101,14 +105,15 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def make_setup(args: argparse.Namespace, dtype: str, windows: int) -> Setup:
+def make_setup(args: argparse.Namespace, dtype: str, windows: int, config: str | None = None) -> Setup:
+    space = load_config(config).space(SMOLLM2) if config else SPACE
     return Setup(
         EpisodeRules(
             dataclasses.replace(SMOLLM2, dtype=dtype),
-            SPACE,
+            space,
             EpisodeConfig(args.prefix_len, args.horizon, windows),
         ),
-        PolicySpec(SMOLLM2.hidden_size, SPACE.num_actions, args.horizon),
+        PolicySpec(SMOLLM2.hidden_size, space.num_actions, args.horizon),
         GrpoConfig(num_schedules=args.num_schedules),
     )
 
@@ -126,7 +131,7 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
     Of the process, which must have done nothing else yet, memory is all beyond what it began with and the
     weights: at its highest with compilation, and while a compiled update runs.
     """
-    setup = make_setup(args, dtype, windows)
+    setup = make_setup(args, dtype, windows, args.config)
     jax.devices()  # the backend's own memory is no update's
     base = resident_gib(peak=False)
     weights = jax.block_until_ready(
@@ -148,6 +153,7 @@ def measure(args: argparse.Namespace, dtype: str, windows: int) -> dict[str, Any
     decoded = args.batch_size * windows * args.num_schedules * args.horizon
     row = {
         "dtype": dtype,
+        "config": args.config or "",
         **{name: getattr(args, name) for name in SIZES},
         "episodes_per_prefix": windows,
         "seconds": round(whole, 3),
@@ -198,7 +204,7 @@ def stages(
 ) -> dict[str, float]:
     """Seconds of prefill, rollout, the policy's part of it, head and fit, each jitted alone."""
     B, W, K = args.batch_size, setup.episode.episodes_per_prefix, args.num_schedules
-    budget = jnp.full((B, W, K, len(SPACE.axes)), 0.6)
+    budget = jnp.full((B, W, K, len(setup.space.axes)), 0.6)
     prefill = jax.jit(lambda w, t: collect.prefill_blocks(w, t, setup))
     _, prefill_seconds, blocks = timed(prefill, weights, tokens, repeats=args.repeats)
 
@@ -272,16 +278,20 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+@exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=SIZES["batch_size"])
     parser.add_argument("--num_schedules", type=int, default=SIZES["num_schedules"])
     parser.add_argument("--horizon", type=int, default=SIZES["horizon"])
     parser.add_argument("--prefix_len", type=int, default=SIZES["prefix_len"])
+    parser.add_argument("--config", help="whose axes there are, such as configs/sol_j_fl.py")
     parser.add_argument("--scaling", action="store_true", help="vary K and T instead of the mode")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each stage; the best counts")
     parser.add_argument("--csv", type=path_argument, help="file to write the rows to")
     args = parser.parse_args()
+    if args.config:
+        load_config(args.config)  # a mistake in it is told before anything is measured
     # Asked elsewhere: a process that has seen a GPU keeps most of its memory.
     print(f"jax {jax.__version__} on {alone(device_kind)}: {vars(args)}", flush=True)
     rows = compare_sizes(args) if args.scaling else compare_modes(args)
