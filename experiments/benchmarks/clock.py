@@ -15,7 +15,7 @@ at all and, with `--kernels auto`, the kernels that pay: the strongest that ther
     fixed K/R/B     one action: kappa K, rho R, B bits
     mix K           `schedules.fixed` of kappa K: its two nearest levels, spread evenly
     clock           kappa 1 in the first step of an episode and 0.1 after it
-    a policy        greedy, asked for `--budget` of every axis; its matrices in bfloat16
+    a policy        greedy, asked for each of `--budgets` (one number for all axes, or one each)
 
 `every 1`, `every 4` and `never` say when the entries of compressed steps are replaced.  With `--rule kept`
 kappa always reads the sinks, the window and the newest page, and the first two layers read all (the rule of
@@ -41,6 +41,7 @@ from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
 from sol_jax.baselines import schedules
+from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.generation import episodes as decoding
 from sol_jax.generation.episodes import Decoder, Played, Steps, TextState
 from sol_jax.generation.lean_policy import with_dtype
@@ -72,7 +73,7 @@ class Player:
     values: tuple[float, ...] = ()  # of the action that it always takes
     target: tuple[float, ...] = ()  # or of the schedule that it plays
     params: Any = dataclasses.field(default=None, compare=False)  # of its policy
-    budget: float = 1.0
+    budget: tuple[float, ...] = ()  # that a policy is asked for, of each axis
 
     @property
     def refresh(self) -> str:
@@ -145,7 +146,7 @@ class Text:
         self.state = jax.tree.map(lambda x: jnp.array(x)[None], state)
         self.player, self.weights, self.ids, self.at = player, weights, ids, context
         self.stale: list[jax.Array] = []
-        self.budget = jnp.full((1, len(cfg.space.axes)), player.budget)
+        self.budget = jnp.asarray([player.budget or (1.0,) * len(cfg.space.axes)], jnp.float32)
 
     def play(self) -> tuple[float, np.ndarray]:
         """The next episode: its seconds, its share of a later refresh included, and log-probabilities [T]."""
@@ -166,7 +167,7 @@ class Text:
 
 
 def players(
-    model: Model, kernels: str, rule: str, policies: Sequence[str], budget: float
+    model: Model, kernels: str, rule: str, policies: Sequence[str], budgets: Sequence[tuple[float, ...]]
 ) -> Iterator[Player]:
     """All of them, the dense one first; those that act on the same axes share their programs."""
     cfg = dataclasses.replace(model.config, kernels=kernels)
@@ -197,10 +198,18 @@ def players(
     for name in policies:
         params, setup = open_policy(name, model, cfg)
         axes = tuple(dataclasses.replace(axis, kernels=kernels) for axis in setup.space.axes)
-        rules = EpisodeRules(cfg, ActionSpace(axes), EpisodeConfig(horizon=HORIZON))
-        for fields in REFRESHES:
-            lean = with_dtype(params, "bfloat16")
-            yield Player(name, Decoder(rules, setup.policy, **fields), params=lean, budget=budget)
+        rules = dataclasses.replace(
+            setup.rules, model=cfg, space=ActionSpace(axes), episode=EpisodeConfig(horizon=HORIZON)
+        )
+        params = with_dtype(params, "bfloat16")
+        for budget in budgets:
+            asked = budget * len(axes) if len(budget) == 1 else budget
+            if len(asked) != len(axes):
+                raise UserError(
+                    f"--budgets: {name} has {len(axes)} axes, and {budget} is not a number for each"
+                )
+            for fields in REFRESHES:
+                yield Player(name, Decoder(rules, setup.policy, **fields), params=params, budget=asked)
 
 
 @dataclasses.dataclass
@@ -219,6 +228,7 @@ class Timed:
         loss_E = np.mean(np.stack(dense.logp) - np.stack(self.logp), 1)
         return {
             "controller": player.name,
+            "asked": " ".join(f"{x:g}" for x in player.budget),
             "refresh": player.refresh,
             "tokens": logp_N.size,
             "tokens_per_second": HORIZON / float(np.median(taken)),
@@ -235,9 +245,10 @@ class Timed:
 def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str, Any]]:
     """The rows of one context."""
     model = open_model(EMBEDDED, dtype)
-    found = list(players(model, args.kernels, args.rule, args.policies, args.budget))
-    if args.only:
-        found = found[:1] + [p for p in found[1:] if p.name.startswith(tuple(args.only))]
+    found = list(players(model, args.kernels, args.rule, args.policies, args.budgets))
+    if args.only is not None:
+        chosen = (*args.only, *args.policies)
+        found = found[:1] + [p for p in found[1:] if p.name.startswith(chosen)]
     num_episodes = -(-args.tokens // (4 * HORIZON)) * 4
     need = context + num_episodes * HORIZON + 1
     prefill = jax.jit(llama.prefill, static_argnums=2)
@@ -276,6 +287,11 @@ def _texts(model: Model, length: int, count: int) -> Iterator[np.ndarray]:
         ids = ids[length:]
 
 
+def _budget(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+@exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -287,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rule", choices=tuple(RULES), default="kept")
     parser.add_argument("--policies", nargs="*", default=[])
-    parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--only", nargs="*", default=[], help="controllers whose names start so")
+    parser.add_argument("--budgets", type=_budget, nargs="+", default=[(0.5,)])
+    parser.add_argument("--only", nargs="*", help="controllers whose names start so, beside the policies")
     parser.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("experiments/results/clock_cpu.csv"))
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 """What the benchmarks on the clock make of their measurements, and a run of them on a tiny model."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
 from sol_jax.axes.rho import ChannelPruning
+from sol_jax.errors import UserError
 from sol_jax.generation.episodes import Decoder
 from sol_jax.models import llama
 from sol_jax.models.weights import load_model
@@ -47,6 +49,24 @@ def test_a_refresh_is_spread_over_the_episodes_that_it_ends(tiny):
         dataclasses.replace(player, decoder=decoder(tiny[0])), dense
     )
     assert row["speedup"] == pytest.approx(2.0)
+
+
+def test_a_policy_is_asked_for_a_number_or_for_one_of_each_axis(tiny, monkeypatch):
+    cfg = decoder(tiny[0])
+    setup = types.SimpleNamespace(space=cfg.space, rules=cfg.rules, policy=None)
+    monkeypatch.setattr(clock, "open_policy", lambda *_: ({}, setup))
+    model = types.SimpleNamespace(config=tiny[0])
+
+    def asked(budget):
+        found = clock.players(model, "auto", "kept", ["mine"], [budget])
+        return [player.budget for player in found if player.name == "mine"]
+
+    assert asked((0.5,)) == [(0.5, 0.5, 0.5)] * len(clock.REFRESHES)
+    assert asked((0.2, 0.5, 1.0)) == [(0.2, 0.5, 1.0)] * len(clock.REFRESHES)
+    with pytest.raises(
+        UserError, match=r"--budgets: mine has 3 axes, and \(0.5, 0.5\) is not a number for each"
+    ):
+        asked((0.5, 0.5))
 
 
 def test_plans(tiny):
