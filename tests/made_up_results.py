@@ -129,3 +129,29 @@ def write_pages(folder: pathlib.Path) -> None:
                 row |= {"loss": loss, "loss_low": loss - 0.1, "loss_high": loss + 0.1}
                 rows.append(row | {"gain": loss / 2, "gain_low": 0.0, "gain_high": loss})
     results.write(folder / "smollm2-135m" / "pages.csv", [results.texts(row) for row in rows])
+
+
+def write_clock(folder: pathlib.Path) -> None:
+    """What `experiments.benchmarks.clock` writes: two controllers beside the dense decoders."""
+    others = [
+        (name, every) for name in ("fixed 0.1/1/16", "mine") for every in ("every 1", "every 4", "never")
+    ]
+    rows = [
+        {
+            "dtype": dtype,
+            "context": context,
+            "rule": "kept",
+            "controller": name,
+            "asked": "0.5 0.5 1" if name == "mine" else "",
+            "refresh": refresh,
+            "speedup": 0.9 + 0.1 * i,
+            "speedup_low": 0.85 + 0.1 * i,
+            "speedup_high": 1.0 + 0.1 * i,
+            "loss": 0.02 + 0.01 * i,
+            "loss_error": 0.01,
+        }
+        for dtype in ("float32", "bfloat16")
+        for context in (2048, 256)
+        for i, (name, refresh) in [(0, ("dense", "never")), (0, ("xla", "never")), *enumerate(others)]
+    ]
+    results.write(folder / "clock_cpu.csv", [results.texts(row) for row in rows])

@@ -19,6 +19,7 @@ NAMES = (
     "blind_controllers",
     "quest_pages",
     "generation",
+    "clock",
 )
 PICTURES = ("shaded_text",)  # of the README: nothing that was measured
 

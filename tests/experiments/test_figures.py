@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     made_up_results.write_downstream(folder)
     made_up_results.write_transfer(folder)
     made_up_results.write_pages(folder)
+    made_up_results.write_clock(folder)
     return folder
 
 
@@ -45,7 +46,7 @@ def test_it_is_drawn_and_repeats(name, folder, tmp_path):
     assert images[0].startswith(b"\x89PNG")
     figure = module.draw(folder)
     texts = [text.get_text() for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
-    if name not in ("figure4", "figure7", "figure11", "quest_pages"):
+    if name not in ("figure4", "figure7", "figure11", "quest_pages", "clock"):
         assert plots.NET in texts  # what the net keep rate is stands on the figure
     assert figure._suptitle.get_text().startswith("smollm2-135m")
     plots.plt.close(figure)
@@ -147,13 +148,30 @@ def test_tokens_for_a_dense_steps_bytes(folder):
     plots.plt.close(figure)
 
 
+def test_the_clock_has_a_panel_for_each_type_and_context(folder):
+    from experiments.figures import clock
+
+    figure = clock.draw(folder)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{dtype}, {context} tokens of context"
+        for dtype in ("float32", "bfloat16")
+        for context in (256, 2048)
+    ]
+    for axes in figure.axes:  # neither the dense decoder nor XLA's, which are what the others are beside
+        assert len(axes.containers) == 2 * 3
+        x, y = axes.containers[0].lines[0].get_xydata()[0]
+        assert (x, y) == (0.02, 0.9)
+    plots.plt.close(figure)
+
+
 def test_what_is_missing_is_said(folder, tmp_path, capsys):
     missing = figures.draw_all(tmp_path / "none", tmp_path / "drawn")
     assert list(missing) == list(figures.NAMES)
     for why in missing.values():
         assert "\n" not in why
         assert re.search(
-            r"evaluate|experiments\.(studies\.(pollution|transfer|quest_pages)|tasks\.downstream)", why
+            r"evaluate|experiments\.(studies\.(pollution|transfer|quest_pages)|tasks\.downstream|benchmarks\.clock)",
+            why,
         )
     assert not (tmp_path / "drawn").exists()
     assert figures.draw_all(folder, tmp_path / "drawn") == {}
