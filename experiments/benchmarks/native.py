@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.native                       # to experiments/results/native_cpu.csv
     python -m experiments.benchmarks.native --dtypes bfloat16 --context 2048 --rounds 50
 
-Operations of a decode step at the size of SmolLM2-135M, batch 1, random weights; each case runs the operation
-in all layers, so that nothing stays in caches.  Cases take turns, and each ratio is the median over rounds of
-two that were timed in the same round:
+Operations of a decode step at the size of SmolLM2-135M, batch 1, random weights, and the refresh of 16
+tokens; each case runs the operation in all layers, so that nothing stays in caches.  Cases take turns, and
+each ratio is the median over rounds of two that were timed in the same round:
 
     over_xla        against XLA's form of the same case
     over_whole      against the same kernel that reads all channels or keys
@@ -29,6 +29,7 @@ from jax import lax
 from experiments.benchmarks.kernel_steps import random_weights
 from experiments.benchmarks.update import SMOLLM2
 from pallas_kernels import attention, gated_mlp, linear, prune, quantize, quest
+from sol_jax.models import llama
 
 L, D, F = SMOLLM2.num_layers, SMOLLM2.hidden_size, SMOLLM2.ffn_size
 H, G, SIZE = SMOLLM2.num_kv_heads, SMOLLM2.group_size, SMOLLM2.head_size
@@ -43,12 +44,14 @@ def cases(name: str, dtype: str, context: int) -> tuple[dict[tuple[str, float], 
     """What each case does in a layer [D] -> [D], by operation and share kept, and the arrays they read."""
     weights = random_weights(dataclasses.replace(SMOLLM2, dtype=dtype))
     layers = weights["layers"]
-    kv_LxHxSxd = jax.random.normal(jax.random.key(0), (L, H, context, SIZE)).astype(dtype)
+    cache = llama.KVCache(
+        *(jax.random.normal(jax.random.key(n), (L, H, context, SIZE)).astype(dtype) for n in range(2))
+    )
     every = jnp.ones(context, bool)
-    bounds = jax.vmap(lambda k: quest.page_bounds(k, every, PAGE))(kv_LxHxSxd)
+    bounds = jax.vmap(lambda k: quest.page_bounds(k, every, PAGE))(cache.k)
     arrays = {
         "gain": layers["mlp_norm"][0],
-        "kv": kv_LxHxSxd,
+        "cache": cache,
         "bounds": bounds,
         **{key: layers[key] for key in ("q", "k", "v", "o", "gate", "up", "down")},
     }
@@ -77,7 +80,7 @@ def cases(name: str, dtype: str, context: int) -> tuple[dict[tuple[str, float], 
         shift = jnp.arange(G)[:, None] * (keep * pages / 2)
         chosen = jnp.broadcast_to((place - shift) % pages < keep * pages, (H, G, pages))
         mixed = attention.attend(
-            heads(x), (a["kv"], a["kv"]), (own, own), chosen, jnp.ones((1, 1, STEPS), bool),
+            heads(x), a["cache"], (own, own), chosen, jnp.ones((1, 1, STEPS), bool),
             jnp.int32(context), PAGE, layer=i, implementation=name,
         )  # fmt: skip
         return first(mixed)
@@ -113,12 +116,16 @@ def bytes_of(op: str, keep: float, context: int, width: int) -> float:
         "choice of pages": H * context / PAGE * 2 * SIZE,
         "head": SMOLLM2.vocab_size * D / L,
     }
+    refreshed = ("q, k, v, o, down", "gate, up", "attention")
+    parts["refresh"] = sum(parts[name] for name in refreshed)  # once for all of its tokens
     return L * width * parts.get(op, 0.0)
 
 
 def measure(dtype: str, context: int, rounds: int) -> list[dict[str, Any]]:
     runs: dict[tuple[str, float, str], Callable[[], Any]] = {}
-    x_D = jax.random.normal(jax.random.key(1), (D,))
+    x_D, tokens_N = jax.random.normal(jax.random.key(1), (D,)), jnp.arange(STEPS)
+    shape = dataclasses.replace(SMOLLM2, dtype=dtype)
+    weights = random_weights(shape)
     for name in ("native", "xla"):
         found, arrays = cases(name, dtype, context)
         for key, layer in found.items():
@@ -130,6 +137,9 @@ def measure(dtype: str, context: int, rounds: int) -> list[dict[str, Any]]:
             runs[*key, name] = functools.partial(jax.jit(whole), x_D, arrays)
         head = jax.jit(functools.partial(linear.match, implementation=name))
         runs["head", 1.0, name] = functools.partial(head, x_D, arrays["embed"])
+        refresh = jax.jit(functools.partial(llama.extend, cfg=dataclasses.replace(shape, kernels=name)))
+        given = weights, tokens_N, arrays["cache"], jnp.int32(context)
+        runs["refresh", 1.0, name] = functools.partial(refresh, *given)
     large = jnp.ones(1 << 27, jnp.float32)
     runs[READ, 1.0, "xla"] = functools.partial(jax.jit(jnp.sum), large)
     seconds: dict[Any, list[float]] = {case: [] for case in runs}

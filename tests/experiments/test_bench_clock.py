@@ -104,6 +104,8 @@ def test_what_kernels_read():
     assert native.bytes_of("attention", 1.0, 8192, 2) == 30 * 2 * 2 * 3 * 8192 * 64
     assert native.bytes_of("head", 1.0, 8192, 4) == 4 * 49152 * 576
     assert native.bytes_of("norm, prune", 0.4, 8192, 4) == 0
+    weights = 3 * 576 * 1536 + 2 * 576 * 576 + 2 * 576 * 192
+    assert native.bytes_of("refresh", 1.0, 8192, 4) == 30 * 4 * (weights + 2 * 3 * 8192 * 64)
 
 
 def test_rules_are_fields_of_the_axis():
