@@ -41,8 +41,10 @@ def draw(folder: pathlib.Path) -> Figure:
     rows = read(folder / "clock_cpu.csv")
     dtypes, contexts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "context"))
     names = list(dict.fromkeys(named(row) for row in rows if row["controller"] not in ("dense", "xla")))
-    size = {"figsize": plots.wide(len(contexts), 2.6 * len(dtypes) + 1), "layout": "constrained"}
-    figure, panels = plt.subplots(len(dtypes), len(contexts), squeeze=False, **size)
+    size = plots.wide(len(contexts), 2.6 * len(dtypes) + 1)
+    figure, panels = plt.subplots(
+        len(dtypes), len(contexts), squeeze=False, figsize=size, layout="constrained"
+    )
     for line, dtype in zip(panels, dtypes, strict=True):
         for axes, context in zip(line, sorted(contexts), strict=True):
             here = [row for row in rows if (row["dtype"], row["context"]) == (dtype, context)]
@@ -60,9 +62,12 @@ def draw(folder: pathlib.Path) -> Figure:
                         linewidth=0.8,
                     )
             axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_title(f"{dtype}, {context} tokens of context", fontsize=9)
+            axes.set_title(f"{dtype}, {context:g} tokens of context", fontsize=9)
             axes.set(xlabel="loss, nats per token", ylabel="speed over dense")
-    looks = [({"color": f"C{n}", "marker": "o"}, name) for n, name in enumerate(names)]
+            axes.locator_params(axis="x", nbins=5)
+    looks: list[tuple[dict[str, Any], str]] = [
+        ({"color": f"C{n}", "marker": "o"}, name) for n, name in enumerate(names)
+    ]
     looks += [
         ({"color": "black", "marker": marker, "fillstyle": "none"}, f"refresh: {name}")
         for name, marker in REFRESHES.items()
