@@ -34,6 +34,8 @@ GPU_ROW, TPU_ROW = GPU_TYPES | {"hidden": ROW}, TPU_TYPES | {"hidden": ROW}
 CPU_TYPES: Conditions = {"dtype": ("float32", "bfloat16")}
 FLOAT32: Conditions = {"dtype": ("float32",)}
 FEW_ROWS: Conditions = {"rows": range(1, 5)}
+# Of XLA's time products of 32 rows took 0.69 (float32) and 0.49 (bfloat16), attention of 8 to 32 rows that
+# keep half of their pages 0.48 to 0.61 and 0.66 to 1.14; a refresh of 64 tokens took 1.1 in bfloat16.
 ROWS_OF_A_PASS: Conditions = {"rows": range(1, 33)}
 HEAD: Conditions = {"head_size": range(1, 257)}
 # A block of eight such pages, of 256 float32 channels, is what a TPU's kernel still holds.

@@ -5,13 +5,13 @@
     python -m experiments.benchmarks.update --scaling --batch_size 2     # cost against K and against T
     python -m experiments.benchmarks.update --config configs/sol_j_fl.py # with the axes of a config
 
-The axes have three levels each unless a config is given, of which nothing else is taken. Weights are random
-and of the shape of SmolLM2-135M: speed does not depend on their values. Each mode (float32, bfloat16, and
-bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process keeps memory
-that it has freed, so a later mode would seem to need less. The rate of a large matrix product of the same
-operands is measured in the same process, since absolute times differ from run to run. Stages are timed by
-jitting them alone, so they need not add up to the whole. `policy_seconds` is the part of `rollout_seconds`
-in which actions are chosen: what the same rollout takes less without a policy.
+The axes have three levels each unless a config is given, of which nothing else is taken.  Weights are
+random and of the shape of SmolLM2-135M: speed does not depend on their values.  Each mode (float32,
+bfloat16, and bfloat16 with several episodes per prefix) runs in turn, in a process of its own: a process
+keeps memory that it has freed, so a later mode would seem to need less.  The rate of a large matrix product
+of the same operands is measured in the same process, since absolute times differ from run to run.  Stages
+are timed by jitting them alone, so they need not add up to the whole.  `policy_seconds` is the part of
+`rollout_seconds` in which actions are chosen: what the same rollout takes less without a policy.
 
 `loop_rate` compares the training loop, whose programs are those of one row of a mesh, with the whole update
 in one program: its speed as a share of that one's, the median of alternated rounds.

@@ -30,7 +30,7 @@ class Workers {
 
   // Those of the process, started by the first call.  They are never ended: they hold nothing while they wait.
   static Workers& of_process(int64_t count) {
-    static Workers* const workers = new Workers(std::min<int64_t>(count, std::thread::hardware_concurrency()));
+    static Workers* const workers = new Workers(count);
     return *workers;
   }
 

@@ -308,6 +308,7 @@ def extend(
     """
     N, Hkv = tokens_N.shape[0], cfg.num_kv_heads
     rope = rope_at(length + jnp.arange(N), cfg)
+    # The kernels of GPUs and TPUs are for the few rows of a decode step.
     kernels = cfg.kernels if current_platform() == "cpu" and cfg.kernels in ("auto", "native") else "xla"
     page_size = 64  # of any size: all are kept
     everything_1x1xP = jnp.ones((1, 1, -(-cache.k.shape[2] // page_size)), bool)
@@ -339,7 +340,8 @@ def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
     """`cache` with `entries` [L, Hkv, N, d] (of `extend`, or a suffix') after its first `length`."""
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return as_numbers(_put(as_bits(old), new, 0, 0, length), old.dtype)
+        bits = lax.dynamic_update_slice_in_dim(as_bits(old), as_bits(new), length, 2)
+        return as_numbers(bits, old.dtype)
 
     return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
 
@@ -458,9 +460,3 @@ def _put_token(old_HxTxd: jax.Array, new_Hxd: jax.Array, step: jax.Array) -> jax
     here_T = jnp.arange(old_HxTxd.shape[-2]) == step
     bits = jnp.where(here_T[:, None], as_bits(new_Hxd)[..., None, :], as_bits(old_HxTxd))
     return as_numbers(bits, new_Hxd.dtype)
-
-
-def _put(stacked: jax.Array, new: jax.Array, *start: jax.Array | int) -> jax.Array:
-    """`stacked` (or its bits) with `new` written at `start`, in place; axes left out begin at 0."""
-    new = as_numbers(as_bits(new), stacked.dtype).reshape((1,) * (stacked.ndim - new.ndim) + new.shape)
-    return lax.dynamic_update_slice(stacked, new, start + (0,) * (stacked.ndim - len(start)))
