@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarks.update import SIZES, make_setup, shown, timed
+from experiments.benchmarks.timing import shown, timed
+from experiments.benchmarks.update import SIZES, make_setup
 from sol_jax.costs import update as flops
 from sol_jax.evaluation.scoring import BatchScorer, ControllerSpec
 from sol_jax.models import llama

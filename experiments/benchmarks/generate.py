@@ -39,7 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import kernel_steps, timing
-from experiments.benchmarks.update import SMOLLM2, shown, timed
+from experiments.benchmarks.kernel_steps import SMOLLM2
+from experiments.benchmarks.timing import shown, timed
 from pallas_kernels.dispatch import current_platform
 from sol_jax.axes.base import ActionSpace, Axis, held_full
 from sol_jax.axes.eta import OutputQuantization

@@ -73,6 +73,7 @@ MODELS = {
     "llama-3.1-8b": whole_model("llama-3.1-8b", 32, 128256, 5e5, tie=False),
     "tiny": whole_model("tiny", 2, 64, 1e4),
 }
+SMOLLM2 = dataclasses.replace(MODELS["smollm2-135m"], dtype="float32", max_position=8192)
 TOP = (1.0, 1.0, 16.0)
 ACTIONS = ((0.1, 0.4, 8.0), (0.3, 0.4, 8.0), (0.6, 0.7, 8.0), TOP)
 STEPS = 4  # decode steps of one timed run

@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.benchmarks.kernel_steps import random_weights
-from experiments.benchmarks.update import SMOLLM2
+from experiments.benchmarks.kernel_steps import SMOLLM2, random_weights
 from pallas_kernels import attention, gated_mlp, linear, prune, quantize, quest
 from sol_jax.models import llama
 

@@ -36,6 +36,23 @@ class DeviceRates(NamedTuple):
     matmul: float
 
 
+def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float, float, Any]:
+    """Seconds of the first call (with compilation), of the best later one, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    first = best = time.perf_counter() - start
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        best = min(best, time.perf_counter() - start)
+    return first, best, result
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+    return row
+
+
 def jax_chains(call: Callable[..., Any], inputs: Sequence[Any], buffers: Sequence[Any]) -> Chains:
     """Chains of `call(input, buffer)`, one call per input; buffers take turns.  Half as many are the short.
 

@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.kernel_steps import SMOLLM2
+from experiments.benchmarks.timing import shown, timed
 from sol_jax.axes.base import ActionSpace
 from sol_jax.axes.eta import OutputQuantization
 from sol_jax.axes.kappa import Quest
@@ -42,7 +44,6 @@ from sol_jax.costs import update as flops
 from sol_jax.errors import exits_on_user_error
 from sol_jax.files import path_argument
 from sol_jax.models import llama
-from sol_jax.models.llama import LlamaConfig
 from sol_jax.models.sharding import make_mesh, weight_shardings
 from sol_jax.rl import collect, learn
 from sol_jax.rl.config import EpisodeConfig, GrpoConfig
@@ -53,19 +54,6 @@ from sol_jax.rl.sharded_update import sharded_update
 from sol_jax.rl.train_step import init_state, train_step
 from sol_jax.training.from_config import load_config
 
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    ffn_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_size=64,
-    max_position=8192,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-)
 SIZES = {"batch_size": 8, "num_schedules": 16, "horizon": 16, "prefix_len": 1024}
 SPACE = ActionSpace(
     (
@@ -74,18 +62,6 @@ SPACE = ActionSpace(
         OutputQuantization((5, 8, 16), (0.3125, 1.0), 200.0),
     )
 )
-
-
-def timed(function: Callable[..., Any], *args: Any, repeats: int) -> tuple[float, float, Any]:
-    """Seconds of the first call (with compilation), of the best later one, and the result."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*args))
-    first = best = time.perf_counter() - start
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = jax.block_until_ready(function(*args))
-        best = min(best, time.perf_counter() - start)
-    return first, best, result
 
 
 def resident_gib(peak: bool) -> float:
@@ -271,11 +247,6 @@ def compare_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{name}: " + ", ".join(f"{seconds:.2f}x the time for {n}x" for seconds, n in grown), flush=True
         )
     return rows
-
-
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-    return row
 
 
 @exits_on_user_error
