@@ -87,6 +87,9 @@ TABLE: dict[tuple[str, str, str], Kernel] = {
     ("norm_prune", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
     ("fake_quantize", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
     ("quantize_residual", "native", "cpu"): Kernel(takes=FLOAT32, pays=FEW_ROWS),
+    # Of bfloat16 alone (`cache`): XLA makes a copy of the whole array for it.
+    ("cut", "native", "cpu"): Kernel(pays={}),
+    ("put", "native", "cpu"): Kernel(pays={}),
     # `attend` always asks again once it knows the rows: few of them read a list of pages (`paged_attention`),
     # which pays from 10,000 (8B) to 20,000 cached tokens on; many share every page (`shared_attention`).
     ("attend", "pallas", "gpu"): Kernel(pays={}),

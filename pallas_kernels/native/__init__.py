@@ -10,7 +10,7 @@ import ctypes
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from typing import Any
 
@@ -30,6 +30,8 @@ TARGETS = (
     "norm_prune",
     "quantize",
     "quantize_residual",
+    "cut",
+    "put",
 )
 TYPES = ("float32", "bfloat16")  # of weights, caches and bounds
 
@@ -87,10 +89,16 @@ def call(
     out: Sequence[jax.ShapeDtypeStruct],
     *args: jax.Array,
     vmap_method: str | None = None,
+    in_place: Mapping[int, int] | None = None,
     **attributes: Any,
 ) -> Sequence[jax.Array]:
-    """Calls one of TARGETS, which `problem` has found to be there."""
-    return jax.ffi.ffi_call(f"sol_{name}", list(out), vmap_method=vmap_method)(*args, **attributes)
+    """Calls one of TARGETS, which `problem` has found to be there.
+
+    `in_place` says which argument becomes which result; XLA copies one that is needed besides.
+    """
+    aliases = None if in_place is None else dict(in_place)
+    target = jax.ffi.ffi_call(f"sol_{name}", list(out), vmap_method=vmap_method, input_output_aliases=aliases)
+    return target(*args, **attributes)
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -143,6 +143,34 @@ ffi::Error QuantizeResidual(Buffer y, Buffer top, Buffer residual, Buffer gain, 
   return ffi::Error::Success();
 }
 
+// All but the last three dimensions, and what is moved between them.
+template <class Whole, class Part>
+Move move_of(const Whole& whole, const Part& part, const Buffer& start) {
+  const auto from = whole.dimensions(), to = part.dimensions(), starts = start.dimensions();
+  const size_t lead = from.size() - 3;
+  Move a;
+  a.whole.assign(from.begin(), from.begin() + lead);
+  a.part.assign(to.begin(), to.begin() + lead);
+  a.starts.assign(starts.begin(), starts.end());
+  a.H = from[lead], a.N = from[lead + 1], a.M = to[lead + 1];
+  a.bytes = from[lead + 2] * static_cast<int64_t>(ffi::ByteWidth(whole.element_type()));
+  a.start = ints(start);
+  return a;
+}
+
+// x [..., H, N, d], start [...] -> [..., H, M, d]; leading dimensions of what is given may be 1 instead.
+ffi::Error Cut(Buffer x, Buffer start, Result out) {
+  cut(move_of(x, *out, start), static_cast<const char*>(x.untyped_data()), static_cast<char*>(out->untyped_data()));
+  return ffi::Error::Success();
+}
+
+// x [..., H, N, d], part [..., H, M, d], start [...] -> x, which XLA gives as the result to be changed.
+ffi::Error Put(Buffer x, Buffer part, Buffer start, Result out) {
+  if (out->untyped_data() != x.untyped_data()) std::memcpy(out->untyped_data(), x.untyped_data(), x.size_bytes());
+  put(move_of(x, part, start), static_cast<const char*>(part.untyped_data()), static_cast<char*>(out->untyped_data()));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace sol
 
@@ -187,6 +215,8 @@ SOL_TARGET(sol_norm_prune, NormPrune,
 SOL_TARGET(sol_quantize, Quantize, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 SOL_TARGET(sol_quantize_residual, QuantizeResidual,
            ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<float>("eps"));
+SOL_TARGET(sol_cut, Cut, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
+SOL_TARGET(sol_put, Put, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 #pragma GCC visibility pop
 
 }  // extern "C"

@@ -204,6 +204,29 @@ void check_rows(int N, int D) {
   for (int c = 0; c < D; ++c) expect(rounded[c], x[c], 0.51 * largest / 7, "a rounded number");
 }
 
+// Lists [2, H, N] and [2, H, M]: what is cut is put elsewhere, and nothing else changes.
+void check_moves(int64_t H, int64_t N, int64_t M, int64_t d) {
+  const auto bytes = static_cast<int64_t>(sizeof(float)) * d;
+  std::vector<float> x(2 * H * N * d), part(2 * H * M * d);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  const std::vector<float> before = x;
+  for (const int start : {0, 1, -1, 1000, -1000}) {
+    const int starts[2] = {start, 0};
+    sol::cut({{2}, {2}, {2}, H, N, M, bytes, starts}, reinterpret_cast<char*>(x.data()),
+             reinterpret_cast<char*>(part.data()));
+    const int64_t begin = std::clamp<int64_t>(start < 0 ? start + N : start, 0, N - M);
+    expect(part[0], before[begin * d], 0, "the first number that is cut");
+    expect(part.back(), before[((2 * H - 1) * N + M) * d - 1], 0, "the last number that is cut");
+    const int shared = 0;
+    std::fill(part.begin(), part.end(), -1.0f);
+    sol::put({{2}, {1}, {1}, H, N, M, bytes, &shared}, reinterpret_cast<char*>(part.data()),
+             reinterpret_cast<char*>(x.data()));
+    for (int64_t row = 0; row < 2 * H * N; ++row)
+      expect(x[row * d], row % N < M ? -1 : before[row * d], 0, "what was put");
+    x = before;
+  }
+}
+
 // Several callers at a time, as the devices of one process are: one has the workers, the others the pool.
 void check_callers(Pool& pool) {
   constexpr int kCallers = 4, kRounds = 300, kPieces = 64;
@@ -227,6 +250,8 @@ void check_callers(Pool& pool) {
 int main() {
   Pool pool(3);
   check_callers(pool);
+  check_moves(3, 9, 4, 5);
+  check_moves(1, 1, 1, 1);
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     const sol::Kernels* found = sol::find_kernels(name);
     if (!found) continue;

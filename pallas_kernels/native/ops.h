@@ -335,6 +335,46 @@ void page_bounds(Pool& pool, const void* k, const bool* valid, int64_t M, int64_
   });
 }
 
+// Moves rows of `bytes` between lists [..., H, N] and [..., H, M], from the `start`th of each of the first.
+struct Move {
+  std::vector<int64_t> whole, part, starts;  // leading dimensions; 1 where a list, or a start, is shared
+  int64_t H, N, M, bytes;
+  const int* start;  // from the end if negative; what is outside of a list is moved into it, as JAX does
+};
+
+// Calls `move(row of the whole, row of the part)` for each list; there are `M * bytes` bytes to move.
+template <class Function>
+void each_list(const Move& a, const std::vector<int64_t>& every, Function move) {
+  int64_t total = 1;
+  for (const int64_t size : every) total *= size;
+  const auto index = [&](const std::vector<int64_t>& sizes, int64_t i) {
+    int64_t found = 0, stride = 1;
+    for (size_t axis = every.size(); axis-- > 0; i /= every[axis]) {
+      if (sizes[axis] != 1) found += i % every[axis] * stride;
+      stride *= sizes[axis];
+    }
+    return found;
+  };
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t given = a.start[index(a.starts, i)];
+    const int64_t start = std::clamp<int64_t>(given < 0 ? given + a.N : given, 0, a.N - a.M);
+    for (int64_t h = 0; h < a.H; ++h)
+      move((index(a.whole, i) * a.H + h) * a.N + start, (index(a.part, i) * a.H + h) * a.M);
+  }
+}
+
+inline void cut(const Move& a, const char* x, char* out) {
+  each_list(a, a.part, [&](int64_t from, int64_t to) {
+    std::memcpy(out + to * a.bytes, x + from * a.bytes, a.M * a.bytes);
+  });
+}
+
+inline void put(const Move& a, const char* part, char* x) {
+  each_list(a, a.whole, [&](int64_t to, int64_t from) {
+    std::memcpy(x + to * a.bytes, part + from * a.bytes, a.M * a.bytes);
+  });
+}
+
 // Rows without all but their `count` largest channels, and the list of channels: kept ones first.
 inline void keep_channels(const float* x, const int* count, int64_t N, int64_t D, float* y, int* channels,
                           int* kept_count) {

@@ -70,8 +70,8 @@ class Quest(Axis):
         if P * size != S:
             return self.index_prefix(k_HxSxd)
         first = jnp.minimum(start // size, P - pages)
-        changed_HxPx2d = self.index_prefix(cut(k_HxSxd, first * size, pages * size))
-        return put(index, changed_HxPx2d, first)
+        changed_HxPx2d = self.index_prefix(cut(k_HxSxd, first * size, pages * size, self.kernels))
+        return put(index, changed_HxPx2d, first, self.kernels)
 
     def index_suffix(self, prefix_index: jax.Array, keys: KeysInReach) -> jax.Array:
         """Bounds of the trailing pages: the first begins with the prefix' last keys, the rest are empty."""

@@ -63,7 +63,7 @@ def dense_pass(
     def one(given: GivenTokens) -> tuple[jax.Array, PrefilledContext]:
         row = jax.tree.map(lambda leaf: leaf[given.context], context_U)
         hidden_NxD, entries = llama.extend(weights, given.token, row.cache, row.length, cfg.model)
-        return hidden_NxD, row._replace(cache=llama.append(row.cache, entries, row.length))
+        return hidden_NxD, row._replace(cache=llama.append(row.cache, entries, row.length, cfg.model.kernels))
 
     B, N = given_B.token.shape
     return lax.map(one, given_B, batch_size=min(B, max(1, DENSE_TOKENS // N)))

@@ -228,7 +228,7 @@ def keep_all(
 
 def _with_entries(text: TextState, entries: KVCache, start: jax.Array, cfg: Decoder) -> TextState:
     """The text with `entries` [L, Hkv, N, d] of its tokens from `start` on, of which the axes are told."""
-    cache = llama.append(text.cache, entries, start)
+    cache = llama.append(text.cache, entries, start, cfg.model.kernels)
     axes, count = cfg.space.axes, entries.k.shape[2]
     return text._replace(
         cache=cache, axis_index=llama.update_index(text.axis_index, cache, start, count, axes)

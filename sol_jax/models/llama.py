@@ -11,6 +11,7 @@ Source: Llama 3 (arXiv 2407.21783); numerics follow `transformers`' `LlamaForCau
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention import attend
-from pallas_kernels.cache import as_bits, as_numbers, row_major, take_layer
+from pallas_kernels.cache import as_bits, as_numbers, cut, put, row_major, take_layer, take_rows
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.gated_mlp import gated_hidden
@@ -224,9 +225,9 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def embed(weights: Weights, token: jax.Array) -> jax.Array:
-    """Input embeddings in float32."""
-    return as_numbers(as_bits(weights["embed"])[token], weights["embed"].dtype).astype(jnp.float32)
+def embed(weights: Weights, token: jax.Array, kernels: str = "xla") -> jax.Array:
+    """Input embeddings in float32; `kernels` as of decode steps."""
+    return take_rows(weights["embed"], token, kernels).astype(jnp.float32)
 
 
 def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Array:
@@ -239,12 +240,11 @@ def logits(weights: Weights, hidden: jax.Array, kernels: str = "xla") -> jax.Arr
     return dot(hidden, weights["lm_head"]) if kernels == "xla" else project_row(hidden)
 
 
-def token_logit(weights: Weights, hidden_D: jax.Array, token: jax.Array) -> jax.Array:
+def token_logit(weights: Weights, hidden_D: jax.Array, token: jax.Array, kernels: str = "xla") -> jax.Array:
     """The logit of one token alone, float32: a row of the head instead of all of them."""
     if "lm_head" not in weights:
-        return jnp.dot(embed(weights, token), hidden_D.astype(jnp.float32))
-    head_DxV = weights["lm_head"]
-    column_D = as_numbers(as_bits(head_DxV)[:, token], head_DxV.dtype)
+        return jnp.dot(embed(weights, token, kernels), hidden_D.astype(jnp.float32))
+    column_D = cut(weights["lm_head"][..., None], token, 1, kernels)[:, 0, 0]
     return jnp.dot(column_D.astype(jnp.float32), hidden_D.astype(jnp.float32))
 
 
@@ -332,18 +332,14 @@ def extend(
 
         return _dense_layer(weights["layers"], i, x_NxD, rope, cfg, mix, kernels)
 
-    x_NxD, entries = lax.scan(block, embed(weights, tokens_N), jnp.arange(cfg.num_layers))
+    x_NxD, entries = lax.scan(block, embed(weights, tokens_N, kernels), jnp.arange(cfg.num_layers))
     return rms_norm(x_NxD, weights["final_norm"], cfg.norm_eps), entries
 
 
-def append(cache: KVCache, entries: KVCache, length: jax.Array) -> KVCache:
+def append(cache: KVCache, entries: KVCache, length: jax.Array, kernels: str = "xla") -> KVCache:
     """`cache` with `entries` [L, Hkv, N, d] (of `extend`, or a suffix') after its first `length`."""
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        bits = lax.dynamic_update_slice_in_dim(as_bits(old), as_bits(new), length, 2)
-        return as_numbers(bits, old.dtype)
-
-    return KVCache(*(put(old, new) for old, new in zip(cache, entries, strict=True)))
+    by_layer = jax.vmap(functools.partial(put, start=length, implementation=kernels))
+    return KVCache(*(by_layer(old, new) for old, new in zip(cache, entries, strict=True)))
 
 
 def index_cache(cache: KVCache, axes: tuple[Axis, ...]) -> IndexedCache:
@@ -435,7 +431,7 @@ def decode_step(
             x_D, normed_D = mlp_output(axes, action_X, y_D, x_D, _at(next_norm_LxD, i), cfg.norm_eps)
         return (x_D, normed_D), jax.tree.map(as_bits, Written(entry, suffix_index))
 
-    x_D = embed(weights, token)
+    x_D = embed(weights, token, cfg.kernels)
     start = x_D, rms_norm(x_D, layers["attn_norm"][0], cfg.norm_eps)
     (_, normed_D), written = lax.scan(block, start, jnp.arange(cfg.num_layers))
     return normed_D, suffix.with_token(written, step)

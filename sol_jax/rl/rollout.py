@@ -187,19 +187,21 @@ def controlled_step(
     step: Step,
 ) -> tuple[Carry, Rollout]:
     """One step of an episode, as `rollout` says; what it did is a `Rollout` without the T."""
-    space, horizon = rules.space, rules.episode.horizon
+    space, horizon, kernels = rules.space, rules.episode.horizon, rules.model.kernels
     num_keys = jnp.int32(prefix.length + step.t + 1)
     controllable = num_keys > rules.episode.uncontrolled
     seen = Observation(
         hidden=carry.hidden,
-        embed=llama.embed(weights, step.token),
+        embed=llama.embed(weights, step.token, kernels),
         progress=progress(step.t, horizon),
         controllable=jnp.float32(controllable),
         target=jnp.float32(budget_X),
         gap=budget_gap(carry.cost_sum, carry.counted, budget_X),
         prev_action=carry.prev_action,
         num_keys=num_keys,
-        logit=llama.token_logit(weights, carry.hidden, step.token) if rules.shows_logit else jnp.float32(0),
+        logit=llama.token_logit(weights, carry.hidden, step.token, kernels)
+        if rules.shows_logit
+        else jnp.float32(0),
     )
     with jax.named_scope("controller"):
         chosen, logp, memory = act(step.key, seen, carry.memory)
