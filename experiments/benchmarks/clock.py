@@ -3,6 +3,7 @@
     python -m experiments.benchmarks.clock                   # to experiments/results/clock_cpu.csv
     python -m experiments.benchmarks.clock --contexts 2048 --dtypes bfloat16 --tokens 64 --csv FILE
     python -m experiments.benchmarks.clock --policies smollm2-135m/sol-j-fl-t16
+    python -m experiments.benchmarks.clock --rule quest --fixed 0.1,0.8,16 --refreshes never --keep
 
 Text is given, in episodes of 16 tokens after a dense prefill, with the head of the vocabulary, the policy's
 network and the cache's refresh, as when it is written; batch 1.  The prefill is not timed.  Controllers play
@@ -12,14 +13,16 @@ at all and, with `--kernels auto`, the kernels that pay: the strongest that ther
 
     dense           no action, no refresh
     xla             the same through XLA's products alone
-    fixed K/R/B     one action: kappa K, rho R, B bits
+    fixed K/R/B     one action: kappa K, rho R, B bits; those of `--fixed` instead, if it names any
     mix K           `schedules.fixed` of kappa K: its two nearest levels, spread evenly
     clock           kappa 1 in the first step of an episode and 0.1 after it
     a policy        greedy, asked for each of `--budgets` (one number for all axes, or one each)
 
 `every 1`, `every 4` and `never` say when the entries of compressed steps are replaced.  With `--rule kept`
 kappa always reads the sinks, the window and the newest page, and the first two layers read all (the rule of
-Quest's authors, with SOL's protection); with `--rule paper` it is SOL's.
+Quest's authors, with SOL's protection); with `--rule quest` without that protection, which is of tokens where
+all else is of pages; with `--rule paper` it is SOL's.  Policies have the rules that they were trained with.
+`--keep` leaves the rows of a CSV that are not measured again.
 """
 
 import argparse
@@ -57,10 +60,13 @@ Levels = tuple[float, ...]
 
 HORIZON = 16
 KAPPA, RHO, BITS = (0.1, 0.2, 0.4, 1.0), (0.7, 0.9, 1.0), (8, 16)
-REFRESHES: tuple[dict[str, Any], ...] = ({}, {"refresh_every": 4}, {"refresh": False})
+REFRESHES: dict[str, dict[str, Any]] = {"1": {}, "4": {"refresh_every": 4}, "never": {"refresh": False}}
+# What a row is of; the rest is measured.
+KEYS = ("dtype", "context", "rule", "controller", "asked", "refresh")
 RULES: dict[str, dict[str, Any]] = {
     "paper": {},
     "kept": {"protect": True, "read_newest": True, "dense_layers": 2},
+    "quest": {"read_newest": True, "dense_layers": 2, "least_pages": 3},
 }
 
 
@@ -166,15 +172,14 @@ class Text:
         return time.perf_counter() - start, np.asarray(logp[0])
 
 
-def players(
-    model: Model, kernels: str, rule: str, policies: Sequence[str], budgets: Sequence[tuple[float, ...]]
-) -> Iterator[Player]:
+def players(model: Model, args: argparse.Namespace) -> Iterator[Player]:
     """All of them, the dense one first; those that act on the same axes share their programs."""
-    cfg = dataclasses.replace(model.config, kernels=kernels)
+    cfg = dataclasses.replace(model.config, kernels=args.kernels)
+    refreshes = [REFRESHES[name] for name in args.refreshes]
 
     def decoder(cfg: llama.LlamaConfig, kappa: Levels, rho: Levels, bits: Levels, **fields: Any) -> Decoder:
         axes: tuple[Axis, ...] = (
-            Quest(kappa, (0.1, 1.0), 100.0, kernels=cfg.kernels, **RULES[rule]),
+            Quest(kappa, (0.1, 1.0), 100.0, kernels=cfg.kernels, **RULES[args.rule]),
             ChannelPruning(rho, (0.4, 1.0), 100.0, kernels=cfg.kernels),
             OutputQuantization(bits, (0.3125, 1.0), 200.0, kernels=cfg.kernels),
         )
@@ -183,33 +188,45 @@ def players(
     yield Player("dense", decoder(cfg, (1.0,), (1.0,), (16,), refresh=False))
     by_xla = dataclasses.replace(cfg, kernels="xla")
     yield Player("xla", decoder(by_xla, (1.0,), (1.0,), (16,), refresh=False))
-    for fields in REFRESHES:
+    for fields in refreshes:
+        if args.fixed:
+            for action in args.fixed:
+                # What an action leaves alone is no axis of its program.
+                levels = (
+                    tuple(dict.fromkeys((x, top))) for x, top in zip(action, (1.0, 1.0, 16), strict=True)
+                )
+                yield Player(_fixed(action), decoder(cfg, *levels, **fields), action)
+            continue
         of_kappa = decoder(cfg, KAPPA, (1.0,), (16,), **fields)
         for kappa in KAPPA[:-1]:
-            yield Player(f"fixed {kappa:g}/1/16", of_kappa, (kappa, 1.0, 16))
-        if fields == REFRESHES[0]:
+            yield Player(_fixed((kappa, 1.0, 16)), of_kappa, (kappa, 1.0, 16))
+        if fields == REFRESHES["1"]:
             ends = decoder(cfg, (KAPPA[0], 1.0), (1.0,), (16,), **fields)
             yield Player("mix 0.3", ends, target=(0.3, 1.0, 1.0))
             yield Player("clock", ends, target=(KAPPA[0], 1.0, 1.0))
         of_rho = decoder(cfg, (1.0,), RHO, (16,), **fields)
         for rho in RHO[:-1]:
-            yield Player(f"fixed 1/{rho:g}/16", of_rho, (1.0, rho, 16))
-        yield Player("fixed 0.2/0.7/8", decoder(cfg, KAPPA, RHO, BITS, **fields), (0.2, 0.7, 8))
-    for name in policies:
+            yield Player(_fixed((1.0, rho, 16)), of_rho, (1.0, rho, 16))
+        yield Player(_fixed((0.2, 0.7, 8)), decoder(cfg, KAPPA, RHO, BITS, **fields), (0.2, 0.7, 8))
+    for name in args.policies:
         params, setup = open_policy(name, model, cfg)
-        axes = tuple(dataclasses.replace(axis, kernels=kernels) for axis in setup.space.axes)
+        axes = tuple(dataclasses.replace(axis, kernels=args.kernels) for axis in setup.space.axes)
         rules = dataclasses.replace(
             setup.rules, model=cfg, space=ActionSpace(axes), episode=EpisodeConfig(horizon=HORIZON)
         )
         params = with_dtype(params, "bfloat16")
-        for budget in budgets:
+        for budget in args.budgets:
             asked = budget * len(axes) if len(budget) == 1 else budget
             if len(asked) != len(axes):
                 raise UserError(
                     f"--budgets: {name} has {len(axes)} axes, and {budget} is not a number for each"
                 )
-            for fields in REFRESHES:
+            for fields in refreshes:
                 yield Player(name, Decoder(rules, setup.policy, **fields), params=params, budget=asked)
+
+
+def _fixed(action: tuple[float, ...]) -> str:
+    return "fixed " + "/".join(f"{x:g}" for x in action)
 
 
 @dataclasses.dataclass
@@ -245,7 +262,7 @@ class Timed:
 def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str, Any]]:
     """The rows of one context."""
     model = open_model(EMBEDDED, dtype)
-    found = list(players(model, args.kernels, args.rule, args.policies, args.budgets))
+    found = list(players(model, args))
     if args.only is not None:
         chosen = (*args.only, *args.policies)
         found = found[:1] + [p for p in found[1:] if p.name.startswith(chosen)]
@@ -287,8 +304,25 @@ def _texts(model: Model, length: int, count: int) -> Iterator[np.ndarray]:
         ids = ids[length:]
 
 
-def _budget(text: str) -> tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
+
+
+def _action(text: str) -> tuple[float, ...]:
+    """Kappa, rho and bits."""
+    action = _numbers(text)
+    if len(action) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} must be kappa, rho and bits, such as 0.1,0.8,16")
+    return action
+
+
+def kept_rows(path: pathlib.Path, measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a CSV that are of something else than those measured."""
+    if not path.exists():
+        return []
+    again = {tuple(str(row[key]) for key in KEYS) for row in measured}
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if tuple(row[key] for key in KEYS) not in again]
 
 
 @exits_on_user_error
@@ -303,8 +337,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rule", choices=tuple(RULES), default="kept")
     parser.add_argument("--policies", nargs="*", default=[])
-    parser.add_argument("--budgets", type=_budget, nargs="+", default=[(0.5,)])
+    parser.add_argument("--budgets", type=_numbers, nargs="+", default=[(0.5,)])
     parser.add_argument("--only", nargs="*", help="controllers whose names start so, beside the policies")
+    parser.add_argument("--fixed", type=_action, nargs="*", help="actions, such as 0.1,0.8,16")
+    parser.add_argument("--refreshes", nargs="+", choices=tuple(REFRESHES), default=list(REFRESHES))
+    parser.add_argument("--keep", action="store_true", help="rows of the CSV that are not measured again")
     parser.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("experiments/results/clock_cpu.csv"))
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
@@ -313,10 +350,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in measure(args, dtype, context):
                 rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
                 print("  ".join(str(value) for value in rows[-1].values()), flush=True)
+            whole = [*(kept_rows(args.csv, rows) if args.keep else ()), *rows]
             with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(whole)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the benchmarks on the clock make of their measurements, and a run of them on a tiny model."""
 
+import argparse
+import csv
 import dataclasses
 import types
 
@@ -35,6 +37,11 @@ def decoder(cfg, **fields):
     return Decoder(EpisodeRules(cfg, ActionSpace(axes), EpisodeConfig(horizon=HORIZON)), **fields)
 
 
+def options(**fields):
+    given = {"kernels": "auto", "rule": "kept", "policies": [], "budgets": [], "fixed": None}
+    return argparse.Namespace(**given | {"refreshes": list(clock.REFRESHES)} | fields)
+
+
 def test_a_refresh_is_spread_over_the_episodes_that_it_ends(tiny):
     logp = [np.full(HORIZON, -2.0)] * 4
     dense = Timed([1.0] * 4, [1.0] * 4, [np.full(HORIZON, -1.5)] * 4)
@@ -58,7 +65,7 @@ def test_a_policy_is_asked_for_a_number_or_for_one_of_each_axis(tiny, monkeypatc
     model = types.SimpleNamespace(config=tiny[0])
 
     def asked(budget):
-        found = clock.players(model, "auto", "kept", ["mine"], [budget])
+        found = clock.players(model, options(policies=["mine"], budgets=[budget]))
         return [player.budget for player in found if player.name == "mine"]
 
     assert asked((0.5,)) == [(0.5, 0.5, 0.5)] * len(clock.REFRESHES)
@@ -111,3 +118,38 @@ def test_what_kernels_read():
 def test_rules_are_fields_of_the_axis():
     for fields in clock.RULES.values():
         Quest((0.1, 1.0), (0.1, 1.0), 100.0, **fields)
+
+
+def test_named_actions_in_place_of_the_usual_ones(tiny):
+    model = types.SimpleNamespace(config=tiny[0])
+    wanted = options(fixed=[(0.1, 0.8, 16.0), (1.0, 0.7, 8.0)], refreshes=["never"], rule="quest")
+    dense, xla, first, second = clock.players(model, wanted)
+    assert (dense.name, xla.name) == ("dense", "xla")
+    assert (first.name, second.name) == ("fixed 0.1/0.8/16", "fixed 1/0.7/8")
+    for player, values in ((first, [0.1, 0.8, 16]), (second, [1, 0.7, 8])):
+        assert player.refresh == "never"
+        assert player.decoder.space.values_AxX[player.plan(40)[0][0]].tolist() == pytest.approx(values)
+    idle = [[axis.idle for axis in player.decoder.space.axes] for player in (first, second)]
+    assert idle == [[False, False, True], [True, False, False]]
+    kappa = first.decoder.space.axes[0]
+    assert (kappa.read_newest, kappa.dense_layers, kappa.least_pages, kappa.protect) == (True, 2, 3, False)
+
+
+def test_rows_that_are_not_measured_again_are_kept(tmp_path):
+    path = tmp_path / "clock.csv"
+    assert clock.kept_rows(path, []) == []
+    rows = [dict.fromkeys(clock.KEYS, "x") | {"context": n, "speedup": "1.5"} for n in ("256", "2048")]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert clock.kept_rows(path, [rows[0] | {"context": 256, "speedup": 2.0}]) == [rows[1]]
+    assert clock.kept_rows(path, [rows[0] | {"asked": "0.5"}]) == rows
+
+
+@pytest.mark.parametrize("text", ["0.1", "0.1,0.8", "a,b,c"])
+def test_an_action_has_a_number_of_each_axis(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        clock.main(["--fixed", text])
+    assert stop.value.code == 2
+    assert "--fixed" in capsys.readouterr().err
