@@ -18,10 +18,12 @@ at all and, with `--kernels auto`, the kernels that pay: the strongest that ther
     clock           kappa 1 in the first step of an episode and 0.1 after it
     a policy        greedy, asked for each of `--budgets` (one number for all axes, or one each)
 
+`network_share` is the time of a policy's choices alone over that of dense decoding beside it.
 `every 1`, `every 4` and `never` say when the entries of compressed steps are replaced.  With `--rule kept`
 kappa always reads the sinks, the window and the newest page, and the first two layers read all (the rule of
 Quest's authors, with SOL's protection); with `--rule quest` without that protection, which is of tokens where
-all else is of pages; with `--rule paper` it is SOL's.  Policies have the rules that they were trained with.
+all else is of pages, and with `--rule group` the query heads of a group share their pages besides; with
+`--rule paper` it is SOL's.  Policies have the rules that they were trained with.
 `--keep` leaves the rows of a CSV that are not measured again.
 """
 
@@ -53,6 +55,7 @@ from sol_jax.models import llama
 from sol_jax.models.model import Model, open_model
 from sol_jax.models.weights import EMBEDDED
 from sol_jax.rl.config import EpisodeConfig
+from sol_jax.rl.policy import Observation, example_observation
 from sol_jax.rl.rollout import EpisodeRules, Step, begin, controlled_step
 from sol_jax.text.documents import WIKIPEDIA, read_documents
 
@@ -67,6 +70,7 @@ RULES: dict[str, dict[str, Any]] = {
     "paper": {},
     "kept": {"protect": True, "read_newest": True, "dense_layers": 2},
     "quest": {"read_newest": True, "dense_layers": 2, "least_pages": 3},
+    "group": {"read_newest": True, "dense_layers": 2, "least_pages": 3, "heads": "group"},
 }
 
 
@@ -134,6 +138,35 @@ def play_given(
         return *decoding.keep_all(weights, text, steps, state.suffix, state.hidden, cfg), logp_T
 
     return jax.vmap(one)(text_B, label_BxT, plan_BxT, budget_BxX)
+
+
+def network_seconds(player: Player, repeats: int = 30) -> float:
+    """Seconds of the choices of one episode alone, the best of `repeats`."""
+    cfg = player.decoder
+    assert cfg.policy is not None
+
+    @jax.jit
+    def choose(params: Any, seen_T: Observation, memory: Any, key: jax.Array) -> jax.Array:
+        controller = decoding.controller_of(cfg, params, jnp.zeros(HORIZON, jnp.int32))
+
+        def step(carry: Any, seen: Observation) -> Any:
+            previous, memory = carry
+            action, _, memory = controller.act(key, seen._replace(prev_action=previous), memory)
+            return (action, memory), action
+
+        return lax.scan(step, (seen_T.prev_action[0], memory), seen_T)[1]
+
+    memory = decoding.controller_of(cfg, player.params, jnp.zeros(HORIZON, jnp.int32)).memory
+    # Of each step its own, or what is made of them would be made once.
+    seen_T = jax.tree.map(lambda x: jnp.repeat(x[None], HORIZON, 0), example_observation(cfg.policy))
+    given = player.params, seen_T, memory, jax.random.key(0)
+    jax.block_until_ready(choose(*given))
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(choose(*given))
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 class Text:
@@ -241,6 +274,7 @@ class Timed:
         # Groups of episodes that end with a refresh: it is the last one's time, and belongs to all.
         every = player.decoder.refresh_every if player.decoder.refresh else 1
         taken, beside = (np.reshape(x, (-1, every)).mean(1) for x in (self.seconds, self.beside))
+        network = network_seconds(player) / float(np.median(self.beside)) if player.budget else ""
         logp_N = np.concatenate(self.logp)
         loss_E = np.mean(np.stack(dense.logp) - np.stack(self.logp), 1)
         return {
@@ -256,6 +290,7 @@ class Timed:
             "perplexity": float(np.exp(-logp_N.mean())),
             "loss": float(loss_E.mean()),
             "loss_error": float(loss_E.std() / max(len(loss_E) - 1, 1) ** 0.5),
+            "network_share": network,
         }
 
 
@@ -266,11 +301,19 @@ def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str
     if args.only is not None:
         chosen = (*args.only, *args.policies)
         found = found[:1] + [p for p in found[1:] if p.name.startswith(chosen)]
-    num_episodes = -(-args.tokens // (4 * HORIZON)) * 4
-    need = context + num_episodes * HORIZON + 1
+    timed = side_by_side(model, found, context, args.texts, -(-args.tokens // (4 * HORIZON)) * 4)
+    about = {"dtype": dtype, "context": context, "rule": args.rule}
+    return [about | t.row(player, timed[0]) for player, t in zip(found, timed, strict=True)]
+
+
+def side_by_side(
+    model: Model, found: Sequence[Player], context: int, texts: int, episodes: int
+) -> list[Timed]:
+    """So many episodes of each text under each player, in turns with the first of them."""
+    need = context + episodes * HORIZON + 1
     prefill = jax.jit(llama.prefill, static_argnums=2)
     timed = [Timed() for _ in found]
-    for ids in _texts(model, need, args.texts):
+    for ids in _texts(model, need, texts):
         _, cache = prefill(model.weights, ids[:context], model.config)
         room = ((0, 0), (0, 0), (0, -(-need // 64) * 64 - context), (0, 0))
         cache = llama.KVCache(*(jnp.pad(part, room) for part in cache))
@@ -283,14 +326,13 @@ def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str
             for _ in range(player.decoder.refresh_every):  # compiles, and warms
                 spare.play()
             both, order = (text(found[0]), text(player)), (0, 1)
-            for _ in range(num_episodes):
+            for _ in range(episodes):
                 played = {which: both[which].play() for which in order}
                 order = order[::-1]
                 timed[i].seconds.append(played[1][0])
                 timed[i].beside.append(played[0][0])
                 timed[i].logp.append(played[1][1])
-    about = {"dtype": dtype, "context": context, "rule": args.rule}
-    return [about | t.row(player, timed[0]) for player, t in zip(found, timed, strict=True)]
+    return timed
 
 
 def _texts(model: Model, length: int, count: int) -> Iterator[np.ndarray]:
