@@ -1,9 +1,10 @@
-"""The two programs of an update, compiled for TPUs that are not here.
+"""The two programs of an update, abstract, and compiled for TPUs that are not here.
 
 All rows of a mesh play by the same program, so that of the first row stands for them all.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,13 @@ Program = tuple[Any, tuple[Any, ...]]  # a function, and its abstract arguments 
 
 
 def row_on(topology: Topology, shares: Shares) -> Mesh:
-    """The first row of a run's mesh on a topology.  Raises `UserError` where there can be no such mesh."""
-    mesh = make_mesh(shares.rows, shares.model, devices(topology))
+    """The first row of a run's mesh on TPUs.  Raises `UserError` where there can be no such mesh."""
+    return row_of(devices(topology), shares)
+
+
+def row_of(devices: Sequence[Any], shares: Shares) -> Mesh:
+    """The same on any devices."""
+    mesh = make_mesh(shares.rows, shares.model, devices)
     return Mesh(mesh.devices[:1], mesh.axis_names)
 
 
@@ -64,11 +70,11 @@ def play_program(shares: Shares, row: Mesh) -> Program:
     return play, (_placed(seen, everywhere), weights, *_placed((tokens, places), everywhere))
 
 
-def learn_program(shares: Shares, row: Mesh) -> Program:
+def learn_program(shares: Shares, row: Mesh, platform: str = "tpu") -> Program:
     """`learn_from` on the first device, of what all rows played."""
     setup, first = shares.setup, SingleDeviceSharding(np.ravel(row.devices)[0])
     play, args = play_program(shares, row)
-    with tracing_for("tpu"):
+    with tracing_for(platform):
         part = jax.eval_shape(lambda *args: play(*args), *args)
     batch = setup.grpo.batch_size
     played = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), part)

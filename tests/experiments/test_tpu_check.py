@@ -7,17 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import tpu_check, tpu_programs
-from experiments.benchmarks.tpu_check import (
-    MIB,
-    TOPOLOGIES,
-    compile_check,
-    quick_chips,
-    read_table,
-    run,
-    second_copy,
-)
-from experiments.benchmarks.tpu_programs import Check, checks
+from experiments.benchmarks import compile_check, program_cases, tpu_check
+from experiments.benchmarks.compile_check import MIB, Check, Rows, second_copy
+from experiments.benchmarks.tpu_check import TABLE, TOPOLOGIES, held_to, measure, quick_chips
+from experiments.benchmarks.tpu_programs import checks
 from pallas_kernels.dispatch import tracing_for
 from sol_jax.planning import tpu
 
@@ -41,17 +34,17 @@ def test_every_kernel_and_program_is_there():
 
 def test_the_table_has_what_ci_compiles_and_nothing_unknown():
     programs = {name for name, check in by_name().items() if check.never is not None}
-    assert {chip for _, chip in read_table()} <= set(TOPOLOGIES)
-    assert {name for name, _ in read_table()} <= programs
+    assert {chip for _, chip in TABLE.read()} <= set(TOPOLOGIES)
+    assert {name for name, _ in TABLE.read()} <= programs
     quick = [check for check in by_name().values() if check.quick and check.never is not None]
-    if read_table():  # made by a run of everything with --write
-        assert {(check.name, chip) for check in quick for chip in quick_chips(check)} <= set(read_table())
+    if TABLE.read():  # made by a run of everything with --write
+        assert {(check.name, chip) for check in quick for chip in quick_chips(check)} <= set(TABLE.read())
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_no_bound_of_a_whole_program_allows_a_second_copy(chip):
     """Of the smaller of weights and caches."""
-    table = read_table()
+    table = TABLE.read()
     for name, check in by_name().items():
         if check.never is not None and (name, chip) in table:
             row = table[name, chip]
@@ -69,12 +62,15 @@ def test_sizes_by_hand():
         _, args, donated = check.make()
     assert donated == (3,)
     weights = 2 * (128256 * 4096 * 2 + 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096) + 4096)
-    assert tpu_programs.size_of(args[0]) == weights
-    assert tpu_programs.size_of(args[1]) == cache
+    assert program_cases.size_of(args[0]) == weights
+    assert program_cases.size_of(args[1]) == cache
 
 
-def on_v5e(check: Check) -> list[str]:
-    return ["v5e"]
+def run(check: Check, committed: Rows, done: compile_check.Done | None = None):
+    """Runs one check on a v5e."""
+    return compile_check.run(
+        [check], lambda check: ["v5e"], lambda check, chip: held_to(check, chip, committed), done=done
+    )
 
 
 def doubling(again: bool, never: int | None = None) -> Check:
@@ -89,9 +85,9 @@ def doubling(again: bool, never: int | None = None) -> Check:
 
 @needs_libtpu
 def test_a_second_copy_is_found():
-    _, wrong = compile_check(doubling(True), "v5e")
+    _, wrong = measure(doubling(True), "v5e")
     assert wrong.startswith("a second copy: ")
-    row, wrong = compile_check(doubling(False), "v5e")
+    row, wrong = measure(doubling(False), "v5e")
     assert not wrong
     assert math.isclose(float(row["arguments_mib"]), 64, rel_tol=0.01)
 
@@ -99,30 +95,30 @@ def test_a_second_copy_is_found():
 @needs_libtpu
 def test_what_exceeds_its_bound_fails(capsys):
     check = doubling(False, never=64 * MIB)
-    measured, failed, compiled = run([check], on_v5e, {})
+    measured, failed, compiled = run(check, {})
     assert (failed, compiled) == ([], 1)
     tight = {("made up", "v5e"): {**measured["made up", "v5e"], "bound_mib": "-1"}}
-    (line,) = run([check], on_v5e, tight)[1]
+    (line,) = run(check, tight)[1]
     assert line.endswith("MiB of temporaries, -1 allowed")
-    assert run([check], on_v5e, measured)[1] == []
-    assert run([doubling(False)], on_v5e, {}) == ({}, [], 1)  # of kernels no rows are kept
+    assert run(check, measured)[1] == []
+    assert run(doubling(False), {}) == ({}, [], 1)  # of kernels no rows are kept
     assert "made up on v5e" in capsys.readouterr().out
 
 
 @needs_libtpu
 def test_a_decode_step_compiles_within_its_bounds():
     check = by_name()["decode_step smollm2-135m 8x16x1024 xla"]
-    assert run([check], on_v5e, read_table())[1] == []
+    assert run(check, TABLE.read())[1] == []
 
 
 def test_a_check_that_was_stopped_goes_on(tmp_path):
     """What was right is left out, whether or not libtpu is here; a new check begins anew."""
     path = tmp_path / "build" / "done.csv"
-    tpu_check.Done(path, resume=False).add("made up", "v5e")
-    done = tpu_check.Done(path, resume=True)
-    assert run([doubling(False)], on_v5e, {}, done=done) == ({}, [], 0)
+    compile_check.Done(path, resume=False).add("made up", "v5e")
+    done = compile_check.Done(path, resume=True)
+    assert run(doubling(False), {}, done=done) == ({}, [], 0)
     assert ("made up", "v4") not in done
-    assert ("made up", "v5e") not in tpu_check.Done(path, resume=False)
+    assert ("made up", "v5e") not in compile_check.Done(path, resume=False)
 
 
 def test_without_libtpu_one_sentence_says_what_to_do(monkeypatch):
@@ -135,5 +131,5 @@ def test_without_libtpu_one_sentence_says_what_to_do(monkeypatch):
 @needs_libtpu
 def test_what_cannot_fit_is_left_out(capsys):
     """16 GiB of weights and cache are too much for a v5e, however they are used."""
-    assert run([by_name()["decode_step llama-3.1-8b 1x1x8192 xla"]], on_v5e, {}) == ({}, [], 0)
+    assert run(by_name()["decode_step llama-3.1-8b 1x1x8192 xla"], {}) == ({}, [], 0)
     assert "left out, 16.0 GiB of arguments" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from small_models import COUNTED, llama_config
 
 from experiments.benchmarks.kernel_steps import MODELS
 from experiments.benchmarks.plans import config_of
-from experiments.benchmarks.tpu_check import TOPOLOGIES, read_table
+from experiments.benchmarks.tpu_check import TABLE, TOPOLOGIES
 from sol_jax.models import llama
 from sol_jax.models.weights import EMBEDDED, load_config
 from sol_jax.planning import known_models
@@ -124,7 +124,7 @@ def test_a_tpu_takes_what_the_arithmetic_says():
 
     Nor is it so much less that the margin which plans leave would not hold the difference.
     """
-    played = {key: row for key, row in read_table().items() if key[0].startswith("play ")}
+    played = {key: row for key, row in TABLE.read().items() if key[0].startswith("play ")}
     assert played
     for (name, chip), row in played.items():
         _, config, dtype, _, model = name.replace(",", "").split()
