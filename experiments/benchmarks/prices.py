@@ -10,7 +10,7 @@ axis and of several, after contexts of several lengths.  What each reads and com
 the times by least squares of relative errors, with no negative price (`pallas_kernels.cost_model`).  The
 last lines say how far the fit is off, also where a context was left out of it.
 
-Each time is that of the dense step, the median over all, times the median ratio of two episodes that were
+Each time is that of the dense step, the fastest of all, times the median ratio of two episodes that were
 played beside each other.  Prices are of a type of numbers and of the kernels in use, and of batch 1.  On a
 GPU or TPU `experiments.benchmarks.roofline` fits them to the table of kernels instead.
 """
@@ -64,7 +64,8 @@ def step_timings(model: Model, contexts: Sequence[int], episodes: int, rule: str
     for context in contexts:
         dense, _, *fixed = clock.players(model, asked)
         timed = clock.side_by_side(model, [dense, *fixed], context, texts=1, episodes=episodes)
-        base = float(np.median(np.concatenate([taken.beside for taken in timed])))
+        # The least disturbed of all: other work on the machine makes contexts differ for no reason of theirs.
+        base = float(np.min(np.concatenate([taken.beside for taken in timed])))
         for player, taken in zip(fixed, timed[1:], strict=True):
             work = step_cost(
                 player.values, context + clock.HORIZON // 2, model.config, player.decoder.space.axes
