@@ -89,8 +89,16 @@ def _log_new(message: str) -> None:
 
 
 def without_triton(implementation: str | None) -> str | None:
-    """Returns the implementation meant by "triton" where jax-triton has no kernel of the op: Pallas'."""
-    return "pallas" if implementation == "triton" else implementation
+    """Returns the implementation meant by "triton" where jax-triton has no kernel of the op: Pallas'.
+
+    With a jax whose Pallas cannot go through Triton any more it is XLA's on GPUs, which is logged.
+    """
+    if implementation != "triton":
+        return implementation
+    if current_platform() == "gpu" and (problem := pallas_triton.problem()) is not None:
+        log_once(f"triton is xla where jax-triton has no kernel, for {problem}")
+        return "xla"
+    return "pallas"
 
 
 def _pays(op: str, name: str, platform: str, facts: Mapping[str, Any]) -> bool:

@@ -13,12 +13,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.pallas_triton import plgpu
 
 
-def row_params(D: int) -> Any:
-    """Returns the parameters of a program that holds a row of D.
+def row_warps(D: int) -> int:
+    """Returns the warps of a program that holds a row of D.
 
     A thread has 16 numbers, until a block has all the warps it may.
     """
-    return plgpu.CompilerParams(num_warps=min(32, max(4, pl.next_power_of_2(D) // 512)), num_stages=1)
+    return min(32, max(4, pl.next_power_of_2(D) // 512))
 
 
 def call_rows(
@@ -33,7 +33,7 @@ def call_rows(
         kernel,
         out_shape=out,
         grid=(programs or N,),
-        compiler_params=row_params(D),
+        compiler_params=plgpu.CompilerParams(num_warps=row_warps(D), num_stages=1),
         interpret=interpret,
         name=name,
     )(*args)

@@ -24,6 +24,9 @@ LIST_LANES = 4096  # pages compacted at a time
 # latency.  More rows make it a matrix product, whose accumulators fill the registers: shorter blocks, more
 # warps.
 BLOCKS = {16: (64, 4, 5), 32: (64, 4, 3), 64: (32, 8, 3), 128: (32, 8, 2)}
+# Channels of one product of float32, and up to how many a tile of 16 rows has in one: as two tensor floats
+# each, a warp has all of its queries in registers, which then spill.
+CHANNELS, WHOLE_CHANNELS = 32, 128
 PROGRAMS = {16: 512, 32: 512, 64: 256, 128: 256}  # on 132 processors; tall tiles write more for each part
 MOST_TOKENS = 2048  # of one program where that makes more than PROGRAMS: uneven budgets then even out
 
@@ -181,10 +184,17 @@ def _attend_kernel(
     tile_index = pl.program_id(0)  # read out of the loop: the interpreter knows it nowhere else
     row = tile_index * tile + jnp.arange(tile)
     column = jnp.arange(max(16, pl.next_power_of_2(d)))
+    few = q_ref.dtype.itemsize < 4 or (tile == 16 and len(column) <= WHOLE_CHANNELS)
+    of_q = len(column) if few else min(len(column), CHANNELS)
     length = plgpu.load(length_ref.at[row], mask=row < R, other=0)
     limit = jnp.max(length)
     inside = (row < R)[:, None] & (column < d)
-    q = plgpu.load(q_ref.at[row[:, None], column[None, :]], mask=inside, other=0)
+
+    def queries(channel: jax.Array) -> jax.Array:
+        mask = (row < R)[:, None] & (channel < d)
+        return plgpu.load(q_ref.at[row[:, None], channel[None, :]], mask=mask, other=0)
+
+    q = queries(column) if of_q == len(column) else None
 
     slots = listed[1][0] * page_size if listed else limit
     blocks = pl.cdiv(slots, tokens)
@@ -200,6 +210,21 @@ def _attend_kernel(
             word = jnp.where((jnp.arange(tile) // 32 == w)[:, None], bits[None, :], word)
         return (word >> (jnp.arange(tile) % 32)[:, None]) & 1 != 0
 
+    def logits(token: jax.Array, live: jax.Array) -> jax.Array:
+        """Returns products of queries and a block's keys, in parts where all channels do not fit."""
+
+        def part(i: Any, total: jax.Array | float, q: jax.Array | None) -> jax.Array:
+            channel = i * of_q + jnp.arange(of_q)
+            mask = live[:, None] & (channel < d)
+            k = plgpu.load(k_ref.at[layer, token[:, None], channel[None, :]], mask=mask, other=0)
+            q = queries(channel) if q is None else q
+            return total + dot_on_gpu(q, k.astype(q.dtype).T, interpret)
+
+        if q is not None:
+            return part(0, 0.0, q)
+        parts, start = len(column) // of_q, jnp.zeros((tile, tokens))
+        return jax.lax.fori_loop(0, parts, functools.partial(part, q=None), start)
+
     def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         mixed, top, total = carry
         slot = i * tokens + jnp.arange(tokens)
@@ -208,15 +233,14 @@ def _attend_kernel(
             page = plgpu.load(listed[0].at[index], mask=live, other=0)
             token = page * page_size + jax.lax.rem(slot, page_size)
             live &= token < limit
-        at, here = (layer, token[:, None], column[None, :]), live[:, None] & (column < d)
-        k = plgpu.load(k_ref.at[at], mask=here, other=0)
-        logit = dot_on_gpu(q, k.astype(q.dtype).T, interpret) * d**-0.5
+        logit = logits(token, live) * d**-0.5
         keep = kept(index, live) & (token < length[:, None])
         logit = jnp.where(keep, logit, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logit, 1))
         # Rows that keep nothing so far have weights of 0, not NaN.  A NaN logit stays one.
         base = jnp.where(higher == -jnp.inf, 0.0, higher)
         weight, fade = jnp.exp(logit - base[:, None]), jnp.exp(top - base)
+        at, here = (layer, token[:, None], column[None, :]), live[:, None] & (column < d)
         v = plgpu.load(v_ref.at[at], mask=here, other=0)
         mixed = mixed * fade[:, None] + dot_on_gpu(weight.astype(v.dtype), v, interpret)
         return mixed, higher, total * fade + jnp.sum(weight, 1)

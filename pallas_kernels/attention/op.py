@@ -179,8 +179,7 @@ def _on_gpu(
 ) -> Part:
     bits_BxHxWxP = gpu.pack_rows(keep_BxHxRxP)
     if by_triton:
-        pages = gpu.list_pages(bits_BxHxWxP[:, :, 0], interpret())
-        parts = triton.attend(layer, q_BxHxRxd, *cache, pages, length_BxR, page_size)
+        parts = triton.attend(layer, q_BxHxRxd, *cache, bits_BxHxWxP[:, :, 0], length_BxR, page_size)
     else:
         listed = q_BxHxRxd.shape[2] <= LISTED_ROWS
         read = gpu.list_pages(bits_BxHxWxP[:, :, 0], interpret()) if listed else bits_BxHxWxP

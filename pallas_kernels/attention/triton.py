@@ -1,7 +1,7 @@
-"""The GPU kernel of attention over listed pages in Triton's own language, called through jax-triton.
+"""GPU kernels of attention over listed pages in Triton's own language, called through jax-triton.
 
-It is the way out once Pallas loses its Triton lowering, and its peer in benchmarks.  Triton and jax-triton
-are an extra, so they are imported where they are used.
+They are the way on where Pallas has no lowering through Triton any more, so they need none of it, and are its
+peers in benchmarks.  Triton and jax-triton are an extra, so they are imported where they are used.
 """
 
 import functools
@@ -11,7 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.gpu import PageList, block_sizes, num_splits
+from pallas_kernels.attention.gpu import LIST_LANES, PageList, block_sizes, num_splits
+
+STAGES = 3  # two blocks of keys and values under way
+
+
+def list_pages(bits_BxHxP: jax.Array) -> PageList:
+    """Does what `gpu.list_pages` does; what stands behind the listed pages is not written."""
+    import jax_triton
+
+    B, H, P = bits_BxHxP.shape
+    shapes = [(B, H, P), (B, H, P), (B, H)]
+    return PageList(
+        *jax_triton.triton_call(
+            bits_BxHxP,
+            kernel=list_kernel(),
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+            grid=(B * H,),
+            name="list_pages",
+            num_warps=8,
+            num_stages=1,
+            P=P,
+            LANES=min(pl.next_power_of_2(P), LIST_LANES),
+        )
+    )
 
 
 def attend(
@@ -19,15 +42,16 @@ def attend(
     q_BxHxRxd: jax.Array,
     k_BxLxHxSxd: jax.Array,
     v_BxLxHxSxd: jax.Array,
-    pages: PageList,
+    bits_BxHxP: jax.Array,
     length_BxR: jax.Array,
     page_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Does what `gpu.attend` does of a `PageList`."""
+    """Does what `gpu.attend` does of the pages whose word is not 0, which it lists."""
     import jax_triton
 
+    pages = list_pages(bits_BxHxP)
     (B, H, R, d), (_, L, _, S, _) = q_BxHxRxd.shape, k_BxLxHxSxd.shape
-    tile, tokens, warps, stages = block_sizes(R, d, k_BxLxHxSxd.dtype)
+    tile, tokens, warps, _ = block_sizes(R, d, k_BxLxHxSxd.dtype)
     splits = num_splits(B * H, tile, S, tokens)
     shapes = [(B, H, splits, R, d), (B, H, splits, R), (B, H, splits, R)]
     return tuple(
@@ -45,7 +69,7 @@ def attend(
             grid=(splits, H, B),
             name="attend_pages",
             num_warps=warps,
-            num_stages=stages,
+            num_stages=STAGES,
             SPLITS=splits,
             H=H,
             L=L,
@@ -60,6 +84,29 @@ def attend(
             SCALE=d**-0.5,
         )
     )
+
+
+@functools.cache
+def list_kernel() -> Any:
+    """Returns the kernel, made on first use, which computes what `gpu._list_kernel` does for a head."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def list_pages(bits_ptr, page_ptr, listed_ptr, count_ptr, P: tl.constexpr, LANES: tl.constexpr):
+        head = tl.program_id(0)
+        before = 0
+        for first in range(0, P, LANES):
+            page = first + tl.arange(0, LANES)
+            bits = tl.load(bits_ptr + head * P + page, page < P, 0)
+            keep = (bits != 0).to(tl.int32)
+            at = head * P + before + tl.cumsum(keep, 0) - keep
+            tl.store(page_ptr + at, page, bits != 0)
+            tl.store(listed_ptr + at, bits, bits != 0)
+            before += tl.sum(keep, 0)
+        tl.store(count_ptr + head, before)
+
+    return list_pages
 
 
 @functools.cache
@@ -111,17 +158,23 @@ def attend_kernel() -> Any:
         mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        for i in range(split * share, tl.minimum((split + 1) * share, blocks)):
+        # The list is read a block ahead: keys and values then wait for no load of their own turn, and Triton
+        # needs no buffers of them beyond those of the blocks that are under way.
+        first, last = split * share, tl.minimum((split + 1) * share, blocks)
+        listed = first * TOKENS + lane < slots
+        page = tl.load(page_ptr + head * N + (first * TOKENS + lane) // PAGE, listed, 0)
+        bits = tl.load(bits_ptr + head * N + (first * TOKENS + lane) // PAGE, listed, 0)
+        for i in range(first, last):
             slot = i * TOKENS + lane
-            listed = slot < slots
-            page = tl.load(page_ptr + head * N + slot // PAGE, listed, 0)
-            bits = tl.load(bits_ptr + head * N + slot // PAGE, listed, 0)
             token = page * PAGE + slot % PAGE
             at = token[:, None] * D + column[None, :]
-            there = (listed & (token < limit))[:, None] & column_in[None, :]
+            there = ((slot < slots) & (token < limit))[:, None] & column_in[None, :]
             k = tl.load(k_ptr + cache + at, there, 0.0)
             logit = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * SCALE
             keep = ((bits[None, :] >> row[:, None]) & 1 != 0) & (token[None, :] < length[:, None])
+            ahead = slot + TOKENS
+            page = tl.load(page_ptr + head * N + ahead // PAGE, ahead < slots, 0)
+            bits = tl.load(bits_ptr + head * N + ahead // PAGE, ahead < slots, 0)
             logit = tl.where(keep, logit, float("-inf"))
             higher = tl.maximum(top, tl.max(logit, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)

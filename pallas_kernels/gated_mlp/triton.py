@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.gated_mlp.gpu import WARPS, finish, tiling
-from pallas_kernels.rows_gpu import row_params
+from pallas_kernels.rows_gpu import row_warps
+
+CHANNELS = 16  # of a tile: a thread asks for 128 bytes of bfloat16 at a time
 
 
 def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_LxDxF: jax.Array) -> jax.Array:
@@ -23,12 +25,12 @@ def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_L
         kernel=list_channels,
         out_shape=(jax.ShapeDtypeStruct((D,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)),
         grid=(1,),
-        num_warps=row_params(D).num_warps,
+        num_warps=row_warps(D),
         num_stages=1,
         D=D,
         LANES=triton.next_power_of_2(D),
     )
-    channels, columns, (blocks, shares) = tiling(1, F)
+    columns, (blocks, shares) = tiling(F)
     sums_Cx2x1xF = jax_triton.triton_call(
         layer.reshape(1),
         channels_D,
@@ -44,7 +46,7 @@ def gated_hidden(x_1xD: jax.Array, layer: jax.Array, gate_LxDxF: jax.Array, up_L
         D=D,
         F=F,
         SHARES=shares,
-        CHANNELS=channels,
+        CHANNELS=CHANNELS,
         COLUMNS=columns,
     )
     return finish(sums_Cx2x1xF)

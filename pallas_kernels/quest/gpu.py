@@ -16,11 +16,13 @@ from pallas_kernels.pallas_triton import plgpu
 from pallas_kernels.products import dot_on_gpu
 from pallas_kernels.topk import is_nan, kth_largest, ordered_bits
 
-# These sizes are untested on a GPU.  They follow byte counts and what Triton makes of them for sm_90
-# (registers, spills).  Scoring moves bytes and little else: 64 pages of 2 x 128 bfloat16 are 32 KB, 256 bytes
-# in flight a thread, and give a single row at 32k tokens 256 programs of 8 heads.  Twice the width spills.
-BOUNDS_TOKENS = 64  # keys reduced by one program
-SCORE_PAGES, SCORE_ROWS = {2: 64, 4: 32}, 64  # pages by the size of a number
+# These sizes are untested on a GPU.  They follow byte counts and what XLA makes of them (registers, spills,
+# loads under way).  Scoring moves bytes and little else: 32 KB of bounds are 64 pages of 2 x 128 bfloat16,
+# which give a single row at 32k tokens 256 programs of 8 heads.  More pages of float32 spill.
+BOUNDS_BYTES = 16  # that a thread loads of a key: one instruction
+SCORE_BYTES, SCORE_ROWS, MOST_PAGES = 32 << 10, 64, {2: 128, 4: 32}  # pages by the size of a number
+# Columns of one product; in one of all columns of float32, as two tensor floats each, registers spill.
+SCORE_COLUMNS = {2: 512, 4: 64}
 # A program holds its rows' scores in registers while it bisects: 16 of a thread's 255 for up to 8,192 pages.
 # Short rows share a program; long ones do not, so that one sequence's heads keep many processors busy.
 SELECT_LANES, LANES_PER_WARP, MAX_WARPS = 2048, 512, 16
@@ -30,7 +32,8 @@ def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpre
     """Does what `reference.page_bounds` does, for one sequence (vmap adds grid axes)."""
     H, N, d = k_HxNxd.shape
     P = pl.cdiv(N, page_size)
-    pages = max(1, BOUNDS_TOKENS // pl.next_power_of_2(page_size))
+    of_a_token = 128 * BOUNDS_BYTES // k_HxNxd.dtype.itemsize  # channels that the program's threads load
+    pages = max(1, of_a_token // pl.next_power_of_2(d))
     return pl.pallas_call(
         functools.partial(_bounds_kernel, page_size=page_size, pages=pages),
         out_shape=jax.ShapeDtypeStruct((H, P, 2 * d), k_HxNxd.dtype),
@@ -47,30 +50,44 @@ def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpre
 
 
 def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: int, pages: int) -> None:
-    N, d = k_ref.shape
+    (N, d), P = k_ref.shape, bounds_ref.shape[0]
     page = pl.program_id(0) * pages + jnp.arange(pages)
-    slot = jnp.arange(pl.next_power_of_2(page_size))
     column = jnp.arange(pl.next_power_of_2(d))
-    token = page[:, None] * page_size + slot
-    inside = (slot < page_size) & (token < N)
-    valid = plgpu.load(valid_ref.at[token], mask=inside, other=0) != 0
-    here, column_here = valid[:, :, None], (column < d)[None, None, :]
-    address = token[:, :, None], column[None, None, :]
-    k = plgpu.load(k_ref.at[address], mask=here & column_here, other=0).astype(jnp.float32)
-    high, low = reduce_page(k, here)
-    store = (page < pl.cdiv(N, page_size))[:, None] & (column < d)
+
+    def several(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Adds some tokens of each page."""
+        tokens = [page * page_size + i * unrolled + slot for slot in range(unrolled)]
+        # Without masks: ptxas waits for each masked load before it starts the next.
+        at = [jnp.minimum(token, N - 1) for token in tokens]
+        loaded = [
+            (plgpu.load(valid_ref.at[here]), _rows(k_ref, (here,), column).astype(jnp.float32)) for here in at
+        ]
+        for token, (valid, k) in zip(tokens, loaded, strict=True):
+            here, (high, low, spoilt) = ((valid != 0) & (token < N))[:, None], carry
+            # The hardware's maximum and minimum drop NaN; a page with one must keep it.
+            spoilt |= (here & is_nan(k)).astype(jnp.int32)
+            high = jnp.maximum(high, jnp.where(here, k, -jnp.inf))
+            carry = high, jnp.minimum(low, jnp.where(here, k, jnp.inf)), spoilt
+        return carry
+
+    # A page's tokens follow each other in a thread: as an axis of a block, warps would have to exchange them.
+    unrolled = next(n for n in (8, 4, 2, 1) if page_size % n == 0)
+    shape = (pages, len(column))
+    start = jnp.full(shape, -jnp.inf), jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)
+    high, low, spoilt = jax.lax.fori_loop(0, page_size // unrolled, several, start)
+    store = (page < P)[:, None] & (column < d)
     for offset, bound in ((0, high), (d, low)):
         at = bounds_ref.at[page[:, None], offset + column[None, :]]
-        plgpu.store(at, bound.astype(bounds_ref.dtype), mask=store)
+        plgpu.store(at, jnp.where(spoilt != 0, jnp.nan, bound).astype(bounds_ref.dtype), mask=store)
 
 
-def reduce_page(k_PxNxd: jax.Array, valid_PxNx1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the largest and the smallest of each page's valid keys, [P, d] each; TPU kernels use it too."""
-    # The hardware's maximum and minimum drop NaN; a page with one must keep it.
-    spoilt = jnp.max((valid_PxNx1 & is_nan(k_PxNxd)).astype(jnp.int32), 1) != 0
-    high = jnp.max(jnp.where(valid_PxNx1, k_PxNxd, -jnp.inf), 1)
-    low = jnp.min(jnp.where(valid_PxNx1, k_PxNxd, jnp.inf), 1)
-    return jnp.where(spoilt, jnp.nan, high), jnp.where(spoilt, jnp.nan, low)
+def _rows(ref: Any, at: tuple[Any, ...], column: jax.Array) -> jax.Array:
+    """Returns rows of a matrix, the last axis of whose place `at` they are, with 0 beyond its columns."""
+    (*before, row), d = at, ref.shape[-1]
+    place = ref.at[(*before, row[:, None], column[None, :])]
+    if d % len(column) == 0:
+        return plgpu.load(place)
+    return plgpu.load(place, mask=jnp.broadcast_to(column < d, (len(row), len(column))), other=0)
 
 
 def page_scores(
@@ -88,7 +105,8 @@ def page_scores(
     B, H, R, _ = q_BxHxRx2d.shape
     _, L, _, P, width = bounds_BxLxHxPx2d.shape
     rows = min(max(16, pl.next_power_of_2(R)), SCORE_ROWS)  # a matrix product has 16 rows at least
-    pages = SCORE_PAGES[bounds_BxLxHxPx2d.dtype.itemsize]
+    of_page = pl.next_power_of_2(width) * bounds_BxLxHxPx2d.dtype.itemsize
+    pages = min(max(16, SCORE_BYTES // of_page), MOST_PAGES[bounds_BxLxHxPx2d.dtype.itemsize])
     return pl.pallas_call(
         functools.partial(_scores_kernel, rows=rows, pages=pages, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((B, H, R, P), jnp.float32),
@@ -121,15 +139,24 @@ def _scores_kernel(
     (R, width), P = q_ref.shape, score_ref.shape[1]
     row = pl.program_id(0) * rows + jnp.arange(rows)[:, None]
     page = pl.program_id(1) * pages + jnp.arange(pages)
-    column = jnp.arange(max(16, pl.next_power_of_2(width)))[None, :]
+    operand = jnp.promote_types(q_ref.dtype, bounds_ref.dtype)
+    columns = max(16, pl.next_power_of_2(width))
+    together = min(columns, SCORE_COLUMNS[operand.itemsize])
+
+    def part(i: Any, score: jax.Array | float) -> jax.Array:
+        column = i * together + jnp.arange(together)
+        # Rows and pages beyond the last are those again, and are not stored: masks would hold up the loads.
+        q = _rows(q_ref, (jnp.minimum(row, R - 1)[:, 0],), column)
+        bounds = _rows(bounds_ref, (layer_ref[0], jnp.minimum(page, P - 1)), column)
+        return score + dot_on_gpu(q.astype(operand), bounds.astype(operand).T, interpret)
 
     @pl.when(skip_ref[0] == 0)
     def _() -> None:
-        q = plgpu.load(q_ref.at[row, column], mask=(row < R) & (column < width), other=0)
-        at, inside = (layer_ref[0], page[:, None], column), (page < P)[:, None] & (column < width)
-        bounds = plgpu.load(bounds_ref.at[at], mask=inside, other=0)
-        operand = jnp.promote_types(q.dtype, bounds.dtype)
-        score = dot_on_gpu(q.astype(operand), bounds.astype(operand).T, interpret)
+        score = (
+            part(0, 0.0)
+            if together == columns
+            else jax.lax.fori_loop(0, columns // together, part, jnp.zeros((rows, pages)))
+        )
         plgpu.store(score_ref.at[row, page[None, :]], score, mask=(row < R) & (page < P))
 
 

@@ -13,8 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.products import dot_on_tpu
-from pallas_kernels.quest.gpu import reduce_page
-from pallas_kernels.topk import kth_largest, ordered_bits
+from pallas_kernels.topk import is_nan, kth_largest, ordered_bits
 
 # These sizes are untested on a TPU.  Blocks of about half a megabyte hide the latency of a copy; rows come in
 # eights.
@@ -51,7 +50,10 @@ def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: in
     token = pl.program_id(1) * tokens + jax.lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
     valid = jnp.where(token < N, valid_ref[...], 0).reshape(pages, page_size, 1) != 0
     k = k_ref[...].astype(jnp.float32).reshape(pages, page_size, d)
-    high, low = reduce_page(k, valid)
+    # The hardware's maximum and minimum drop NaN; a page with one must keep it.
+    spoilt = jnp.max((valid & is_nan(k)).astype(jnp.int32), 1) != 0
+    high = jnp.where(spoilt, jnp.nan, jnp.max(jnp.where(valid, k, -jnp.inf), 1))
+    low = jnp.where(spoilt, jnp.nan, jnp.min(jnp.where(valid, k, jnp.inf), 1))
     bounds_ref[:, :d] = high.astype(bounds_ref.dtype)
     bounds_ref[:, d:] = low.astype(bounds_ref.dtype)
 

@@ -78,8 +78,8 @@ def test_kernels_of_a_step(platform, kernels, load, expected):
 @pytest.mark.parametrize(
     ("load", "expected"),
     [
-        (("llama-3.1-8b", 1, 1, 32768), {"list_pages", "triton_attend", "triton_gemv"}),
-        (("llama-3.2-1b", 3, 1, 1024), {"list_pages", "triton_attend"} | GATHERED),
+        (("llama-3.1-8b", 1, 1, 32768), {"triton_attend", "triton_gemv"}),
+        (("llama-3.2-1b", 3, 1, 1024), {"triton_attend"} | GATHERED),
         # Training, where heads of a group times schedules are 64 rows: lists of pages are for 16 at most.
         (("llama-3.2-1b", 8, 16, 1024), {"attend_pages"}),
     ],

@@ -136,6 +136,19 @@ def test_a_jax_without_pallas_through_triton(monkeypatch):
         pallas_triton.plgpu.load(None)
 
 
+def test_what_is_left_of_triton_without_pallas(monkeypatch, told, jax_triton):
+    """Its own kernels, and XLA for all else; without a word of it nobody would know, so it is logged."""
+    monkeypatch.setattr(pallas_triton, "plgpu", pallas_triton._Gone())
+    with tracing_for("gpu"):
+        assert [dispatch.without_triton(name) for name in ("triton", "xla", None)] == ["xla", "xla", None]
+        assert choose("gated_hidden", "triton", rows=1, hidden=4096) == "triton"
+        assert choose("paged_attention", "triton", rows=4) == "triton"
+    assert "triton is xla where jax-triton has no kernel, for jax" in told.text
+    for platform in ("cpu", "tpu"):  # where Pallas' kernels need no Triton, or triton is refused
+        with tracing_for(platform):
+            assert dispatch.without_triton("triton") == "pallas"
+
+
 def test_the_package_is_imported_without_pallas_through_triton():
     program = (
         "import sys; sys.modules['jax.experimental.pallas.triton'] = None; import sol_jax.generate; "

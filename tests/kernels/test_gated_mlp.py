@@ -245,7 +245,7 @@ def test_triton_kernels_compile_for_hopper(shape):
         options = {"num_warps": warps, "num_stages": 1}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
-    channels, columns, (_, shares) = gpu.tiling(1, shape.ffn)
+    channels, (columns, (_, shares)) = kernels.CHANNELS, gpu.tiling(shape.ffn)
     sizes = {"D": shape.hidden, "F": shape.ffn, "SHARES": shares, "CHANNELS": channels, "COLUMNS": columns}
     gather = ptx(kernels.gather_gemv, gpu.WARPS, **sizes)
     per_thread = 2 * channels * columns * 2 // (32 * gpu.WARPS) // 16  # of 16 bytes, gate and up
