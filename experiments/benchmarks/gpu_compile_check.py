@@ -78,8 +78,8 @@ def compile_on(check: Check, chip: str) -> tuple[Compiled, list[KernelUse], floa
     with tempfile.TemporaryDirectory() as folder:
         dump = pathlib.Path(folder)
         found = gpu.compile_for_gpu(fn, *args, donate=donated, dump=dump)
-        # Parts of attention that are merged take up to two thirds of a cache of 1,024 tokens: none is a copy.
-        return found, kernels_of(dump, chip), second_copy(check, 2 * largest)
+        # Parts of attention that are merged take as much as a small cache: they are no copy of it.
+        return found, kernels_of(dump, chip), second_copy(check, 3 * largest)
 
 
 def kernels_of(dump: pathlib.Path, chip: str) -> list[KernelUse]:
