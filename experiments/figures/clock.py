@@ -33,8 +33,10 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def named(row: dict[str, Any]) -> str:
-    """The controller, and what it was asked for."""
-    return f"{row['controller']} {row.get('asked') or ''}".strip()
+    """The controller and what it was asked for, or the rule of the fixed ones if it is not the usual one."""
+    rule = {"quest": "as Quest", "group": "pages of a group"}.get(row["rule"], "")
+    said = row.get("asked") or (f"({rule})" if rule else "")
+    return f"{row['controller']} {said}".strip()
 
 
 def draw(folder: pathlib.Path) -> Figure:

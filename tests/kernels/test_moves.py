@@ -43,7 +43,8 @@ def test_cut_and_put(way, starts, differ):
     got = jax.vmap(lambda x, new, start: put(x, new, start, way), axes)(*given_B)
     taken = None
     if differ[0] or differ[2]:
-        taken = jax.vmap(lambda x, start: cut(x, start, M, way), (axes[0], axes[2]))(given_B[0], given_B[2])
+        of_each = jax.vmap(lambda x, start: cut(x, start, M, way), (axes[0], axes[2]))
+        taken = of_each(given_B[0], given_B[2])
     for b in range(B):
         x, new = (np.array(leaf[b if own else 0]) for leaf, own in ((x_B, differ[0]), (new_B, differ[1])))
         at = begin(starts[b if differ[2] else 0])
@@ -70,7 +71,7 @@ def arrays_like(text, *shape):
 
 @built
 def test_what_moves_is_all_that_is_written():
-    """As decoding and its cache do, of one text: embeddings are read in a loop, and entries put at its end."""
+    """As decoding does with one text: embeddings are read in a loop, entries put at its end."""
     table, cache, layers = numbers(0, 97, D), numbers(1, 3, H, N, D), numbers(2, 3, H, M, D)
 
     def play(cache, token, start, way):
