@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels import native
-from pallas_kernels.dispatch import choose, current_platform
+from pallas_kernels.dispatch import choose, current_platform, only_native
 
 
 def take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
@@ -61,9 +61,9 @@ def take_rows(table_VxD: jax.Array, row: jax.Array, implementation: str | None =
 
 def _moved(op: str, x: jax.Array, implementation: str | None) -> str:
     """Returns "native" for bfloat16 on a CPU that has the kernels, and "xla" for all that XLA moves well."""
-    if x.dtype != jnp.bfloat16 or current_platform() != "cpu" or implementation in ("pallas", "triton"):
+    if x.dtype != jnp.bfloat16 or current_platform() != "cpu":
         return "xla"
-    return choose(op, implementation)
+    return choose(op, only_native(implementation))
 
 
 def as_bits(x: jax.Array) -> jax.Array:

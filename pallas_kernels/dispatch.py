@@ -101,6 +101,11 @@ def without_triton(implementation: str | None) -> str | None:
     return "pallas"
 
 
+def only_native(implementation: str | None) -> str | None:
+    """Returns the implementation meant by "pallas" or "triton" where CPUs alone have a kernel: XLA's."""
+    return "xla" if implementation in ("pallas", "triton") else implementation
+
+
 def _pays(op: str, name: str, platform: str, facts: Mapping[str, Any]) -> bool:
     kernel = TABLE.get((op, name, platform), Kernel())
     if kernel.pays is None:

@@ -274,7 +274,6 @@ class Timed:
         # Groups of episodes that end with a refresh: it is the last one's time, and belongs to all.
         every = player.decoder.refresh_every if player.decoder.refresh else 1
         taken, beside = (np.reshape(x, (-1, every)).mean(1) for x in (self.seconds, self.beside))
-        network = network_seconds(player) / float(np.median(self.beside)) if player.budget else ""
         logp_N = np.concatenate(self.logp)
         loss_E = np.mean(np.stack(dense.logp) - np.stack(self.logp), 1)
         return {
@@ -290,7 +289,6 @@ class Timed:
             "perplexity": float(np.exp(-logp_N.mean())),
             "loss": float(loss_E.mean()),
             "loss_error": float(loss_E.std() / max(len(loss_E) - 1, 1) ** 0.5),
-            "network_share": network,
         }
 
 
@@ -303,7 +301,11 @@ def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str
         found = found[:1] + [p for p in found[1:] if p.name.startswith(chosen)]
     timed = side_by_side(model, found, context, args.texts, -(-args.tokens // (4 * HORIZON)) * 4)
     about = {"dtype": dtype, "context": context, "rule": args.rule}
-    return [about | t.row(player, timed[0]) for player, t in zip(found, timed, strict=True)]
+    rows = []
+    for player, taken in zip(found, timed, strict=True):
+        share = network_seconds(player) / float(np.median(taken.beside)) if player.budget else ""
+        rows.append(about | taken.row(player, timed[0]) | {"network_share": share})
+    return rows
 
 
 def side_by_side(

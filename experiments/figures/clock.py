@@ -19,8 +19,7 @@ from experiments.figures import plots
 from sol_jax.errors import UserError
 
 REFRESHES = {"every 1": "o", "every 4": "^", "never": "s"}
-SHADES = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]  # of a listed map
-COLORS = (*SHADES[::2], *SHADES[1::2])
+COLORS = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # the strong ones first
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -164,6 +164,31 @@ def test_the_clock_has_a_panel_for_each_type_and_context(folder):
     plots.plt.close(figure)
 
 
+def test_controllers_of_the_clock_by_name():
+    from experiments.figures.clock import named
+
+    rows = [("fixed 0.1/1/16", "kept"), ("fixed 0.1/1/16", "group"), ("fixed 1/0.7/16", "group")]
+    assert [named({"controller": name, "rule": rule, "asked": ""}) for name, rule in rows] == [
+        "fixed 0.1/1/16",
+        "fixed 0.1/1/16 (pages of a group)",
+        "fixed 1/0.7/16",  # which reads all pages by any rule
+    ]
+    assert named({"controller": "mine", "rule": "quest", "asked": "0.4 0.8"}) == "mine 0.4 0.8"
+
+
+def test_the_clock_has_a_colour_for_each_controller(folder, tmp_path):
+    from experiments.figures import clock
+
+    lines = (folder / "clock_cpu.csv").read_text().splitlines()
+    fixed = next(line for line in lines if "fixed 0.1/1/16" in line)
+    many = [fixed.replace("fixed 0.1/1/16", f"fixed 0.{n}/1/16") for n in range(21)]
+    (tmp_path / "clock_cpu.csv").write_text("\n".join([lines[0], *many[:20]]))
+    plots.plt.close(clock.draw(tmp_path))
+    (tmp_path / "clock_cpu.csv").write_text("\n".join([lines[0], *many]))
+    with pytest.raises(UserError, match="21 controllers; there are colours for 20"):
+        clock.draw(tmp_path)
+
+
 def test_what_is_missing_is_said(folder, tmp_path, capsys):
     missing = figures.draw_all(tmp_path / "none", tmp_path / "drawn")
     assert list(missing) == list(figures.NAMES)
