@@ -12,20 +12,11 @@ from ml_collections import ConfigDict
 
 from configs import default, sol_j_fl
 
-# Requested mean costs of an axis that has the step to itself.
-ALONE = {
-    "kappa": (0.25, 0.4, 0.55, 0.7, 0.85),
-    "rho": (0.45, 0.5, 0.55, 0.6, 0.7),
-    "eta": (0.4, 0.45, 0.5, 0.6),
-}
-
 
 def get_config(variants: str = "") -> ConfigDict:
     config = sol_j_fl.get_config()
-    first, _, rest = variants.partition(",")
-    if first in ALONE:
-        variants = rest
-        _alone(config, first)
+    others = sol_j_fl.alone(config, variants)
+    single = others != variants
     config.learner = "counterfactual"
     config.policy.predict_losses = config.policy.normalize_inputs = True
     config.policy.restate = config.policy.page_input = config.policy.logit_input = True
@@ -34,21 +25,12 @@ def get_config(variants: str = "") -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.episode.episodes_per_prefix, config.episode.jitter = 4, config.axes.kappa.page_size - 1
     # Many tokens at few levels each tell more than few tokens at every level: 512 an update.
-    config.grpo.batch_size, config.grpo.num_schedules = 8, 5 if first in ALONE else 8
+    config.grpo.batch_size, config.grpo.num_schedules = 8, 5 if single else 8
     config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
     config.optim.weight_decay = 0.1
     config.train.num_updates, config.train.checkpoint_every = 80, 20
     # Over all of these updates, of 20 or 32 optimizer steps each.
-    config.optim.warmup, config.optim.decay_steps = 50, 1600 if first in ALONE else 2560
+    config.optim.warmup, config.optim.decay_steps = 50, 1600 if single else 2560
     # At the end alone, so that the last update is taken: the score of so few blocks chooses by luck.
     config.eval.every, config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 0, 8, 16, 2
-    return default.vary(config, variants)
-
-
-def _alone(config: ConfigDict, chosen: str) -> None:
-    """Leaves the choice of one axis' level, at budgets that it can meet."""
-    for axis in ALONE:
-        if axis != chosen:
-            config.axes[axis].levels = config.axes[axis].levels[-1:]
-    asked = (tuple(cost if axis == chosen else 1.0 for axis in ALONE) for cost in ALONE[chosen])
-    config.eval.budgets = tuple(asked)
+    return default.vary(config, others)

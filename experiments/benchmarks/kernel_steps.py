@@ -42,6 +42,7 @@ from sol_jax.rl.train_step import init_state, train_step
 
 Rows = list[dict[str, Any]]
 Choice = tuple[str, tuple[float, ...]]  # kernels, and the levels of an action
+IMPLEMENTATIONS = ("xla", "pallas")  # those that are compared; auto takes what was measured to pay
 
 TINY = Shape("tiny", 32, 64, 4, 2, 8, 2, 48, 8)
 SHAPE = {shape.name: shape for shape in (*distinct("name"), TINY)}
@@ -135,7 +136,7 @@ def read_share(kernels: str, keep: float, batch: int, context: int, name: str) -
     shape = SHAPE[name]
     facts: dict[str, Any] = {"rows": shape.group_size, "tokens": batch * context}
     facts |= {"head_size": shape.head_size, "page_size": shape.page_size}
-    if keep == 1.0 or dispatch.choose("paged_attention", kernels, log=False, **facts) == "xla":
+    if keep == 1.0 or dispatch.choose("paged_attention", kernels, **facts) == "xla":
         return 1.0
     return page_union(keep, context, shape)
 
@@ -216,22 +217,22 @@ def decode_steps(name: str, batch: int, context: int, rounds: int) -> Rows:
         action = jnp.zeros(len(using), jnp.float32)
         return jax.jit(run).lower(weights, cache_B, index_B, token_B, action).compile(), index_B
 
-    programs = {kernels: prepared(kernels, axes(kernels, page)) for kernels in ("xla", "auto")}
-    programs["dense xla"], programs["dense dispatch"] = prepared("xla", ()), prepared("auto", ())
+    programs = {kernels: prepared(kernels, axes(kernels, page)) for kernels in IMPLEMENTATIONS}
+    programs["dense xla"], programs["dense dispatch"] = prepared("xla", ()), prepared("pallas", ())
 
     def run(kind: str, levels: tuple[float, ...]) -> Any:
         step, index_B = programs[kind]
         return step(weights, cache_B, index_B, token_B, jnp.array(levels, jnp.float32))
 
     dense: list[Choice] = [("dense xla", ()), ("dense dispatch", ())]
-    choices = [(kernels, levels) for kernels in ("xla", "auto") for levels in ACTIONS] + dense
+    choices = [(kernels, levels) for kernels in IMPLEMENTATIONS for levels in ACTIONS] + dense
     runs = {choice: functools.partial(run, *choice) for choice in choices}
     seconds = timing.walls(runs, rounds)
     found = []
     for kind, levels in runs:
         exact = np.asarray(run("xla" if levels else "dense xla", levels)[0])
         miss = np.linalg.norm(np.asarray(run(kind, levels)[0]) - exact) / np.linalg.norm(exact)
-        kept = levels if kind == "auto" else TOP
+        kept = levels if kind == "pallas" else TOP
         read = read_share(kind, kept[0], batch, context, name)
         work = step_work(kept, batch, context + 1, cfg, axes(kind, page), read)
         more = {
@@ -272,7 +273,7 @@ def generations(name: str, batch: int, prompt: int, episodes: int, rounds: int) 
 
     runs: dict[Choice, Callable[[], Any]] = {
         (kind, levels): functools.partial(text, kind, axes(kind, page), levels)
-        for kind in ("xla", "auto")
+        for kind in IMPLEMENTATIONS
         for levels in (ACTIONS[0], ACTIONS[2])
     }
     runs["dense xla", ()] = functools.partial(text, "xla", (), ())
@@ -282,7 +283,7 @@ def generations(name: str, batch: int, prompt: int, episodes: int, rounds: int) 
     found = []
     for kind, levels in runs:
         bytes, operations = prefill.bytes, batch * prefill.flops
-        kept = levels if kind == "auto" else TOP
+        kept = levels if kind == "pallas" else TOP
         read = read_share(kind, kept[0], batch, prompt, name)
         for n in range(episodes * HORIZON):
             step = step_work(kept, batch, prompt + n + 1, cfg, axes(kind, page), read)
@@ -301,7 +302,7 @@ def updates(name: str, batch: int, K: int, prefix_len: int, rounds: int) -> Rows
     weights, shape = random_weights(MODELS[name]), f"{name}-{batch}x{prefix_len}-K{K}"
     runs: dict[str, Any] = {}
     launches = {}
-    for kernels in ("xla", "auto"):
+    for kernels in IMPLEMENTATIONS:
         space = ActionSpace(axes(kernels, SHAPE[name].page_size))
         model = dataclasses.replace(MODELS[name], kernels=kernels)
         setup = Setup(
@@ -333,7 +334,7 @@ def updates(name: str, batch: int, K: int, prefix_len: int, rounds: int) -> Rows
     replaced = "the whole update, its rollout's time replaced by that with repeated caches"
     rows = [
         row("update", shape, "sampled", kernels, seconds[kernels], once, launches=launches[kernels])
-        for kernels in ("xla", "auto")
+        for kernels in IMPLEMENTATIONS
     ]
     rows.append(
         row("update", shape, "sampled", "xla, repeated caches", repeating, each, peer=1, note=replaced)

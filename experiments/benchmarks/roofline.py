@@ -25,7 +25,7 @@ from sol_jax.errors import UserError, exits_on_user_error
 from sol_jax.files import path_argument
 
 TableRow = dict[str, str]
-SKIPPING = ("pallas", "triton", "auto")  # implementations that read less where an action keeps less
+SKIPPING = ("pallas", "triton")  # implementations that read less where an action keeps less
 
 
 def read(path: pathlib.Path) -> list[TableRow]:
@@ -76,7 +76,7 @@ def fit(rows: Sequence[TableRow]) -> CostModel:
     per_layer = [
         float(row["launches"]) / float(row["layers"])
         for row in used
-        if row["op"] == "decode_step" and row["implementation"] == "auto"
+        if row["op"] == "decode_step" and row["implementation"] == "pallas"
     ]
     launches = float(np.median(per_layer)) if per_layer else 0.0
     return cost_model.fit(rows[0]["device"], bytes_N, flops_N, launches_N, seconds_N, launches)

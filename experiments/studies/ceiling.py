@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import counterfactual as config_file
+from configs import counterfactual, sol_j_fl
 from experiments.figures import plots
 from experiments.studies import allocation
 from sol_jax.axes.base import Axis
@@ -228,8 +228,8 @@ def study(
     axis: str, prefix: int, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of `ceiling.csv` and `levels.csv` of one axis (or `joint`) after one length of prefix."""
-    shipped = axis if axis in config_file.ALONE else ""
-    given = config_file.get_config(",".join(filter(None, [shipped, "cpu", args.variants])))
+    shipped = axis if axis in sol_j_fl.ALONE else ""
+    given = counterfactual.get_config(",".join(filter(None, [shipped, "cpu", args.variants])))
     if not shipped and axis != JOINT:
         leave_alone(given, axis, parse_levels(args.levels, axis))
     given.model.path, given.episode.prefix_len, given.data.source = args.model, prefix, args.train_source

@@ -51,7 +51,7 @@ def attend(
             return reference.attend(q, prefix, suffix, keep_prefix, keep_suffix, length, page_size, layer)
         if name == "native":
             masks = keep_prefix, keep_suffix
-            return _attend_on_cpu(q, prefix, suffix, masks, length, layer, page_size, implementation)
+            return _attend_on_cpu(q, prefix, suffix, masks, length, layer, page_size)
         paged = _paged_attention(q, prefix, keep_prefix, length, layer, page_size, implementation)
         own = part_attention(q, suffix, keep_suffix)
         return normalize(merge_attention(jax.tree.map(lambda *two: jnp.stack(two), paged, own)))
@@ -69,9 +69,8 @@ def _attend_on_cpu(
     length: jax.Array,
     layer: jax.Array | None,
     page_size: int,
-    implementation: str | None,
 ) -> jax.Array:
-    """Returns `attend` by one call for prefix and suffix, or, where that does not pay, by XLA.
+    """Returns `attend` by one call for prefix and suffix.
 
     Masks stay as small as they came: those of dense steps are the same for all heads.
     """
@@ -80,15 +79,7 @@ def _attend_on_cpu(
 
     def rows(layer: jax.Array, cache: KV, own: tuple[Any, ...]) -> jax.Array:
         q_BxKxHxGxd, suffix, keep, own_keep, length_BxK = own
-        (B, K), dtype = q_BxKxHxGxd.shape[:2], cache[0].dtype
-        if choose("attend", implementation, rows=B * K, dtype=dtype.name) == "xla":
-
-            def one(q: jax.Array, prefix: KV, suffix: KV, keep: Any, own_keep: Any, length: Any) -> jax.Array:
-                return reference.attend(q, prefix, suffix, keep, own_keep, length, page_size, layer)
-
-            return jax.vmap(jax.vmap(one, (0, None, 0, 0, 0, 0)))(
-                q_BxKxHxGxd, cache, suffix, keep, own_keep, length_BxK
-            )
+        dtype = cache[0].dtype
         operand = q_BxKxHxGxd.astype(dtype).astype(jnp.float32)
         args = operand, *cache, *(kv.astype(dtype) for kv in suffix), keep, own_keep, length_BxK
         return native.call("attend", [native.floats(*operand.shape)], layer, *args, page_size=page_size)[0]

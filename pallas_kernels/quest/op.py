@@ -1,6 +1,6 @@
 """Quest's operations, which pick an implementation: `reference` in XLA, or a kernel (`gpu`, `tpu`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -83,7 +83,7 @@ def select_pages(
             first, layer = (bounds[0][None], jnp.int32(0)) if layer is None else (bounds[0], layer)
             rows = _select_on_tpu if current_platform() == "tpu" else _select_on_gpu(select)
             if name == "native":
-                rows = _select_on_cpu(select, implementation, facts)
+                rows = _select_on_cpu(select)
         own = q, tuple(bounds[1:]), tuple(used), jnp.int32(pages)
         masks = fold_rows("select_pages", rows)(jnp.int32(layer), first, own)
         return tuple(jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in masks)
@@ -140,13 +140,10 @@ def _select_by_xla(select: Select) -> Any:
     return rows
 
 
-def _select_on_cpu(select: Select, implementation: str | None, facts: Mapping[str, Any]) -> Any:
+def _select_on_cpu(select: Select) -> Any:
     def rows(layer: jax.Array, bounds_BxLxHxPx2d: jax.Array, own: Any) -> tuple[jax.Array, ...]:
         q_BxKxHxGxd, own_bounds, used, pages_BxK = own
         B, K, H, G, d = q_BxKxHxGxd.shape
-        if choose("select_pages", implementation, rows=B * K, **facts) == "xla":
-            of_layer = jax.vmap(take_layer, (0, None))(bounds_BxLxHxPx2d, layer)
-            return _select_by_xla(select)(layer, of_layer, own)
         # The kernel wants two parts: without a second, it gets one page that is not in use.
         mine = own_bounds[0] if own_bounds else jnp.zeros((B, K, H, 1, 2 * d), bounds_BxLxHxPx2d.dtype)
         mine_used = used[1] if own_bounds else jnp.zeros((B, K, 1), bool)

@@ -96,7 +96,7 @@ def test_the_tool(arguments, capsys, monkeypatch):
 
 def test_an_axis_beside_the_shipped_ones_has_the_levels_that_are_given(arguments, tmp_path, monkeypatch):
     """As an axis that somebody added: the shipped config does not know it, and leaves it at one level."""
-    monkeypatch.setattr(ceiling.config_file, "ALONE", {"kappa": (), "eta": ()})
+    monkeypatch.setattr(ceiling.sol_j_fl, "ALONE", {"kappa": (), "eta": ()})
     told = [*arguments[1], "--axes", "rho", "--folder", str(tmp_path), "--train_blocks", "0"]
     ceiling.main([*told, "--levels", "0.3,0.6,1"])
     levels = rows_of(tmp_path / "levels.csv")

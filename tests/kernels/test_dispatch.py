@@ -1,5 +1,6 @@
 """Which implementation runs, what is said when none can, and what all kernels share."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import re
@@ -27,7 +28,26 @@ from pallas_kernels.shapes import SHAPES, distinct, named
 from pallas_kernels.tuning import TABLE
 
 
-def test_auto_goes_by_platform_and_shape():
+@pytest.fixture
+def measured(monkeypatch):
+    """A table in which kernels for GPUs were measured to pay; in ours none has been timed yet."""
+    made_up = {
+        "keep_channels": {},
+        "gated_hidden": {"rows": (1, 2), "hidden": range(2048, 9999)},
+        "attend": {},
+        "paged_attention": {"tokens": range(16384, 99999)},
+    }
+    for op, pays in made_up.items():
+        kernel = dataclasses.replace(TABLE[op, "pallas", "gpu"], pays=pays)
+        monkeypatch.setitem(TABLE, (op, "pallas", "gpu"), kernel)
+
+
+def test_auto_takes_nothing_unmeasured():
+    """Kernels that were timed nowhere are for those who name them."""
+    assert {platform for (_, _, platform), kernel in TABLE.items() if kernel.pays is not None} == {"cpu"}
+
+
+def test_auto_goes_by_platform_and_shape(measured):
     for auto in (None, "auto"):
         assert choose("gated_hidden", auto, platform="cpu", rows=64, hidden=4096) == "xla"
         assert choose("gated_hidden", auto, platform="cuda", rows=1, hidden=4096) == "pallas"
@@ -119,7 +139,7 @@ def test_triton_of_every_version(installed):
         assert choose("gated_hidden", "triton", platform="gpu", rows=1) == "triton"
 
 
-def test_a_jax_without_pallas_through_triton(monkeypatch):
+def test_a_jax_without_pallas_through_triton(monkeypatch, measured):
     """Its removal is announced: the kernels are refused by name, auto takes XLA, and TPUs keep theirs."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.setattr(pallas_triton, "plgpu", pallas_triton.find())
@@ -165,7 +185,7 @@ def told(caplog):
     return caplog
 
 
-def test_auto_logs_each_pick_once(told):
+def test_auto_logs_each_pick_once(told, measured):
     for _ in range(3):
         choose("gated_hidden", None, platform="gpu", rows=2, hidden=3072)
     choose("gated_hidden", None, platform="gpu", rows=3, hidden=3072)
@@ -178,14 +198,14 @@ def test_auto_logs_each_pick_once(told):
     ]
 
 
-def test_a_kernel_that_is_asked_for_again_is_not_logged(told):
+def test_a_kernel_that_is_asked_for_again_is_not_logged(told, measured):
     """XLA is final, a kernel is not before the rows are known."""
     for hidden in (576, 4096):
         choose("gated_hidden", "auto", platform="gpu", hidden=hidden, asks_again=True)
     assert told.messages == ["auto picks xla for gated_hidden on gpu (hidden=576)"]
 
 
-def test_nothing_is_logged_by_default(told):
+def test_nothing_is_logged_by_default(told, measured):
     told.set_level(logging.INFO, logger="pallas_kernels.dispatch")
     choose("gated_hidden", "auto", platform="gpu", rows=2, hidden=3072)
     assert told.messages == []
@@ -212,7 +232,7 @@ def test_nothing_is_logged_by_default(told):
         ("cuda", "xla", []),
     ],
 )
-def test_what_ops_log(platform, name, expected, told):
+def test_what_ops_log(platform, name, expected, told, measured):
     """A pick is logged with its rows: under vmap for one first, and last for all, which are what runs."""
     gate, q, keep = jnp.ones((2048, 128)), jnp.ones((5, 2, 3, 8)), jnp.ones((1, 1, 5), bool)
 
@@ -246,7 +266,7 @@ def gpu(monkeypatch):
     return plug_in
 
 
-def test_gpus_without_kernels(gpu):
+def test_gpus_without_kernels(gpu, measured):
     """An old one of NVIDIA's and one of AMD's: refused by name, and never picked."""
     gpu("NVIDIA H200", "9.0")
     assert dispatch.current_platform() == "gpu"
@@ -266,7 +286,7 @@ def test_gpus_without_kernels(gpu):
     assert choose("fake_quantize", "auto", hidden=64) == "xla"
 
 
-def test_numbers_that_no_kernel_takes():
+def test_numbers_that_no_kernel_takes(measured):
     """Found by the ops themselves, from the arrays that they are given."""
     half, whole = jnp.ones((2, 16), jnp.float16), jnp.ones((2, 16), jnp.int8)
     sentence = (

@@ -48,7 +48,7 @@ def update_of(cfg, kernels):
 @pytest.mark.parametrize(
     ("platform", "kernels", "called"),
     [
-        ("cuda", "auto", AXES | {"page_scores"}),
+        ("cuda", "auto", set()),
         ("cuda", "pallas", AXES | {"page_scores", "attend_pages"}),
         ("cuda", "triton", AXES | {"page_scores", "attend_pages"}),  # jax-triton has none for schedules
         ("tpu", "pallas", AXES | {"attend_pages"}),

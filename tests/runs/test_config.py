@@ -61,6 +61,7 @@ RUNS = [
     *(("sol_j_2l", v, 8) for v in ("", "smoke", "cpu", "1b")),
     *(("sol_j_3l", v, 27) for v in ("", "cpu")),
     *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast,anywhere", "quest", "1b", "3b", "8b")),
+    ("sol_j_fl", "rho,cpu", 13), ("sol_j_fl", "kappa,fast,cpu", 10),
     *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
     *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
     *(("reasoning", v, 11) for v in ("", "anywhere")),
