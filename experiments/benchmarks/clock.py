@@ -315,7 +315,7 @@ def side_by_side(
     need = context + episodes * HORIZON + 1
     prefill = jax.jit(llama.prefill, static_argnums=2)
     timed = [Timed() for _ in found]
-    for ids in _texts(model, need, texts):
+    for ids in articles(model, need, texts):
         _, cache = prefill(model.weights, ids[:context], model.config)
         room = ((0, 0), (0, 0), (0, -(-need // 64) * 64 - context), (0, 0))
         cache = llama.KVCache(*(jnp.pad(part, room) for part in cache))
@@ -337,7 +337,7 @@ def side_by_side(
     return timed
 
 
-def _texts(model: Model, length: int, count: int) -> Iterator[np.ndarray]:
+def articles(model: Model, length: int, count: int) -> Iterator[np.ndarray]:
     """Articles one after another, cut to `length` tokens each."""
     ids: list[int] = []
     documents = iter(read_documents(WIKIPEDIA))

@@ -89,7 +89,7 @@ def second_copy(check: Check, largest: int) -> float:
 
     `largest` is a kernel's largest operand.
     """
-    return max(largest / 2, LITTLE) if check.never is None else check.once + check.never / 2
+    return check.once + (max(largest / 2, LITTLE) if check.never is None else check.never / 2)
 
 
 def bound_of(check: Check, temporaries: float) -> int:

@@ -10,6 +10,7 @@ or, a kernel, of half of its largest operand.  Whole programs have tighter bound
 experiments/results/tpu_check.csv has any; `--write` makes them of what it measures: see `bound_of`.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -29,7 +30,7 @@ from experiments.benchmarks.compile_check import (
     second_copy,
 )
 from experiments.benchmarks.program_cases import size_of
-from experiments.benchmarks.tpu_programs import checks
+from experiments.benchmarks.tpu_programs import checks, turned_operands
 from pallas_kernels.dispatch import tracing_for
 from sol_jax.planning import tpu
 from sol_jax.planning.topology import parse_topology
@@ -57,6 +58,8 @@ def measure(check: Check, chip: str) -> tuple[Row, str]:
             if (size := size_of(args) + check.once) > 0.95 * topology.chip.memory:
                 raise TooLargeError(f"{size / 2**30:.1f} GiB of arguments and what is made of them")
             args = tpu.on_one(topology, args)
+    if check.never is None:
+        check = dataclasses.replace(check, once=turned_operands(args))
     found = tpu.compile_for_tpu(fn, *args, donate=donated)
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args))
     row: dict[str, Any] = {"check": check.name, "chip": chip}

@@ -8,6 +8,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from experiments.benchmarks.compile_check import Check, Program
 from experiments.benchmarks.kernel_steps import HORIZON, MODELS
 from experiments.benchmarks.plans import config_of
@@ -57,14 +59,19 @@ def _edges() -> list[tuple[str, Callable[[], Program]]]:
 # --- decode steps -------------------------------------------------------------------------------
 
 
-def turned(name: str, size: int) -> int:
+def turned(channels: int, size: int) -> int:
     """Bytes of a copy of caches of so many bytes with the channels of a head innermost; 0 if none is needed.
 
     JAX keeps heads of fewer channels than a TPU has lanes with the tokens innermost.  Turned around, as
     kernels read them and a token is written, their channels are padded to all lanes.
     """
-    channels = MODELS[name].head_size
     return size * LANES // channels if channels < LANES else 0
+
+
+def turned_operands(args: Any) -> int:
+    """Bytes of such copies of a kernel's operands: of arrays [sequence, head, token, channel]."""
+    leaves = [leaf for leaf in jax.tree.leaves(args) if leaf.ndim >= 4]
+    return sum(turned(leaf.shape[-1], size_of(leaf)) for leaf in leaves)
 
 
 def steps() -> list[Check]:
@@ -78,9 +85,9 @@ def steps() -> list[Check]:
             prefix = size_of(caches(name, batch, context))
             never = min(size_of(llama.abstract_weights(MODELS[name])), prefix)
             # Suffixes come and go in JAX's layout, and are read in another: rollouts have them in that one.
-            once = 2 * turned(name, size_of(caches(name, batch * K, HORIZON)))
+            once = 2 * turned(MODELS[name].head_size, size_of(caches(name, batch * K, HORIZON)))
             if implementation == "pallas":
-                once += turned(name, prefix)
+                once += turned(MODELS[name].head_size, prefix)
             label = f"decode_step {name} {batch}x{K}x{context} {implementation}"
             found.append(Check(label, make, once=once, never=never, quick=name == three))
     return found
@@ -131,6 +138,6 @@ def generations() -> list[Check]:
                 label = f"generate {stage} {name} {batch}x{prompt} {implementation}"
                 # The scores of a prompt, in float32, as weights and rounded, are there at once.
                 once = held + 10 * MODELS[name].num_heads * prompt**2 if stage == "start" else 0
-                once += turned(name, held)
+                once += turned(MODELS[name].head_size, held)
                 found.append(Check(label, make, once=once, never=min(weights, held)))
     return found

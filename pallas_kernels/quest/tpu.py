@@ -30,25 +30,27 @@ def page_bounds(k_HxNxd: jax.Array, valid_N: jax.Array, page_size: int, interpre
     # Each key is in the block and, in float32, beside it.
     fitting = BOUNDS_BYTES // (page_size * d * (k_HxNxd.dtype.itemsize + 4)) // 8 * 8
     pages = min(BOUNDS_PAGES, max(fitting, 8), pl.cdiv(P, 8) * 8)
+    # A page a row: a token a row would take 512 bytes of a TPU's tiles.
+    valid_Pxp = jnp.pad(valid_N.astype(jnp.int32), (0, P * page_size - N)).reshape(P, page_size)
     return pl.pallas_call(
-        functools.partial(_bounds_kernel, page_size=page_size, N=N),
+        functools.partial(_bounds_kernel, page_size=page_size, P=P),
         out_shape=jax.ShapeDtypeStruct((H, P, 2 * d), k_HxNxd.dtype),
         grid=(H, pl.cdiv(P, pages)),
         in_specs=[
             pl.BlockSpec((None, pages * page_size, d), lambda h, block: (h, block, 0)),
-            pl.BlockSpec((pages * page_size, 1), lambda h, block: (block, 0)),
+            pl.BlockSpec((pages, page_size), lambda h, block: (block, 0)),
         ],
         out_specs=pl.BlockSpec((None, pages, 2 * d), lambda h, block: (h, block, 0)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="page_bounds",
-    )(k_HxNxd, valid_N.astype(jnp.int32)[:, None])
+    )(k_HxNxd, valid_Pxp)
 
 
-def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: int, N: int) -> None:
-    (tokens, d), (pages, _) = k_ref.shape, bounds_ref.shape
-    token = pl.program_id(1) * tokens + jax.lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
-    valid = jnp.where(token < N, valid_ref[...], 0).reshape(pages, page_size, 1) != 0
+def _bounds_kernel(k_ref: Any, valid_ref: Any, bounds_ref: Any, *, page_size: int, P: int) -> None:
+    (_, d), (pages, _) = k_ref.shape, bounds_ref.shape
+    page = pl.program_id(1) * pages + jax.lax.broadcasted_iota(jnp.int32, (pages, page_size), 0)
+    valid = jnp.where(page < P, valid_ref[...], 0)[:, :, None] != 0
     k = k_ref[...].astype(jnp.float32).reshape(pages, page_size, d)
     # The hardware's maximum and minimum drop NaN; a page with one must keep it.
     spoilt = jnp.max((valid & is_nan(k)).astype(jnp.int32), 1) != 0

@@ -61,7 +61,8 @@ RUNS = [
     *(("sol_j_2l", v, 8) for v in ("", "smoke", "cpu", "1b")),
     *(("sol_j_3l", v, 27) for v in ("", "cpu")),
     *(("sol_j_fl", v, 1560) for v in ("", "cpu", "cpu,fast,anywhere", "quest", "1b", "3b", "8b")),
-    ("sol_j_fl", "rho,cpu", 13), ("sol_j_fl", "kappa,fast,cpu", 10),
+    ("sol_j_fl", "rho,cpu", 13),
+    ("sol_j_fl", "kappa,fast,cpu", 10),
     *(("horizon", v, 336) for v in ("t4", "t16", "t64", "cpu,t4")),
     *(("single_axis", v, 2) for v in (*single_axis.LEVELS, "kappa-0.1,cpu")),
     *(("reasoning", v, 11) for v in ("", "anywhere")),
@@ -135,7 +136,7 @@ def test_every_file_and_variant_is_tried():
     files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
     assert files == set(MODULES) == {name for name, _, _ in RUNS}
     tried = {variant for _, variants, _ in RUNS for variant in variants.split(",")}
-    assert set(default.VARIANTS) | set(single_axis.LEVELS) | set(counterfactual.ALONE) <= tried
+    assert set(default.VARIANTS) | set(single_axis.LEVELS) | set(sol_j_fl.ALONE) <= tried
 
 
 @pytest.mark.parametrize(("name", "variants", "num_actions"), RUNS, ids=RUN_IDS)
