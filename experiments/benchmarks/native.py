@@ -34,6 +34,7 @@ L, D, F = SMOLLM2.num_layers, SMOLLM2.hidden_size, SMOLLM2.ffn_size
 H, G, SIZE = SMOLLM2.num_kv_heads, SMOLLM2.group_size, SMOLLM2.head_size
 PAGE, STEPS = 8, 16
 KEEPS = (1.0, 0.6, 0.4, 0.2, 0.1)
+OF_GROUP = "attention, pages of a group"  # as with `axes.kappa.heads=group`
 READ = "read"
 
 Layer = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -73,10 +74,10 @@ def cases(name: str, dtype: str, context: int) -> tuple[dict[tuple[str, float], 
         kept = jnp.arange(D) * 385 % D < keep * D  # 385 has no factor of 576
         return first(gated_mlp.gated_hidden(jnp.where(kept, x, 0.0), a["gate"], a["up"], name, i))
 
-    def attended(x: jax.Array, i: jax.Array, a: Any, keep: float) -> jax.Array:
-        # Heads of a group choose pages of their own, half of them the same.
+    def attended(x: jax.Array, i: jax.Array, a: Any, keep: float, alike: bool = False) -> jax.Array:
+        # Heads of a group choose pages of their own, half of them the same, or all if they are alike.
         place = jnp.arange(pages) * 7 % pages
-        shift = jnp.arange(G)[:, None] * (keep * pages / 2)
+        shift = jnp.arange(G)[:, None] * (0 if alike else keep * pages / 2)
         chosen = jnp.broadcast_to((place - shift) % pages < keep * pages, (H, G, pages))
         mixed = attention.attend(
             heads(x), a["cache"], (own, own), chosen, jnp.ones((1, 1, STEPS), bool),
@@ -101,6 +102,7 @@ def cases(name: str, dtype: str, context: int) -> tuple[dict[tuple[str, float], 
     for keep in KEEPS:
         found["gate, up", keep] = functools.partial(gated, keep=keep)
         found["attention", keep] = functools.partial(attended, keep=keep)
+    found[OF_GROUP, 0.1] = functools.partial(attended, keep=0.1, alike=True)
     found |= {("choice of pages", 0.1): selected, ("norm, prune", 0.4): pruned, ("round, norm", 1.0): rounded}
     return found, {**arrays, "embed": weights["embed"]}
 
@@ -112,6 +114,7 @@ def bytes_of(op: str, keep: float, context: int, width: int) -> float:
         "q, k, v, o, down": D * (H * G + 2 * H) * SIZE + H * G * SIZE * D + F * D,
         "gate, up": 2 * D * F * keep,
         "attention": 2 * H * context * SIZE * union,
+        OF_GROUP: 2 * H * context * SIZE * keep,
         "choice of pages": H * context / PAGE * 2 * SIZE,
         "head": SMOLLM2.vocab_size * D / L,
     }
@@ -156,9 +159,10 @@ def measure(dtype: str, context: int, rounds: int) -> list[dict[str, Any]]:
         row |= {"milliseconds": 1e3 * float(np.median(times)), "fastest": 1e3 * float(times.min())}
         if (op, keep, "xla") in taken:
             row["over_xla"] = float(np.median(taken[op, keep, "xla"] / times))
-        if (op, 1.0, name) in taken and keep < 1:
-            row["over_whole"] = float(np.median(taken[op, 1.0, name] / times))
-            row["over_whole_fastest"] = float(taken[op, 1.0, name].min() / times.min())
+        dense = taken.get(("attention" if op == OF_GROUP else op, 1.0, name))
+        if dense is not None and keep < 1:
+            row["over_whole"] = float(np.median(dense / times))
+            row["over_whole_fastest"] = float(dense.min() / times.min())
         if size:
             row |= {"gb_per_second": size / float(np.median(times)) / 1e9}
             row["of_read_rate"] = float(np.median(size / times / read_rate))

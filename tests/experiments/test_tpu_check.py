@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import compile_check, program_cases, tpu_check
+from experiments.benchmarks import compile_check, program_cases, tpu_check, tpu_programs
 from experiments.benchmarks.compile_check import MIB, Check, Rows, second_copy
 from experiments.benchmarks.tpu_check import TABLE, TOPOLOGIES, held_to, measure, quick_chips
 from experiments.benchmarks.tpu_programs import checks
@@ -64,6 +64,16 @@ def test_sizes_by_hand():
     weights = 2 * (128256 * 4096 * 2 + 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096) + 4096)
     assert program_cases.size_of(args[0]) == weights
     assert program_cases.size_of(args[1]) == cache
+
+
+def test_copies_of_narrow_heads_are_no_second_ones():
+    """Keys of 64 channels are padded to 128 for a kernel, those of 128 are read where they are."""
+    keys = jax.ShapeDtypeStruct((2, 3, 1024, 64), jnp.bfloat16)
+    size = 2 * 3 * 1024 * 64 * 2
+    mask = jax.ShapeDtypeStruct((1024, 64), jnp.bool_)  # no cache
+    assert tpu_programs.turned_operands([keys, mask]) == int(1.05 * 2 * size)
+    assert tpu_programs.turned_operands([jax.ShapeDtypeStruct((2, 3, 1024, 128), jnp.bfloat16)]) == 0
+    assert second_copy(Check("kernel", once=7), 64 * MIB) == 7 + 32 * MIB
 
 
 def run(check: Check, committed: Rows, done: compile_check.Done | None = None):
