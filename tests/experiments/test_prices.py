@@ -55,7 +55,7 @@ def test_a_run(tiny_folder, tmp_path, monkeypatch, capsys):
     model.__dict__["weights"] = weights
     monkeypatch.setattr(prices, "open_model", lambda path, dtype: model)
     texts = np.random.default_rng(0).integers(cfg.vocab_size, size=(1, 200)).astype(np.int32)
-    monkeypatch.setattr(clock, "_texts", lambda model, need, count: iter(texts[:, :need]))
+    monkeypatch.setattr(clock, "articles", lambda model, need, count: iter(texts[:, :need]))
     path = tmp_path / "new" / "prices.json"
     given = ["--contexts", "24", "40", "--episodes", "2", "--output", str(path), "--rule", "paper"]
     prices.main([*given, "--dtype", "float32"])
