@@ -43,7 +43,8 @@ def attend(
     jax-triton's kernel reads lists of pages, so "triton" is Pallas' kernel with more than LISTED_ROWS rows.
     """
     dtype = prefix[0].dtype.name
-    name = choose("attend", implementation, asks_again=True, dtype=dtype)
+    asks_again = current_platform() != "cpu"  # where the rows decide
+    name = choose("attend", implementation, asks_again=asks_again, dtype=dtype)
 
     def attended(*args: Any) -> jax.Array:
         q, prefix, suffix, keep_prefix, keep_suffix, length, layer = args

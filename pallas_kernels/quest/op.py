@@ -73,7 +73,7 @@ def select_pages(
     count = sum(mask.shape[-1] for mask in used)
     dtype = jnp.promote_types(q_HxGxd.dtype, bounds[0].dtype).name
     facts: dict[str, Any] = {"pages": count, "select": select, "dtype": dtype}
-    name = choose("select_pages", implementation, asks_again=True, **facts)
+    name = choose("select_pages", implementation, **facts)
 
     def chosen(q: jax.Array, bounds: Any, used: Any, pages: jax.Array, layer: Any) -> tuple[jax.Array, ...]:
         if name == "xla":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernels.lowering import lowers
-from pallas_kernels import dispatch, pallas_triton
+from pallas_kernels import dispatch, native, pallas_triton
 from pallas_kernels.attention import attend, paged_attention
 from pallas_kernels.dispatch import choose, no_gradient, tracing_for
 from pallas_kernels.errors import UnavailableError
@@ -252,6 +252,19 @@ def test_what_ops_log(platform, name, expected, told, measured):
         for message, found in zip(told.messages, rows, strict=True)
     ]
     assert said == expected
+
+
+@pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+def test_what_a_cpu_takes_for_any_rows_is_logged_at_once(told):
+    q, kv = jnp.ones((2, 3, 8)), jnp.ones((2, 40, 8))
+    every, own = jnp.ones((1, 1, 5), bool), jnp.ones((1, 1, 40), bool)
+    with tracing_for("cpu"):
+        jax.eval_shape(lambda: attend(q, (kv, kv), (kv, kv), every, own, jnp.int32(40), 8))
+        jax.eval_shape(lambda: select_pages(q, (jnp.ones((2, 5, 16)),), (jnp.ones(5, bool),), jnp.int32(2)))
+    assert [message.split(" (")[0] for message in told.messages] == [
+        "auto picks native for attend on cpu",
+        "auto picks native for select_pages on cpu",
+    ]
 
 
 @pytest.fixture
