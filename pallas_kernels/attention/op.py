@@ -193,9 +193,12 @@ def _on_tpu(
     visible_BxHxRxP = jnp.where(keep_BxHxRxP, seen, 0).astype(jnp.float32)
     if q_BxHxRxd.shape[2] <= LISTED_ROWS:
         kept_BxHxP = jnp.any(visible_BxHxRxP > 0, 2)
-        page_BxHxP = jnp.argsort(~kept_BxHxP, stable=True).astype(jnp.int32)
         count_BxH = jnp.sum(kept_BxHxP, -1, dtype=jnp.int32)
-        listed_BxHxRxP = jnp.take_along_axis(visible_BxHxRxP, page_BxHxP[:, :, None], -1)
+        # Sorted along with the pages, what rows see needs no gather, whose indices are padded to all lanes.
+        page_BxHxP = lax.broadcasted_iota(jnp.int32, kept_BxHxP.shape, 2)
+        along = page_BxHxP, *jnp.moveaxis(visible_BxHxRxP, 2, 0)
+        _, page_BxHxP, *listed = lax.sort((~kept_BxHxP, *along), num_keys=1)
+        listed_BxHxRxP = jnp.stack(listed, 2)
         # No copy if the cache was allocated in whole pages.
         pad = ((0, 0),) * 3 + ((0, P * page_size - S), (0, 0))
         k, v = (jnp.pad(kv, pad).reshape(*kv.shape[:3], P, page_size, d) for kv in cache)
