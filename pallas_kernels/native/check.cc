@@ -97,7 +97,9 @@ void expect(double got, double wanted, double size, const char* what) {
 }
 
 void check_products(Pool& pool, sol::Type type, int N, int D, int F) {
-  const std::vector<float> x = random_floats(N * D);
+  std::vector<float> x = random_floats(N * D);
+  for (int d = 0; D % 2 && d < D; d += 3)  // channels that are left out
+    for (int n = 0; n < N; ++n) x[n * D + d] = 0;
   const Numbers w(D * F, type), other(D * 7, type), table(F * D, type);
   std::vector<float> y(N * F), z(N * 7), logits(N * F), gated(N * F);
   sol::project(pool, x.data(), N, D, type, {{w.data.data(), F, y.data()}, {other.data.data(), 7, z.data()}}, false);
@@ -257,8 +259,11 @@ int main() {
     if (!found) continue;
     sol::use_kernels(found);
     for (const sol::Type type : {sol::kFloat, sol::kHalf}) {
-      for (const int rows : {1, 3, 5, 15})
+      for (const int rows : {1, 3, 5, 15}) {
         for (const int size : {1, 31, 64, 200}) check_products(pool, type, rows, size + 9, size);
+        check_products(pool, type, rows, 400, 301);  // in several parts
+        check_products(pool, type, rows, 10, 2100);  // and blocks
+      }
       for (const int d : {8, 24, 64, 100})
         for (const int S : {1, 61, 700}) {
           check_attention(pool, type, 1, 1, S, 16, d, 8);

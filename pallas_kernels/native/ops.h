@@ -62,24 +62,98 @@ struct Product {
   float* y;  // [N, F]
 };
 
-// y = x @ w for each product; with `gated` the first of two becomes silu(first) * second.  Channels that are zero
-// in all N rows of x are not read.
+// What all products of a call share: operands, and the channels that are not zero in all N rows of x.
+struct Operands {
+  std::vector<float> x;  // [N, D], rounded to the type of the weights
+  int64_t N, D;
+  Type type;
+  std::vector<int> rows;  // of the weights that are read
+};
+
+// x @ some rows of some columns of w, into y.
+inline void multiply(const Operands& in, const Product& product, int64_t first, int64_t count, int64_t column,
+                     int64_t columns, float* y, int64_t y_stride) {
+  kernels().product[in.type](in.x.data(), static_cast<int>(in.N), in.D, in.rows.data() + first,
+                             static_cast<int>(count), at(product.w, in.type, column), product.F,
+                             static_cast<int>(columns), y, y_stride);
+}
+
+// Of one or a few rows of x that meet nearly all weights, all time goes into reading these, so a piece is some whole
+// rows of them (of wide ones kMostSums columns, whose sums stay in the first-level cache): one stream from memory.
+// Its sums are of its rows alone, and are added up afterwards.  How rows are cut does not depend on the threads, so
+// neither does a sum.
+constexpr int64_t kFewRows = 4, kPartBytes = 128 << 10, kMostParts = 16, kMostSums = 2048;
+
 template <class Pool>
-void project(Pool& pool, const float* x, int64_t N, int64_t D, Type type, std::vector<Product> products,
-             bool gated) {
-  const Kernels& kernel = kernels();
-  const std::vector<float> operand = operands(x, N * D, type);
-  std::vector<int> rows;
-  rows.reserve(D);
-  for (int64_t d = 0; d < D; ++d)
-    for (int64_t n = 0; n < N; ++n)
-      if (!(operand[n * D + d] == 0)) {
-        rows.push_back(static_cast<int>(d));
-        break;
-      }
+void project_whole(Pool& pool, const Operands& in, const std::vector<Product>& products, bool gated) {
   struct Piece {
     const Product* product;
-    int64_t begin, columns;
+    int64_t column, columns, first, count;
+    float* sums;
+  };
+  struct Sums {
+    int64_t parts;
+    std::vector<float> data;  // [parts, N, F]
+  };
+  std::vector<Piece> pieces;
+  std::vector<Sums> sums(products.size());
+  const int64_t N = in.N, count = static_cast<int64_t>(in.rows.size());
+  int64_t added = 0;
+  for (size_t i = 0; i < products.size(); ++i) {
+    const int64_t F = products[i].F, width = std::min(F, kMostSums);
+    const int64_t bytes = count * width * static_cast<int64_t>(bytes_of(in.type));
+    const int64_t wanted = std::min(kMostParts, std::max<int64_t>(1, bytes / kPartBytes));
+    const int64_t step = std::max<int64_t>(8, ((count + wanted - 1) / wanted + 7) / 8 * 8);
+    sums[i].parts = std::max<int64_t>(1, (count + step - 1) / step);
+    sums[i].data.resize(sums[i].parts * N * F);
+    added += sums[i].parts * N * F;
+    for (int64_t part = 0; part < sums[i].parts; ++part)
+      for (int64_t c = 0; c < F; c += width)
+        pieces.push_back({&products[i], c, std::min(width, F - c), part * step, std::min(step, count - part * step),
+                          sums[i].data.data() + part * N * F + c});
+  }
+  parallel(pool, static_cast<int64_t>(pieces.size()), [&](int64_t p) {
+    const Piece& piece = pieces[p];
+    multiply(in, *piece.product, piece.first, piece.count, piece.column, piece.columns, piece.sums, piece.product->F);
+  });
+
+  const auto total = [&](size_t i, int64_t n, int64_t c, int64_t columns, float* y) {
+    const int64_t F = products[i].F;
+    const float* part = sums[i].data.data() + n * F + c;
+    std::copy_n(part, columns, y);
+    for (int64_t rest = 1; rest < sums[i].parts; ++rest) {
+      part += N * F;
+      for (int64_t j = 0; j < columns; ++j) y[j] += part[j];
+    }
+  };
+  const auto finish = [&](size_t i, int64_t c, int64_t columns) {
+    std::vector<float> up(gated ? columns : 0);
+    for (int64_t n = 0; n < N; ++n) {
+      float* y = products[i].y + n * products[i].F + c;
+      total(i, n, c, columns, y);
+      if (!gated) continue;
+      total(1, n, c, columns, up.data());
+      kernels().silu_product(y, up.data(), columns);
+    }
+  };
+  for (size_t i = 0; i < (gated ? 1 : products.size()); ++i) {
+    const int64_t F = products[i].F, blocks = (F + kMostColumns - 1) / kMostColumns;
+    const auto block = [&](int64_t b) { finish(i, b * kMostColumns, std::min(kMostColumns, F - b * kMostColumns)); };
+    if (added * 4 < 8 * kPieceBytes) {
+      for (int64_t b = 0; b < blocks; ++b) block(b);
+    } else {
+      parallel(pool, blocks, block);
+    }
+  }
+}
+
+// Otherwise a piece is some columns: their weights meet all rows of x while they are in cache, and where channels are
+// left out there is no stream to keep.
+template <class Pool>
+void project_columns(Pool& pool, const Operands& in, const std::vector<Product>& products, bool gated) {
+  struct Piece {
+    const Product* product;
+    int64_t column, columns;
   };
   std::vector<Piece> pieces;
   const size_t planned = gated ? 1 : products.size();
@@ -88,21 +162,37 @@ void project(Pool& pool, const float* x, int64_t N, int64_t D, Type type, std::v
     for (int64_t c = 0; c < products[i].F; c += step)
       pieces.push_back({&products[i], c, std::min(step, products[i].F - c)});
   }
+  const int64_t count = static_cast<int64_t>(in.rows.size());
   parallel(pool, static_cast<int64_t>(pieces.size()), [&](int64_t p) {
-    const Piece& piece = pieces[p];
-    const auto multiply = [&](const Product& product, float* y, size_t y_stride) {
-      kernel.product[type](operand.data(), static_cast<int>(N), D, rows.data(), static_cast<int>(rows.size()),
-                           at(product.w, type, piece.begin), product.F, static_cast<int>(piece.columns), y,
-                           y_stride);
-    };
-    float* y = piece.product->y + piece.begin;
-    multiply(*piece.product, y, piece.product->F);
+    const auto& [product, column, columns] = pieces[p];
+    float* y = product->y + column;
+    multiply(in, *product, 0, count, column, columns, y, product->F);
     if (!gated) return;
-    std::vector<float> up(N * piece.columns);
-    multiply(products[1], up.data(), piece.columns);
-    for (int64_t n = 0; n < N; ++n)
-      kernel.silu_product(y + n * piece.product->F, up.data() + n * piece.columns, piece.columns);
+    std::vector<float> up(in.N * columns);
+    multiply(in, products[1], 0, count, column, columns, up.data(), columns);
+    for (int64_t n = 0; n < in.N; ++n)
+      kernels().silu_product(y + n * product->F, up.data() + n * columns, columns);
   });
+}
+
+// y = x @ w for each product; with `gated` the first of two becomes silu(first) * second.  Channels that are zero
+// in all N rows of x are not read.
+template <class Pool>
+void project(Pool& pool, const float* x, int64_t N, int64_t D, Type type, std::vector<Product> products,
+             bool gated) {
+  Operands in{operands(x, N * D, type), N, D, type, {}};
+  in.rows.reserve(D);
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t n = 0; n < N; ++n)
+      if (!(in.x[n * D + d] == 0)) {
+        in.rows.push_back(static_cast<int>(d));
+        break;
+      }
+  if (N < kFewRows && static_cast<int64_t>(in.rows.size()) * 10 >= D * 9) {
+    project_whole(pool, in, products, gated);
+  } else {
+    project_columns(pool, in, products, gated);
+  }
 }
 
 // y[N, V] = x[N, D] . table[V, D]
@@ -140,7 +230,7 @@ struct Attention {
   float* mixed;  // [B, K, H, G, d]
 };
 
-constexpr int64_t kTokensAPiece = 256;
+constexpr int64_t kTokensAPiece = 1024;  // long enough for a stream from memory to get going
 
 template <class Pool>
 void attend(Pool& pool, const Attention& a) {
