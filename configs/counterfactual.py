@@ -28,8 +28,10 @@ def get_config(variants: str = "") -> ConfigDict:
     config.grpo.batch_size, config.grpo.num_schedules = 8, 5 if single else 8
     config.optim.learning_rate, config.optim.accumulate, config.optim.passes = 1e-3, 1, 4
     config.optim.weight_decay = 0.1
-    config.train.num_updates, config.train.checkpoint_every = 80, 20
-    # Over all of these updates, of 20 or 32 optimizer steps each.
+    # 80 that learn, and 20 that count what prices buy.
+    config.counterfactual.count_after = 80
+    config.train.num_updates, config.train.checkpoint_every = 100, 20
+    # Over the 80, of 20 or 32 optimizer steps each.
     config.optim.warmup, config.optim.decay_steps = 50, 1600 if single else 2560
     # At the end alone, so that the last update is taken: the score of so few blocks chooses by luck.
     config.eval.every, config.eval.batch_size, config.eval.num_blocks, config.eval.num_random = 0, 8, 16, 2

@@ -55,6 +55,7 @@ OTHER = {
     "learner": "counterfactual",
     "counterfactual.target": "label",
     "counterfactual.floor": 0.1,
+    "counterfactual.count_after": 1,
     "counterfactual.price_memory": 7,
     "grpo.batch_size": None,
     "grpo.num_schedules": 3,

@@ -196,6 +196,12 @@ class CounterfactualConfig(Options):
         "divergence", "what a level loses: KL(dense || compressed), or the label's negative log-probability"
     )
     floor: float = option(0.01, "nats added to losses and predictions: less than this is noise", above=0)
+    count_after: int = option(
+        0,
+        "updates after which nothing is learned any more: the policy plays all schedules itself, at random "
+        "budgets, and what prices buy is counted on these, so that budgets hold; 0: never",
+        at_least=0,
+    )
     price_memory: int = option(50, "updates over which the mean cost at each price is averaged", at_least=1)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 PRICES_M = np.geomspace(1e-4, 30.0, 96)
 # A fresh head predicts exp(-4) = 0.02 nats a level, as mild levels lose.
 _FIRST = -4.0
+_NEAR = 0.1  # of mean cost: wider than what one schedule's tokens differ by, narrow beside the whole range
+_FAR = 1e-6
 SOFTNESS = (
     0.02  # nats: by how much less an action must lose to be e times as likely where actions are sampled
 )
@@ -44,13 +46,24 @@ def split_losses(scores: jax.Array, counts: Sequence[int]) -> tuple[jax.Array, l
     return parts[..., 0], losses
 
 
-def mean_costs(loss_Nxn: jax.Array, cost_n: jax.Array) -> jax.Array:
-    """Mean cost at each price of `PRICES_M` over N steps, [M]; it falls with the price."""
+def mean_costs(loss_Nxn: jax.Array, cost_n: jax.Array, near_NxM: jax.Array) -> jax.Array:
+    """Mean cost at each price of `PRICES_M` over N steps, [M]; it falls with the price.
 
-    def at(price: jax.Array) -> jax.Array:
-        return jnp.mean(cost_n[jnp.argmin(loss_Nxn + price * cost_n, -1)])
+    `near_NxM` is how much a step counts at a price.
+    """
 
-    return jax.lax.map(at, jnp.asarray(PRICES_M, jnp.float32))
+    def at(given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        price, near_N = given
+        return jnp.average(cost_n[jnp.argmin(loss_Nxn + price * cost_n, -1)], weights=near_N)
+
+    cost_M = jax.lax.map(at, (jnp.asarray(PRICES_M, jnp.float32), near_NxM.T))
+    return jax.lax.cummin(cost_M)  # of other steps at each price it may rise a little
+
+
+def nearness(asked_N: jax.Array, cost_M: jax.Array) -> jax.Array:
+    """How much a step that was asked for a mean cost counts at each price, by what it buys so far, [N, M]."""
+    away_NxM = (asked_N[:, None] - cost_M) / _NEAR
+    return jnp.exp(-0.5 * away_NxM**2) + _FAR  # a price to which nothing is near counts what there is
 
 
 def first_costs(cost_n: Sequence[float]) -> np.ndarray:

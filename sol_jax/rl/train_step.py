@@ -19,6 +19,7 @@ from sol_jax.models.llama import Weights
 from sol_jax.rl.collect import collect, draw_budgets
 from sol_jax.rl.counterfactual import (
     Outcomes,
+    Schedules,
     collect_outcomes,
     draw_schedules,
     learn_losses,
@@ -48,7 +49,7 @@ class Drawn(NamedTuple):
     early_B: jax.Array | None  # tokens by which episodes start earlier, with `episode.jitter`
     budget_BxWxX: jax.Array | None = None  # of GRPO
     key_BxWxK: jax.Array | None = None  # of each schedule's sampling, likewise
-    action_BxWxKxT: jax.Array | None = None  # the schedules of the counterfactual learner
+    schedules: Schedules | None = None  # of the counterfactual learner
     place_BxWxKxTxX: jax.Array | None = None  # of stratified sampling, see `grpo.action_at`
 
 
@@ -91,7 +92,7 @@ def draw(key: jax.Array, step: jax.Array, num_blocks: int, setup: Setup) -> Draw
         early_key = jax.random.fold_in(budget_key, 1)
         early_B = jax.random.randint(early_key, (num_blocks,), 0, setup.episode.jitter + 1)
     if setup.learner == "counterfactual":
-        return Drawn(early_B, action_BxWxKxT=draw_schedules(key, num_blocks, setup))
+        return Drawn(early_B, schedules=draw_schedules(key, step, num_blocks, setup))
     shape = num_blocks, setup.episode.episodes_per_prefix
     budget_BxWxX = draw_budgets(budget_key, shape, setup.space)
     key_BxWxK, place = jax.random.split(rollout_key, (*shape, setup.grpo.num_schedules)), None
@@ -106,8 +107,8 @@ def play(
     params: optax.Params, weights: Weights, tokens_BxN: jax.Array, drawn: Drawn, setup: Setup
 ) -> Played | Outcomes:
     """What the schedules of every block do; each block by itself, so any part of a batch can be played."""
-    if drawn.action_BxWxKxT is not None:
-        return collect_outcomes(weights, tokens_BxN, drawn.action_BxWxKxT, drawn.early_B, setup)
+    if drawn.schedules is not None:
+        return collect_outcomes(params, weights, tokens_BxN, drawn.schedules, drawn.early_B, setup)
     assert drawn.budget_BxWxX is not None
     assert drawn.key_BxWxK is not None
     how = setup.network, params, setup.grpo.temperature
@@ -149,7 +150,7 @@ def learn_grpo(
     order = minibatches(order_key, adv.size // adv.shape[-1], setup.optim, setup.episode.horizon)
     state, fitted_J = fit(state, experience, *order, setup)
     if setup.policy.config.predict_losses:
-        params = recalibrated(state.params, experience.observation, state.step, setup)
+        params = recalibrated(state.params, experience.observation, state.step, setup, asked=True)
         state = state._replace(params=params)
     metrics = mean_metrics(fitted_J)
     metrics |= _episode_metrics(reward, penalty, mean_cost, budget_BxWxX[:, :, None], setup.space)

@@ -85,6 +85,7 @@ IMPOSSIBLE = {
     "learner": ("ppo", "", "counterfactual"),  # the last without predicted losses
     "counterfactual.target": ("labels",),
     "counterfactual.floor": (0.0, -1.0, NAN),
+    "counterfactual.count_after": (-1,),
     "counterfactual.price_memory": (0,),
     "kernels": ("fast", "triton"),  # the latter on a CPU
     "axes.budget_unit": ("euro",),

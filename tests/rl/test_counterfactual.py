@@ -1,5 +1,7 @@
 """The counterfactual learner: its schedules, what it takes for lost, what it learns, how it spends."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ import tiny
 
 from sol_jax.rl import counterfactual, loss_head
 from sol_jax.rl.collect import prefill_blocks, run_schedules
-from sol_jax.rl.policy import example_observation
-from sol_jax.rl.rollout import dense_divergence, label_logp, policy_controller, replay
+from sol_jax.rl.policy import Policy, example_observation
+from sol_jax.rl.rollout import Controller, dense_divergence, label_logp, policy_controller, replay
 from sol_jax.rl.train_step import init_state, jit_train_step
 
 collect_outcomes = jax.jit(counterfactual.collect_outcomes, static_argnames="setup")
-recalibrated = jax.jit(counterfactual.recalibrated, static_argnames="setup")
+recalibrated = jax.jit(counterfactual.recalibrated, static_argnames=("setup", "asked"))
 FIELDS = {
     "learner": "counterfactual",
     "policy.predict_losses": True,
@@ -64,8 +66,8 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
     config = tiny.config_for(tiny_folder, **FIELDS | {"counterfactual.target": target})
     setup = config.setup(tiny_session.setup.model)
     key = jax.random.key(3)
-    schedules = counterfactual.draw_schedules(key, len(tokens), setup)
-    found = collect_outcomes(weights, tokens, schedules, None, setup)
+    schedules = counterfactual.draw_schedules(key, jnp.int32(0), len(tokens), setup)
+    found = collect_outcomes(None, weights, tokens, schedules, None, setup)
 
     @jax.jit
     def played(weights, action):
@@ -85,8 +87,8 @@ def test_what_is_lost_step_by_step(learner, target, tiny_folder, tiny_session):
 
 
 def outcomes(weights, tokens, setup):
-    schedules = counterfactual.draw_schedules(jax.random.key(3), len(tokens), setup)
-    return collect_outcomes(weights, tokens, schedules, None, setup)
+    schedules = counterfactual.draw_schedules(jax.random.key(3), jnp.int32(0), len(tokens), setup)
+    return collect_outcomes(None, weights, tokens, schedules, None, setup)
 
 
 def test_a_full_step_after_full_steps_loses_nothing(learner):
@@ -122,18 +124,98 @@ def test_the_first_table_is_that_of_the_first_update(learner):
     setup, weights, tokens = learner
     found = counterfactual.flattened(outcomes(weights, tokens, setup))
     params = init_state(jax.random.key(0), setup).params
-    after = recalibrated(params, found.observation, jnp.int32(1), setup)
+    after = recalibrated(params, found.observation, jnp.int32(1), setup, False)
     predict = jax.jit(jax.vmap(lambda obs: setup.network.apply(params, obs, method="losses")))
     _, losses = predict(found.observation)
-    wanted = loss_head.mean_costs(
-        losses[0].reshape(-1, losses[0].shape[-1]), jnp.array(setup.policy.level_costs[0])
-    )
+    of_kappa = losses[0].reshape(-1, losses[0].shape[-1])
+    alike = jnp.ones((len(of_kappa), len(loss_head.PRICES_M)))
+    wanted = loss_head.mean_costs(of_kappa, jnp.array(setup.policy.level_costs[0]), alike)
     np.testing.assert_allclose(after["prices"]["cost"][0], wanted, rtol=1e-5)
     means = np.concatenate([loss.mean((0, 1)) for loss in losses])
     np.testing.assert_allclose(after["prices"]["loss"], means, rtol=1e-5, atol=1e-7)
-    later = recalibrated(params, found.observation, jnp.int32(10**6), setup)
+    later = recalibrated(params, found.observation, jnp.int32(10**6), setup, False)
     moved = later["prices"]["cost"][0] - params["prices"]["cost"][0]
     np.testing.assert_allclose(moved, (wanted - params["prices"]["cost"][0]) / 50, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def counts(tiny_folder, tiny_session):
+    """A learner that counts after one update, and parameters by which tokens differ in what they lose."""
+    # So small a rate that these stay: what a policy learns here cannot be bought at any price.
+    few = {"counterfactual.count_after": 1, "optim.learning_rate": 1e-12}
+    fields = FIELDS | few | {"policy.restate": True}
+    setup = tiny.config_for(tiny_folder, **fields).setup(tiny_session.setup.model)
+    params = init_state(jax.random.key(0), setup).params
+    params["params"]["head"]["kernel"] *= 10
+    return setup, params
+
+
+def test_schedules_are_given_as_long_as_it_learns(learner, counts):
+    plain, counting = learner[0], counts[0]
+    for key in range(3):
+        first, same = (
+            counterfactual.draw_schedules(jax.random.key(key), jnp.int32(0), 2, s) for s in (plain, counting)
+        )
+        np.testing.assert_array_equal(first.action_BxWxKxT, same.action_BxWxKxT)
+        assert first.action_BxWxKxT.min() >= 0
+        assert not np.any(same.asked_BxWxKxX)
+
+
+def test_requests_are_over_each_axis_range_half_of_them_alike(learner):
+    space = learner[0].space
+    asked = np.asarray(counterfactual.draw_requests(jax.random.key(0), (4000,), space))
+    low, high = (np.array([axis.budget[end] for axis in space.axes]) for end in (0, 1))
+    part = (asked - low) / (high - low)
+    assert 0 <= part.min() < 0.01
+    assert 0.99 < part.max() <= 1
+    np.testing.assert_allclose(part.mean(0), 0.5, atol=0.02)
+    alike = np.ptp(part, axis=1) < 1e-5
+    assert 0.47 < alike.mean() < 0.53
+    assert abs(np.corrcoef(part[~alike].T)[0, 1:]).max() < 0.1
+
+
+def test_it_counts_on_schedules_that_the_policy_plays_at_prices_that_are_held(learner, counts):
+    (_, weights, tokens), (setup, params) = learner, counts
+    drawn = counterfactual.draw_schedules(jax.random.key(3), jnp.int32(1), len(tokens), setup)
+    assert np.all(drawn.action_BxWxKxT == counterfactual.OWN)
+    found = collect_outcomes(params, weights, tokens, drawn, None, setup)
+    held = dataclasses.replace(setup.policy, config=dataclasses.replace(setup.policy.config, restate=False))
+
+    @jax.jit
+    def alone(asked):
+        blocks = prefill_blocks(weights, tokens, setup)
+        player = policy_controller(Policy(held), params, 1.0, greedy=True)
+        memory = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (*asked.shape[:-1], *leaf.shape)), player.memory
+        )
+        return run_schedules(weights, blocks, jax.random.key(0), asked, Controller(player.act, memory), setup)
+
+    np.testing.assert_array_equal(found.action, alone(drawn.asked_BxWxKxX).action)
+
+
+def test_prices_that_were_counted_buy_what_is_asked_for_and_nothing_else_changes(learner, counts):
+    (_, weights, tokens), (setup, params) = learner, counts
+    state = init_state(jax.random.key(0), setup)._replace(params=params)
+    costs = jnp.asarray(setup.space.costs_AxX)
+
+    def misses(state):
+        missed = []
+        for key in range(100, 116):
+            drawn = counterfactual.draw_schedules(jax.random.key(key), jnp.int32(1), len(tokens), setup)
+            found = collect_outcomes(state.params, weights, tokens, drawn, None, setup)
+            missed.append((costs[found.action].mean(-2) - drawn.asked_BxWxKxX).mean((0, 1, 2)))
+        return np.abs(np.mean(missed, 0)).max()
+
+    state, _ = jit_train_step(state, weights, tokens, setup=setup)
+    learned = jax.tree.map(np.asarray, (state.params["params"], state.opt_state))
+    before = misses(state)
+    for _ in range(30):
+        state, metrics = jit_train_step(state, weights, tokens, setup=setup)
+    after = jax.tree.map(np.asarray, (state.params["params"], state.opt_state))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (learned, after))))
+    assert np.isfinite(metrics["policy/loss"])
+    assert before > 0.05  # by what was counted on random pasts
+    assert misses(state) < 0.03
 
 
 def test_the_controller_serves_any_budget(learner):

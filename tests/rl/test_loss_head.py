@@ -46,12 +46,17 @@ def test_losses_fall_towards_the_dearest_level_and_are_zero_there(scores):
         assert np.all(loss[..., -1] == 0)
 
 
+def alike(count):
+    """So many steps that count the same at every price."""
+    return jnp.ones((count, len(loss_head.PRICES_M)))
+
+
 def test_mean_costs_fall_with_the_price_and_give_it_back():
     rng = np.random.default_rng(0)
     steps = rng.exponential(0.1, (4000, 9))
     loss_Nxn = np.concatenate([np.cumsum(steps[:, ::-1], 1)[:, ::-1], np.zeros((4000, 1))], 1)
     cost_n = jnp.linspace(0.1, 1.0, 10)
-    cost_M = loss_head.mean_costs(jnp.asarray(loss_Nxn), cost_n)
+    cost_M = loss_head.mean_costs(jnp.asarray(loss_Nxn), cost_n, alike(4000))
     assert np.all(np.diff(cost_M) <= 1e-6)
     assert (cost_M[0], cost_M[-1]) == (pytest.approx(1.0, abs=1e-3), pytest.approx(0.1, abs=1e-3))
     for asked in (0.2, 0.35, 0.5, 0.8):
@@ -62,10 +67,28 @@ def test_mean_costs_fall_with_the_price_and_give_it_back():
 
 def test_mean_costs_by_hand():
     """Two steps, losses 0.3 and 0.03 more at half the cost: prices between 0.06 and 0.6 part them."""
-    cost_M = loss_head.mean_costs(jnp.array([[0.3, 0.0], [0.03, 0.0]]), jnp.array([0.5, 1.0]))
+    cost_M = loss_head.mean_costs(jnp.array([[0.3, 0.0], [0.03, 0.0]]), jnp.array([0.5, 1.0]), alike(2))
     prices = loss_head.PRICES_M
     wanted = np.where(prices < 0.06, 1.0, np.where(prices < 0.6, 0.75, 0.5))
     np.testing.assert_allclose(cost_M, wanted)
+
+
+def test_mean_costs_of_weighted_steps_by_hand():
+    """The same two steps, the second three times as heavy at low prices; no table rises with the price."""
+    near_NxM = np.ones((2, len(loss_head.PRICES_M)))
+    near_NxM[1, loss_head.PRICES_M < 0.3] = 3.0
+    loss_Nxn, cost_n = jnp.array([[0.3, 0.0], [0.03, 0.0]]), jnp.array([0.5, 1.0])
+    cost_M = loss_head.mean_costs(loss_Nxn, cost_n, jnp.asarray(near_NxM))
+    prices = loss_head.PRICES_M
+    wanted = np.where(prices < 0.06, 1.0, np.where(prices < 0.6, 0.625, 0.5))
+    np.testing.assert_allclose(cost_M, wanted, rtol=1e-6)  # 0.75 between 0.3 and 0.6, but for the rise
+
+
+def test_steps_count_where_about_as_much_was_asked_for():
+    near_NxM = loss_head.nearness(jnp.array([0.5, 0.9]), jnp.array([1.0, 0.9, 0.5, 0.3]))
+    np.testing.assert_allclose(near_NxM[0], np.exp([-12.5, -8.0, 0.0, -2.0]), atol=2e-6)
+    np.testing.assert_allclose(near_NxM[1], np.exp([-0.5, 0.0, -8.0, -18.0]), atol=2e-6)
+    assert np.all(near_NxM > 0)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +159,10 @@ def test_one_price_for_all_axes_makes_steps_cost_what_was_asked(asked):
     costs = [np.linspace(0.1, 1.0, 10), np.ones(1), np.linspace(0.25, 1.0, 7)]
     losses = [np.sort(rng.exponential(0.1, (4000, len(c))), 1)[:, ::-1] * (1.0 - c) for c in costs]
     table = jnp.stack(
-        [loss_head.mean_costs(jnp.asarray(v), jnp.asarray(c)) for v, c in zip(losses, costs, strict=True)]
+        [
+            loss_head.mean_costs(jnp.asarray(v), jnp.asarray(c), alike(4000))
+            for v, c in zip(losses, costs, strict=True)
+        ]
     )
     price = float(loss_head.shared_price(jnp.float32(asked), table, jnp.array(SHARES)))
     spent = [

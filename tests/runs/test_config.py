@@ -197,6 +197,7 @@ BESIDE = {
     "grpo.credit": {"policy.factored_head": True},
     "counterfactual.target": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.floor": PREDICTS | {"learner": "counterfactual"},
+    "counterfactual.count_after": PREDICTS | {"learner": "counterfactual"},
     "counterfactual.price_memory": PREDICTS | {"learner": "counterfactual"},
     "axes.kappa.levels": {"axes.kappa.budget": (0.2, 1.0)},
     "axes.rho.levels": {"axes.rho.budget": (0.5, 1.0)},
