@@ -3,8 +3,8 @@
 Teacher-forced text shows what any level of a step would have done, so nothing need be left to sampling: the K
 schedules of an episode take the levels of each axis in random order, each as often as any other, and the
 policy learns what every level costs in likelihood.  Actions then follow from the predictions and a price per
-axis (see `loss_head`), so that the same network serves any budget.  What a price buys is counted on schedules
-that the policy plays itself, since a budget that is kept leaves another past than random levels do.
+axis (see `loss_head`), so that the same network serves any budget.  At the end what a price buys is counted
+on schedules that the policy plays itself, since a budget that is kept leaves another past than random levels.
 
 Not the paper's.  Source: docs/method.md, "Learning from counterfactuals".
 """
@@ -125,6 +125,7 @@ def learn_losses(
     order = minibatches(order_key, len(outcomes.loss), setup.optim, setup.episode.horizon)
     learned, fitted_J = descend(state, prediction_loss(setup), outcomes, *order, setup.optim)
     if after := setup.counterfactual.count_after:
+        # Learned and dropped again where it counts: one program for both, and learning is a small part of it.
         kept = jax.tree.map(
             lambda old, new: jnp.where(now_counting, old, new),
             (state.params, state.opt_state),
